@@ -1,0 +1,145 @@
+"""Network builders by name, and the layers that constraints apply to."""
+
+import re
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+NAMES = ("lenet5", "lenet300", "resnet<6n+2>", "vgg", "any torchvision.models name")
+
+
+def lenet5(shape: tuple[int, int, int], classes: int) -> nn.Module:
+    """The Caffe LeNet-5: conv 20 and 50 of 5x5, each max-pooled, fc 500, fc ``classes`` (430,500 weights on 28x28).
+
+    ReLU after each convolution, the PyTorch form (papers/pruning.md section 0).
+    """
+    c, h, w = shape
+    flat = 50 * (((h - 4) // 2 - 4) // 2) * (((w - 4) // 2 - 4) // 2)
+    if flat <= 0:
+        raise ValueError(f"lenet5 needs images of at least 16x16, got {h}x{w}")
+    return nn.Sequential(
+        _named(conv1=nn.Conv2d(c, 20, 5), relu1=nn.ReLU(), pool1=nn.MaxPool2d(2))
+        | _named(conv2=nn.Conv2d(20, 50, 5), relu2=nn.ReLU(), pool2=nn.MaxPool2d(2), flat=nn.Flatten())
+        | _named(fc1=nn.Linear(flat, 500), relu3=nn.ReLU(), fc2=nn.Linear(500, classes))
+    )
+
+
+def lenet300(shape: tuple[int, int, int], classes: int) -> nn.Module:
+    """LeNet-300-100: two hidden layers of 300 and 100 neurons (266,200 weights on 28x28)."""
+    c, h, w = shape
+    return nn.Sequential(
+        _named(flat=nn.Flatten(), fc1=nn.Linear(c * h * w, 300), relu1=nn.ReLU())
+        | _named(fc2=nn.Linear(300, 100), relu2=nn.ReLU(), fc3=nn.Linear(100, classes))
+    )
+
+
+def vgg(shape: tuple[int, int, int], classes: int, width: int = 16) -> nn.Module:
+    """A small VGG: three stages of two 3x3 convolutions with batch norm, ``width``, 2x and 4x channels; one fc."""
+    stages: dict[str, nn.Module] = {}
+    channels = shape[0]
+    for stage, out in enumerate((width, 2 * width, 4 * width), start=1):
+        for i in (1, 2):
+            stages[f"conv{stage}_{i}"] = nn.Conv2d(channels, out, 3, padding=1, bias=False)
+            stages[f"bn{stage}_{i}"] = nn.BatchNorm2d(out)
+            stages[f"relu{stage}_{i}"] = nn.ReLU()
+            channels = out
+        stages[f"pool{stage}"] = nn.MaxPool2d(2)
+    head = _named(pool=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten(), fc=nn.Linear(channels, classes))
+    return nn.Sequential(_named(**stages) | head)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut: identity, or a strided 1x1 convolution where the shape changes."""
+
+    def __init__(self, c_in: int, c_out: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(c_out)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(c_out)
+        self.shortcut = nn.Identity()
+        if stride != 1 or c_in != c_out:
+            self.shortcut = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, c_in, H, W)`` -> ``(N, c_out, H/stride, W/stride)``."""
+        y = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))
+        return (y + self.shortcut(x)).relu()
+
+
+def resnet(shape: tuple[int, int, int], classes: int, depth: int = 20, width: int = 16) -> nn.Module:
+    """A CIFAR-style residual network (He et al. 2016, section 4.2): ``depth = 6n + 2`` layers, ``width``, 2x, 4x wide.
+
+    Shortcuts that change shape are 1x1 convolutions (option B of that paper).
+    """
+    n, rest = divmod(depth - 2, 6)
+    if rest or n < 1:
+        raise ValueError(f"resnet depth = {depth}: allowed are 8, 14, 20, 26, ... (6n + 2)")
+    layers = _named(conv1=nn.Conv2d(shape[0], width, 3, 1, 1, bias=False), bn1=nn.BatchNorm2d(width), relu1=nn.ReLU())
+    channels = width
+    for stage, out in enumerate((width, 2 * width, 4 * width), start=1):
+        for i in range(n):
+            layers[f"block{stage}_{i + 1}"] = BasicBlock(channels, out, 2 if stage > 1 and i == 0 else 1)
+            channels = out
+    head = _named(pool=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten(), fc=nn.Linear(channels, classes))
+    return nn.Sequential(layers | head)
+
+
+def _named(**layers: nn.Module):
+    from collections import OrderedDict
+
+    return OrderedDict(layers)
+
+
+def _torchvision(name: str, shape: tuple[int, int, int], classes: int) -> nn.Module:
+    """A torchvision classifier without pretrained weights, its first convolution fitted to the input channels."""
+    import torchvision
+
+    model = torchvision.models.get_model(name, weights=None, num_classes=classes)
+    first = next((n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d))
+    name, conv = first
+    if conv.in_channels != shape[0]:
+        fitted = nn.Conv2d(
+            shape[0], conv.out_channels, conv.kernel_size, conv.stride, conv.padding, bias=conv.bias is not None
+        )
+        model.set_submodule(name, fitted)
+    return model
+
+
+def builder(name: str) -> Callable[..., nn.Module]:
+    """The function ``(shape, classes, **options) -> model`` for a model name; its source is part of a cache key.
+
+    Raises:
+        ValueError: unknown name, or a residual depth that is not 6n + 2.
+    """
+    if name in ("lenet5", "lenet300", "vgg"):
+        return {"lenet5": lenet5, "lenet300": lenet300, "vgg": vgg}[name]
+    import torchvision
+
+    if name in torchvision.models.list_models(module=torchvision.models):
+        return lambda shape, classes: _torchvision(name, shape, classes)
+    if depth := re.fullmatch(r"resnet(\d+)", name):
+        n, rest = divmod(int(depth[1]) - 2, 6)
+        if rest == 0 and n >= 1:
+            return lambda shape, classes, width=16: resnet(shape, classes, int(depth[1]), width)
+    raise ValueError(f"model {name!r} is unknown: allowed are {', '.join(NAMES)}")
+
+
+def build(name: str, shape: tuple[int, int, int], classes: int, seed: int = 0, **options) -> nn.Module:
+    """A freshly initialized model for images ``(C, H, W)``; the same ``seed`` gives the same weights, bit for bit.
+
+    The global random state is left as it was.
+
+    >>> sum(layer.weight.numel() for layer in prunable(build("lenet5", (1, 28, 28), 10)).values())
+    430500
+    """
+    make = builder(name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return make(shape, classes, **options).to(memory_format=torch.channels_last)
+
+
+def prunable(model: nn.Module) -> dict[str, nn.Module]:
+    """The convolution and linear layers by name, in forward-definition order: what a plan may constrain."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
