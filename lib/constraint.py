@@ -127,8 +127,13 @@ def harden(model: nn.Module, plan: Plan) -> nn.Module:
     """Replace the planned weights by their projection, in place: ``W <- P_S(W)``. Returns the model."""
     layers = prunable(model)
     for name, z in project(plan, weights(model, plan)).items():
-        layers[name].weight = z if parametrize.is_parametrized(layers[name], "weight") else nn.Parameter(z)
+        leaf(layers[name]).copy_(z)
     return model
+
+
+def leaf(layer: nn.Module) -> nn.Parameter:
+    """The parameter that an optimizer moves: the weight itself, or the tensor behind its mask."""
+    return layer.parametrizations["weight"].original if parametrize.is_parametrized(layer, "weight") else layer.weight
 
 
 class Mask(nn.Module):

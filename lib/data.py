@@ -30,6 +30,20 @@ class DataError(ValueError):
     """A data set is unknown, missing or damaged; the message says what was looked for, where, and what to do."""
 
 
+def check_name(name: str) -> None:
+    """Refuse a data set that `load` does not know.
+
+    Raises:
+        DataError: neither a known name nor a folder with ``train/`` and ``test/``.
+    """
+    folder = Path(name).expanduser()
+    if name not in NAMES and not ((folder / "train").is_dir() and (folder / "test").is_dir()):
+        raise DataError(
+            f"dataset {name!r} is unknown: allowed are {', '.join(NAMES)}, "
+            "or the path of a folder with train/<class>/* and test/<class>/*"
+        )
+
+
 @dataclass(frozen=True)
 class Split:
     """Images ``x`` ``(N, C, H, W)`` float32, normalized per channel; labels ``y`` ``(N,)`` int64."""
@@ -107,18 +121,14 @@ def load(
     for key, size in {"train_size": train_size, "test_size": test_size, "validation_size": validation_size}.items():
         if size < 0:
             raise DataError(f"{key} = {size}: allowed are 0 (all) and positive numbers of images")
+    check_name(name)
     folder = Path(name).expanduser()
     if name == "fashion_mnist":
         x, y, x_test, y_test = _fashion_mnist(data_root(root))
     elif name in NAMES:
         x, y, x_test, y_test = _torchvision(name, data_root(root))
-    elif (folder / "train").is_dir() and (folder / "test").is_dir():
-        x, y, x_test, y_test = _image_folder(folder, image_size)
     else:
-        raise DataError(
-            f"dataset {name!r} is unknown: allowed are {', '.join(NAMES)}, "
-            "or the path of a folder with train/<class>/* and test/<class>/*"
-        )
+        x, y, x_test, y_test = _image_folder(folder, image_size)
     classes = int(y.max()) + 1  # before any cut: a small sample need not hold every class
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
     held_out = min(validation_size, len(y) // 5)

@@ -1,5 +1,6 @@
 """Sparsity sets and their exact projections (papers/pruning.md section A.2)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -73,3 +74,56 @@ def uniform_plan(model: nn.Module, constraint: SupportConstraint, keep_dense: tu
     if not plan:
         raise ConstraintError("keep_dense leaves no layer to prune")
     return plan
+
+
+def correlation(theta: Mapping[str, Tensor], other: Mapping[str, Tensor], p: float) -> float:
+    """The correlation indicator ``R_p`` of two sets of layer weights (papers/pruning.md section 2).
+
+    ``R_p = sum_l |T_p(theta_l) & T_p(theta'_l)| / (p * sum_l N_l)``, with ``T_p`` the top ``p`` fraction of layer
+    ``l`` by magnitude. Independent weights give about ``p``; 1 means the same large weights in every layer.
+
+    Args:
+        theta: ``{layer name: weight}``; ``other`` holds the same names and shapes (more names do no harm).
+        p: fraction of each layer, of all its weights. For a sparse network it must not exceed the density: weights
+            that are exactly zero have no rank.
+
+    Raises:
+        ValueError: ``p`` outside (0, 1], or more weights asked for than are nonzero.
+    """
+    if not 0 < p <= 1:
+        raise ValueError(f"p = {p}: allowed are numbers in (0, 1]")
+    shared = total = 0
+    for name, weight in theta.items():
+        k = kept(1 - p, weight.numel())
+        for w in (weight, other[name]):
+            if int(w.count_nonzero()) < k:
+                raise ValueError(f"p = {p} asks for {k} weights of {name!r}, which has {int(w.count_nonzero())} nonzero")
+        shared += int((keep_largest(weight.abs(), k) & keep_largest(other[name].abs(), k)).sum())
+        total += k
+    return shared / total
+
+
+def surviving(theta: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Only the weights inside the masks, each layer as a vector: what `correlation` of two equal masks is taken on."""
+    return {name: theta[name][mask] for name, mask in masks.items()}
+
+
+def first_conv(model: nn.Module) -> tuple[str, ...]:
+    """The name of the first convolution, which most papers leave dense; empty for a network without one."""
+    return tuple(n for n, m in prunable(model).items() if isinstance(m, nn.Conv2d))[:1]
+
+
+def rounds(target: list[float], fraction: float) -> list[float]:
+    """Sparsities of iterative pruning by ``fraction`` of the remaining weights a round, stopping at every target.
+
+    >>> rounds([0.5, 0.8], 0.3)
+    [0.3, 0.5, 0.65, 0.755, 0.8]
+    """
+    path, density = [], 1.0
+    for goal in sorted(target):
+        while density * (1 - fraction) > (1 - goal) * (1 + 1e-6):
+            density *= 1 - fraction
+            path.append(round(1 - density, 6))
+        density = 1 - goal
+        path.append(goal)
+    return path

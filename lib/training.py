@@ -102,13 +102,15 @@ def fit(
     batch_size: int = 128,
     schedule: Schedule = "step",
     seed: int = 0,
+    stop_after: int | None = None,
     hooks: tuple[Hook, ...] = (),
     progress: Progress | None = None,
 ) -> pd.DataFrame:
     """Train ``model`` in place on ``data.train`` by cross-entropy, where the model and the data already are.
 
     Bit-identical for the same seed, device and thread count. The last epoch's weights are what is left: nothing is
-    selected by its accuracy.
+    selected by its accuracy. ``stop_after = k`` leaves the weights as they are after the first ``k`` epochs of a run of
+    ``epochs``: the ``theta_k`` that rewinding goes back to.
 
     Returns:
         One row per epoch: ``epoch`` (from 1), ``lr``, ``train_loss``, ``train_accuracy``.
@@ -123,7 +125,7 @@ def fit(
     opt = make_optimizer(model, optimizer, lr, momentum, weight_decay)
     steps = -(-len(data.train) // batch_size)
     rows = []
-    for epoch in range(epochs):
+    for epoch in range(epochs if stop_after is None else min(stop_after, epochs)):
         model.train()
         for hook in hooks:
             hook.before_epoch(model, epoch)
@@ -227,7 +229,7 @@ def _from_plain(stored: dict) -> Any:
 def _key(function: Callable, model: nn.Module, args: tuple, kwargs: dict) -> str:
     place = next(model.parameters()).device.type
     versions = [torch.__version__.split("+")[0], place, torch.get_num_threads() if place == "cpu" else 0]
-    parts = [code_version(function), code_version(type(model)), _plain(model), _plain(args), _plain(kwargs), versions]
+    parts = [code_version(function), *sorted({code_version(type(m)) for m in model.modules()}), _plain(model), _plain(args), _plain(kwargs), versions]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
 
 
