@@ -180,7 +180,9 @@ def _fashion_mnist(root: Path) -> Arrays:
         try:
             raw = gzip.decompress(path.read_bytes()) if path.is_file() else plain.read_bytes()
         except (EOFError, OSError) as error:
-            raise DataError(f"fashion_mnist: {path} is damaged ({error}); restore it with `git checkout data`") from None
+            raise DataError(
+                f"fashion_mnist: {path} is damaged ({error}); restore it with `git checkout data`"
+            ) from None
         if hashlib.sha256(raw).hexdigest() != FASHION_MNIST_SHA256[stem]:
             raise DataError(f"fashion_mnist: {path} does not have the expected checksum; restore it from git")
         return _idx(raw)

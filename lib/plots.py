@@ -1,1 +1,261 @@
-"""The house style and the recurring figures."""
+"""The house style and the recurring figures. The only room that draws."""
+
+import base64
+import html
+import io
+from collections.abc import Sequence
+from typing import Literal
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from IPython.display import HTML
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+BLUE, ORANGE, GREEN, RED, PURPLE, BROWN = sns.color_palette("deep", 6)
+GREY = "0.45"
+BAND = "Bands and bars: 95 % bootstrap interval over seeds."
+
+VERDICT_COLOURS = {"reproduced": "#1a7f37", "not reproduced": "#b42318", "inconclusive": "#8a6100"}
+
+
+def house_style() -> None:
+    """Set the look of every figure: white background, light grid, real text in SVG, the same bytes every time."""
+    sns.set_theme(context="notebook", style="whitegrid", palette="deep", font_scale=0.9)
+    plt.rcParams |= {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "workbook",
+        "font.family": "sans-serif",
+        "font.sans-serif": ["DejaVu Sans", "Arial", "Helvetica"],
+        "axes.titlesize": "medium",
+        "axes.titleweight": "bold",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "grid.color": "0.9",
+        "legend.frameon": False,
+    }
+
+
+def show(figure: Figure, caption: str, *, alt: str, kind: Literal["svg", "png"] = "svg") -> HTML:
+    """A figure with its caption and a description for who cannot see it, to be a cell's last value.
+
+    Args:
+        figure: closed here, so that the notebook does not show it twice.
+        caption: below the figure: what is drawn, over how many runs, what the bands are.
+        alt: what the figure shows, in a sentence.
+        kind: ``svg`` for curves, ``png`` for clouds of points.
+    """
+    raw = io.BytesIO()
+    metadata = {"Date": None} if kind == "svg" else None
+    figure.savefig(raw, format=kind, bbox_inches="tight", dpi=150, metadata=metadata)
+    plt.close(figure)
+    mime = {"svg": "image/svg+xml", "png": "image/png"}[kind]
+    source = f"data:{mime};base64,{base64.b64encode(raw.getvalue()).decode()}"
+    return HTML(
+        f'<figure style="margin:1em 0"><img src="{source}" alt="{html.escape(alt)}" style="max-width:100%">'
+        f'<figcaption style="color:#555;max-width:60em">{html.escape(caption)}</figcaption></figure>'
+    )
+
+
+def _band(ax: Axes, frame: pd.DataFrame, x: str, y: str, label: str, **style) -> None:
+    """Mean line over runs with the 95 % bootstrap interval as a band; points only where there is a single x."""
+    sns.lineplot(frame, x=x, y=y, ax=ax, label=label, errorbar=("ci", 95), seed=0, err_kws={"alpha": 0.15}, **style)
+
+
+def _sparsity_axis(ax: Axes, sparsities: Sequence[float]) -> None:
+    """Sparsity growing to the right, spaced by the logarithm of what is kept."""
+    ax.set_xscale("log")
+    ax.invert_xaxis()
+    ax.set_xticks([1 - s for s in sparsities], [f"{s:.0%}" for s in sparsities])
+    ax.minorticks_off()
+    ax.set_xlabel("sparsity of the pruned layers (spaced by the logarithm of the density)")
+
+
+def accuracy_against_sparsity(
+    results: pd.DataFrame,
+    *,
+    line: str,
+    styles: dict[str, dict],
+    panel: str = "lr",
+    panel_titles: dict[float, str],
+    baselines: dict[str, tuple[float, dict]] | None = None,
+) -> Figure:
+    """Test accuracy against sparsity, one panel per value of ``panel``, one line per value of ``line``.
+
+    Args:
+        results: columns ``sparsity``, ``accuracy_percent``, ``mode``, and those named by ``line`` and ``panel``; rows
+            whose ``mode`` begins with ``dense`` are the baselines.
+        styles: the lines to draw, in order, with their matplotlib style.
+        panel_titles: the panels, in order, with their titles.
+    """
+    figure, axes = plt.subplots(1, len(panel_titles), figsize=(5.2 * len(panel_titles), 4), sharey=True, squeeze=False)
+    for ax, (value, title) in zip(axes[0], panel_titles.items(), strict=True):
+        part = results[results[panel] == value]
+        for mode, dash in (("dense", "--"), ("dense, 2T", ":")):
+            dense = part.loc[part["mode"] == mode, "accuracy_percent"]
+            ax.axhline(
+                dense.mean(),
+                color=GREY,
+                ls=dash,
+                lw=1.3,
+                label=mode.replace("dense", "dense, T") if "," not in mode else mode,
+            )
+        sparse = part[~part["mode"].str.startswith("dense")]
+        for name, style in styles.items():
+            _band(
+                ax,
+                sparse[sparse[line] == name].assign(density=lambda f: 1 - f["sparsity"]),
+                "density",
+                "accuracy_percent",
+                name,
+                **style,
+            )
+        _sparsity_axis(ax, sorted(sparse["sparsity"].unique()))
+        ax.set(title=title, ylabel="test accuracy (%)")
+        ax.get_legend().remove()
+    _legend(figure, axes[0][0])
+    return figure
+
+
+def _legend(figure: Figure, ax: Axes) -> None:
+    handles, labels = ax.get_legend_handles_labels()
+    figure.tight_layout()
+    figure.legend(handles, labels, loc="center left", bbox_to_anchor=(1.0, 0.55))
+
+
+def accuracy_against_budget(
+    results: pd.DataFrame, *, modes: dict[str, dict], markers: dict[str, str], panel_titles: dict[float, str]
+) -> Figure:
+    """Accuracy against all epochs spent, mask search included: colour is the training mode, marker the mask search.
+
+    Args:
+        results: one sparsity, plus the dense rows; columns ``lr``, ``mask``, ``mode``, ``total_epochs``,
+            ``accuracy_percent``.
+    """
+    figure, axes = plt.subplots(1, len(panel_titles), figsize=(5.2 * len(panel_titles), 4), sharey=True, squeeze=False)
+    for ax, (lr, title) in zip(axes[0], panel_titles.items(), strict=True):
+        part = results[results["lr"] == lr]
+        dense = part[part["mode"].str.startswith("dense")].groupby("total_epochs")["accuracy_percent"].mean()
+        ax.plot(dense.index, dense, color=GREY, ls="--", marker=".", label="dense (T, 2T)")
+        for mode, style in modes.items():
+            for mask, marker in markers.items():
+                chosen = part[(part["mode"] == mode) & (part["mask"] == mask)]
+                values = chosen["accuracy_percent"]
+                if len(values):
+                    spread = [[values.mean() - values.min()], [values.max() - values.mean()]]
+                    ax.errorbar(
+                        chosen["total_epochs"].iloc[0],
+                        values.mean(),
+                        spread,
+                        color=style["color"],
+                        marker=marker,
+                        ms=7,
+                        ls="",
+                        lw=1,
+                        label=f"{mode}, {mask}",
+                    )
+        ax.set(title=title, xlabel="epochs in total, mask search included", ylabel="test accuracy (%)")
+        ax.set_xscale("log")
+        ticks = sorted(part["total_epochs"].unique())
+        ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
+        ax.minorticks_off()
+    _legend(figure, axes[0][0])
+    return figure
+
+
+def correlation_against_p(correlations: pd.DataFrame, labels: dict[float, str]) -> Figure:
+    """``R_p(theta_0, theta_T)`` of dense training against ``p``, one line per learning rate, beside independence."""
+    figure, ax = plt.subplots(figsize=(5.6, 4))
+    top = correlations["p"].max() * 1.05
+    ax.plot([0, top], [0, top], color=GREY, ls="--", lw=1.3, label="independent weights: $R_p = p$")
+    for (lr, label), colour in zip(labels.items(), (BLUE, RED), strict=False):
+        _band(ax, correlations[correlations["lr"] == lr], "p", "r_p", label, color=colour, marker="o")
+    ax.set(
+        xlim=(0, top), ylim=(0, 1), xlabel="p, fraction of each layer's weights", ylabel="$R_p(\\theta_0, \\theta_T)$"
+    )
+    ax.legend(loc="upper left")
+    figure.tight_layout()
+    return figure
+
+
+def correlation_by_mode(
+    correlations: pd.DataFrame, *, p: float, modes: dict[str, dict], panel_titles: dict[float, str], published: dict
+) -> Figure:
+    """``R_p`` of the retrained networks against the initial and the trained weights, as bars by training mode.
+
+    Args:
+        published: ``{(mode, lr, against): [values]}``, drawn as crosses.
+    """
+    figure, axes = plt.subplots(1, len(panel_titles), figsize=(4.6 * len(panel_titles), 4), sharey=True, squeeze=False)
+    against = {"initial": "initial weights", "trained": "trained weights"}
+    for ax, (lr, title) in zip(axes[0], panel_titles.items(), strict=True):
+        part = correlations[(correlations["lr"] == lr) & np.isclose(correlations["p"], p)]
+        for i, (mode, style) in enumerate(modes.items()):
+            for j, name in enumerate(against):
+                x = j + (i - (len(modes) - 1) / 2) * 0.8 / len(modes)
+                values = part.loc[(part["mode"] == mode) & (part["against"] == name), "r_p"]
+                spread = [[values.mean() - values.min()], [values.max() - values.mean()]]
+                ax.bar(x, values.mean(), 0.75 / len(modes), color=style["color"], label=mode if j == 0 else None)
+                ax.errorbar(x, values.mean(), spread, color="0.2", lw=1)
+                for k, value in enumerate(published.get((mode, lr, name), [])):
+                    first = j == 0 and k == 0
+                    ax.plot(x, value, "kx", ms=6, label="published (five networks, CIFAR)" if first else None)
+        ax.axhline(p, color=GREY, ls="--", lw=1.3, label="independent weights")
+        ax.set(title=title, ylim=(0, 1), ylabel=f"$R_{{{p:g}}}$")
+        ax.set_xticks(range(len(against)), [f"against the {label}" for label in against.values()])
+        ax.grid(axis="x", visible=False)
+    _legend(figure, axes[0][-1])
+    return figure
+
+
+def admm_convergence(diagnostics: pd.DataFrame, panel_titles: dict[float, str]) -> Figure:
+    """Validation accuracy of ``W`` and of ``P_S(W)`` over the Z-steps, by sparsity: a working ADMM makes them meet."""
+    figure, axes = plt.subplots(
+        1, len(panel_titles), figsize=(5.2 * len(panel_titles), 3.6), sharey=True, squeeze=False
+    )
+    for ax, (lr, title) in zip(axes[0], panel_titles.items(), strict=True):
+        part = diagnostics[diagnostics["lr_dense"] == lr]
+        sparsities = sorted(part["sparsity"].unique())
+        for s, colour in zip(sparsities, sns.color_palette("viridis", len(sparsities)), strict=True):
+            mean = part[part["sparsity"] == s].groupby("epoch")[["accuracy", "hardened_accuracy"]].mean() * 100
+            ax.plot(mean.index, mean["accuracy"], color=colour, ls="-", label=f"{s:.0%}, $W$")
+            ax.plot(mean.index, mean["hardened_accuracy"], color=colour, ls="--", label=f"{s:.0%}, $P_S(W)$")
+        ax.set(title=title, xlabel="ADMM epoch", ylabel="validation accuracy (%)")
+    _legend(figure, axes[0][0])
+    return figure
+
+
+def ledger_table(ledger: pd.DataFrame) -> HTML:
+    """The claims with our value, its interval and the coloured verdict."""
+    shown = pd.DataFrame(
+        {
+            "claim": ledger["claim"],
+            "published": ledger["published"],
+            "criterion": ledger["criterion"],
+            "measured": [measured(row) for row in ledger.to_dict("records")],
+            "n": ledger["n"],
+            "verdict": ledger["verdict"],
+        }
+    )
+    styled = shown.style.hide(axis="index").map(
+        lambda v: f"color:{VERDICT_COLOURS[v]};font-weight:600", subset="verdict"
+    )
+    styled = styled.set_properties(**{"text-align": "left"}).set_table_styles(
+        [{"selector": "th", "props": "text-align:left"}]
+    )
+    return HTML(styled.set_uuid("ledger").to_html())
+
+
+def measured(row: dict) -> str:
+    """``mean [low, high]`` of a ledger row, with as many digits as the interval deserves."""
+    if pd.isna(row["measured"]):
+        return "not measured"
+    if pd.isna(row["low"]):
+        return f"{row['measured']:.3g}, no interval"
+    digits = 3 if abs(row["measured"]) < 1 and row["high"] - row["low"] < 0.1 else 2
+    return f"{row['measured']:.{digits}f} [{row['low']:.{digits}f}, {row['high']:.{digits}f}]"
+
+
+house_style()

@@ -97,7 +97,9 @@ def correlation(theta: Mapping[str, Tensor], other: Mapping[str, Tensor], p: flo
         k = kept(1 - p, weight.numel())
         for w in (weight, other[name]):
             if int(w.count_nonzero()) < k:
-                raise ValueError(f"p = {p} asks for {k} weights of {name!r}, which has {int(w.count_nonzero())} nonzero")
+                raise ValueError(
+                    f"p = {p} asks for {k} weights of {name!r}, which has {int(w.count_nonzero())} nonzero"
+                )
         shared += int((keep_largest(weight.abs(), k) & keep_largest(other[name].abs(), k)).sum())
         total += k
     return shared / total

@@ -25,7 +25,8 @@ from lib.files import write_whole
 PROJECT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = PROJECT / "notebooks"
 CLAIM_COLUMNS = (
-    "study system claim source published measured low high n criterion verdict dataset model preset commit".split()
+    *("study", "system", "claim", "source", "published", "measured", "low", "high", "n"),
+    *("criterion", "verdict", "dataset", "model", "preset", "commit"),
 )
 
 
@@ -98,7 +99,10 @@ _COUNT: Check = (lambda v: v >= 1, "whole numbers from 1")
 _NATURAL: Check = (lambda v: v >= 0, "whole numbers from 0")
 CHECKS: dict[str, Check] = {
     "sparsities": _each(lambda v: 0 <= v < 1, "in [0, 1)"),
-    "learning_rates": _each(lambda v: v > 0, "above 0"),
+    "learning_rates": (
+        lambda v: len(v) == 2 and 0 < v[0] < v[1],
+        "two numbers above 0, the insufficient rate first and the larger, desirable one second",
+    ),
     "top_fractions": _each(lambda v: 0 < v <= 1, "in (0, 1]"),
     "seeds": _COUNT,
     "epochs": _COUNT,
@@ -226,7 +230,7 @@ class Study:
     def report_dir(self) -> Path | None:
         """``reports/<preset>`` in a batch run; None when somebody plays in JupyterLab."""
         chosen = self.parameters.get("report_dir", "")
-        return Path(chosen) if chosen else None
+        return PROJECT / chosen if chosen else None  # relative to the project, so that no report holds a user's path
 
     def expect(self, id: str, statement: str, *, source: str, published: str, criterion: Criterion, unit: str = ""):
         """State a claim and its criterion, before any result exists.
@@ -256,7 +260,9 @@ class Study:
 
     def criteria(self) -> pd.DataFrame:
         """The claims as stated, to be shown before the results."""
-        rows = [(c.id, c.statement, f"{c.published} ({c.source})", f"{c.criterion} {c.unit}") for c in self.claims.values()]
+        rows = [
+            (c.id, c.statement, f"{c.published} ({c.source})", f"{c.criterion} {c.unit}") for c in self.claims.values()
+        ]
         return pd.DataFrame(rows, columns=["claim", "statement", "published", "criterion"])
 
     def ledger(self) -> pd.DataFrame:
@@ -291,9 +297,8 @@ class Study:
         """
         if self.report_dir is None:
             return
-        folder = self.report_dir / "results"
-        write_whole(folder / f"{self.name}.csv", results.to_csv(index=False))
-        write_whole(folder / f"{self.name}.claims.csv", self.ledger().to_csv(index=False))
+        write_whole(self.report_dir / "results" / f"{self.name}.csv", results.to_csv(index=False))
+        write_whole(self.report_dir / "claims" / f"{self.name}.csv", self.ledger().to_csv(index=False))
 
     def _repr_html_(self) -> str:
         def table(title: str, rows: dict[str, Any]) -> str:
@@ -347,7 +352,7 @@ def provenance() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The short git commit of the code, with ``+`` behind it when tracked source was changed; ``unknown`` outside git."""
+    """The short git commit, with ``+`` behind it when tracked source was changed; ``unknown`` outside git."""
 
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=PROJECT, capture_output=True, text=True, check=True).stdout.strip()

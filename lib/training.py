@@ -229,7 +229,14 @@ def _from_plain(stored: dict) -> Any:
 def _key(function: Callable, model: nn.Module, args: tuple, kwargs: dict) -> str:
     place = next(model.parameters()).device.type
     versions = [torch.__version__.split("+")[0], place, torch.get_num_threads() if place == "cpu" else 0]
-    parts = [code_version(function), *sorted({code_version(type(m)) for m in model.modules()}), _plain(model), _plain(args), _plain(kwargs), versions]
+    parts = [
+        code_version(function),
+        *sorted({code_version(type(m)) for m in model.modules()}),
+        _plain(model),
+        _plain(args),
+        _plain(kwargs),
+        versions,
+    ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
 
 
@@ -268,9 +275,11 @@ def code_version(root: Callable | type) -> str:
             continue
         seen[name] = _normal_source(item)
         queue.extend(item.__mro__ if isinstance(item, type) else ())
-        functions = [f for f in vars(item).values() if callable(f) or isinstance(f, property)] if isinstance(
-            item, type
-        ) else [item]
+        functions = (
+            [f for f in vars(item).values() if callable(f) or isinstance(f, property)]
+            if isinstance(item, type)
+            else [item]
+        )
         for function in functions:
             queue.extend(_references(getattr(function, "fget", function)))
     return hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()[:16]
@@ -300,7 +309,12 @@ def _normal_source(item: Any) -> str:
         return repr(getattr(getattr(item, "__code__", item), "co_code", item))
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
-        if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+        if (
+            isinstance(body, list)
+            and body
+            and isinstance(body[0], ast.Expr)
+            and isinstance(body[0].value, ast.Constant)
+        ):
             body.pop(0)
     return ast.dump(tree)
 

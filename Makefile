@@ -1,0 +1,31 @@
+VENV   ?= .venv
+PYTHON ?= python3
+PRESET ?= quick
+RUN     = $(VENV)/bin/python -m
+
+.PHONY: reports test lab benchmarks clean
+
+reports: $(VENV)/ready  ## run every study at PRESET and render reports/PRESET/index.html
+	$(RUN) lib.reproduce --preset $(PRESET)
+
+test: $(VENV)/ready  ## lint, unit tests, every notebook at the smoke preset, one report from end to end
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(RUN) pytest -n 2 --dist loadfile
+	$(RUN) lib.reproduce --preset smoke --prepare-only build/smoke
+	$(RUN) pytest --nbval-lax --nbval-current-env --nbval-cell-timeout 120 -n 2 --dist loadfile build/smoke
+
+lab: $(VENV)/ready  ## open the notebooks in JupyterLab
+	$(RUN) jupyterlab --notebook-dir=notebooks
+
+benchmarks: $(VENV)/ready  ## print the speed tables
+	for f in tests/benchmarks/*.py; do $(VENV)/bin/python $$f; done
+
+$(VENV)/ready: requirements.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else 0'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+clean:  ## remove what runs leave behind, committed reports excepted
+	rm -rf build .cache reports/quick reports/smoke .pytest_cache .ruff_cache
