@@ -12,8 +12,8 @@ test: $(VENV)/ready  ## lint, unit tests, every notebook at the smoke preset, on
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
 	$(RUN) pytest -n 2 --dist loadfile
-	$(RUN) lib.reproduce --preset smoke --prepare-only build/smoke
-	$(RUN) pytest --nbval-lax --nbval-current-env --nbval-cell-timeout 120 -n 2 --dist loadfile build/smoke
+	$(RUN) lib.reproduce --preset smoke --prepare-only build/nbval
+	$(RUN) pytest --nbval-lax --nbval-current-env --nbval-cell-timeout 120 -n 2 --dist loadfile build/nbval
 
 lab: $(VENV)/ready  ## open the notebooks in JupyterLab
 	$(RUN) jupyterlab --notebook-dir=notebooks

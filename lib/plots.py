@@ -3,8 +3,8 @@
 import base64
 import html
 import io
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -13,6 +13,7 @@ import seaborn as sns
 from IPython.display import HTML
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 BLUE, ORANGE, GREEN, RED, PURPLE, BROWN = sns.color_palette("deep", 6)
 GREY = "0.45"
@@ -70,7 +71,7 @@ def _sparsity_axis(ax: Axes, sparsities: Sequence[float]) -> None:
     ax.invert_xaxis()
     ax.set_xticks([1 - s for s in sparsities], [f"{s:.0%}" for s in sparsities])
     ax.minorticks_off()
-    ax.set_xlabel("sparsity of the pruned layers (spaced by the logarithm of the density)")
+    ax.set_xlabel("sparsity of the pruned layers (log scale of density)")
 
 
 def accuracy_against_sparsity(
@@ -138,30 +139,22 @@ def accuracy_against_budget(
     for ax, (lr, title) in zip(axes[0], panel_titles.items(), strict=True):
         part = results[results["lr"] == lr]
         dense = part[part["mode"].str.startswith("dense")].groupby("total_epochs")["accuracy_percent"].mean()
-        ax.plot(dense.index, dense, color=GREY, ls="--", marker=".", label="dense (T, 2T)")
-        for mode, style in modes.items():
-            for mask, marker in markers.items():
-                chosen = part[(part["mode"] == mode) & (part["mask"] == mask)]
-                values = chosen["accuracy_percent"]
-                if len(values):
-                    spread = [[values.mean() - values.min()], [values.max() - values.mean()]]
-                    ax.errorbar(
-                        chosen["total_epochs"].iloc[0],
-                        values.mean(),
-                        spread,
-                        color=style["color"],
-                        marker=marker,
-                        ms=7,
-                        ls="",
-                        lw=1,
-                        label=f"{mode}, {mask}",
-                    )
-        ax.set(title=title, xlabel="epochs in total, mask search included", ylabel="test accuracy (%)")
-        ax.set_xscale("log")
+        ax.plot(dense.index, dense, color=GREY, ls="--", marker=".")
+        for (mode, mask), runs in part.groupby(["mode", "mask"]):
+            if mode in modes and mask in markers:
+                values = runs["accuracy_percent"]
+                spread = [[values.mean() - values.min()], [values.max() - values.mean()]]
+                look = {"color": modes[mode]["color"], "marker": markers[mask], "ms": 7, "lw": 1}
+                ax.errorbar(runs["total_epochs"].iloc[0], values.mean(), spread, ls="", **look)
+        ax.set(title=title, xlabel="epochs in total, mask search included", ylabel="test accuracy (%)", xscale="log")
         ticks = sorted(part["total_epochs"].unique())
         ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
         ax.minorticks_off()
-    _legend(figure, axes[0][0])
+    key = [Line2D([], [], color=GREY, ls="--", marker=".", label="dense, T and 2T")]
+    key += [Line2D([], [], color=s["color"], lw=4, label=mode) for mode, s in modes.items()]
+    key += [Line2D([], [], color="0.2", ls="", marker=m, label=f"{mask} mask") for mask, m in markers.items()]
+    figure.tight_layout()
+    figure.legend(handles=key, loc="center left", bbox_to_anchor=(1.0, 0.55))
     return figure
 
 
@@ -220,8 +213,10 @@ def admm_convergence(diagnostics: pd.DataFrame, panel_titles: dict[float, str]) 
         sparsities = sorted(part["sparsity"].unique())
         for s, colour in zip(sparsities, sns.color_palette("viridis", len(sparsities)), strict=True):
             mean = part[part["sparsity"] == s].groupby("epoch")[["accuracy", "hardened_accuracy"]].mean() * 100
-            ax.plot(mean.index, mean["accuracy"], color=colour, ls="-", label=f"{s:.0%}, $W$")
-            ax.plot(mean.index, mean["hardened_accuracy"], color=colour, ls="--", label=f"{s:.0%}, $P_S(W)$")
+            ax.plot(mean.index, mean["accuracy"], color=colour, marker=".", ls="-", label=f"{s:.0%}, $W$")
+            ax.plot(
+                mean.index, mean["hardened_accuracy"], color=colour, marker=".", ls="--", label=f"{s:.0%}, $P_S(W)$"
+            )
         ax.set(title=title, xlabel="ADMM epoch", ylabel="validation accuracy (%)")
     _legend(figure, axes[0][0])
     return figure
@@ -239,13 +234,16 @@ def ledger_table(ledger: pd.DataFrame) -> HTML:
             "verdict": ledger["verdict"],
         }
     )
-    styled = shown.style.hide(axis="index").map(
-        lambda v: f"color:{VERDICT_COLOURS[v]};font-weight:600", subset="verdict"
-    )
-    styled = styled.set_properties(**{"text-align": "left"}).set_table_styles(
-        [{"selector": "th", "props": "text-align:left"}]
-    )
-    return HTML(styled.set_uuid("ledger").to_html())
+    return table(shown, verdict=lambda v: f"color:{VERDICT_COLOURS[v]};font-weight:600")
+
+
+def table(frame: pd.DataFrame, **styles: Callable[[Any], str]) -> HTML:
+    """A data frame as a page shows it: no index, left-aligned, nothing cut off; ``styles`` give CSS by column."""
+    styled = frame.style.hide(axis="index").format(na_rep="–", precision=2).set_properties(**{"text-align": "left"})
+    for column, css in styles.items():
+        styled = styled.map(css, subset=column)
+    styled = styled.set_table_styles([{"selector": "th", "props": "text-align:left"}])
+    return HTML(styled.set_uuid("-".join(map(str, frame.columns[:2])).replace(" ", "_")).to_html())
 
 
 def measured(row: dict) -> str:

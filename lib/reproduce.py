@@ -180,10 +180,10 @@ def _mathml(markdown: str) -> str:
 def write_index(reports: Path, outcomes: list[Outcome]) -> None:
     """``claims.csv`` from the studies' own claims, and ``index.html``: studies, then the ledger by system."""
     found = [pd.read_csv(path, keep_default_na=False) for path in sorted((reports / "claims").glob("*.csv"))]
-    ledger = pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=CLAIM_COLUMNS)
+    ledger = pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=[*CLAIM_COLUMNS])
     for column in ("measured", "low", "high"):
         ledger[column] = pd.to_numeric(ledger[column])
-    write_whole(reports / "claims.csv", ledger[CLAIM_COLUMNS].to_csv(index=False))
+    write_whole(reports / "claims.csv", ledger[[*CLAIM_COLUMNS]].to_csv(index=False))
     write_whole(reports / "index.html", _index_page(reports.name, ledger, outcomes))
 
 
@@ -235,6 +235,13 @@ def last_outcome(study: str, build: Path) -> Outcome | None:
         return None
 
 
+def build_folder(reports: Path) -> Path:
+    """Where executed notebooks, logs and outcomes of the runs behind a report folder lie."""
+    reports = reports.resolve()
+    own = reports.parent == PROJECT / "reports"
+    return PROJECT / "build" / (reports.name if own else hashlib.sha256(str(reports).encode()).hexdigest()[:8])
+
+
 def reproduce(
     preset: str, *, only: list[str] | None = None, jobs: int = 1, force: bool = False, reports: Path | None = None
 ) -> list[Outcome]:
@@ -250,7 +257,7 @@ def reproduce(
     if unknown := [name for name in only or [] if name not in parameters]:
         raise ParameterError(f"study {unknown[0]!r} is unknown: allowed are {', '.join(parameters)}")
     reports = (reports or PROJECT / "reports" / preset).resolve()
-    build = PROJECT / "build" / hashlib.sha256(str(reports).encode()).hexdigest()[:8]
+    build = build_folder(reports)
     write_whole(reports / ".writable", "")  # a read-only folder is refused now, not after an hour
     (reports / ".writable").unlink()
     build.mkdir(parents=True, exist_ok=True)

@@ -76,6 +76,16 @@ def declared(study: str) -> dict[str, Parameter]:
     return found
 
 
+def _parsed(value: Any, kind: str) -> Any:
+    """A list that came as text: ``papermill -p name "[0.5, 0.9]"`` passes it so. Anything else is left as it is."""
+    if isinstance(value, str) and kind.startswith("list["):
+        try:
+            return ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            return value
+    return value
+
+
 def _has_type(value: Any, kind: str) -> bool:
     """Whether a value fits ``int``, ``float``, ``str``, ``bool`` or a ``list[...]`` of one; an int is a float too."""
     if kind.startswith("list["):
@@ -131,13 +141,17 @@ def check_parameters(study: str, given: dict[str, Any]) -> dict[str, Any]:
     for name in given:
         if name not in known:
             raise ParameterError(f"parameter {name!r} is unknown in {study}: allowed are {', '.join(known)}")
-    values = {name: given.get(name, p.default) for name, p in known.items()}
+    values = {name: _parsed(given.get(name, p.default), p.type) for name, p in known.items()}
     for name, value in values.items():
         if not _has_type(value, known[name].type):
             raise ParameterError(f"{name} = {value!r} is {type(value).__name__}: expected {known[name].type}")
         test, allowed = CHECKS.get(name, (lambda v: True, ""))
         if not test(value):
             raise ParameterError(f"{name} = {value!r}: allowed are {allowed}")
+    if values.get("rewind_epoch", 0) > values.get("epochs", 0):
+        raise ParameterError(
+            f"rewind_epoch = {values['rewind_epoch']}: allowed are whole numbers up to epochs = {values['epochs']}"
+        )
     try:
         if "model" in values:
             models.builder(values["model"])
@@ -173,9 +187,6 @@ class Criterion:
     bound: float
     n: int = 3
 
-    def __str__(self) -> str:
-        return f"{self.sign} {self.bound:g}, n >= {self.n}"
-
     def verdict(self, low: float, high: float, n: int) -> Verdict:
         """``reproduced`` if all of [low, high] meets the bound, ``not reproduced`` if none does."""
         if n < self.n or not (np.isfinite(low) and np.isfinite(high)):
@@ -209,6 +220,12 @@ class Claim:
     published: str
     criterion: Criterion
     unit: str = ""
+
+    @property
+    def wording(self) -> str:
+        """The criterion as a reader sees it, with its unit."""
+        c = self.criterion
+        return f"{c.sign} {c.bound:g}{self.unit and ' ' + self.unit}, from {c.n} or more seeds"
 
 
 # --- the study --------------------------------------------------------------------------------------------------------
@@ -260,9 +277,7 @@ class Study:
 
     def criteria(self) -> pd.DataFrame:
         """The claims as stated, to be shown before the results."""
-        rows = [
-            (c.id, c.statement, f"{c.published} ({c.source})", f"{c.criterion} {c.unit}") for c in self.claims.values()
-        ]
+        rows = [(c.id, c.statement, f"{c.published} ({c.source})", c.wording) for c in self.claims.values()]
         return pd.DataFrame(rows, columns=["claim", "statement", "published", "criterion"])
 
     def ledger(self) -> pd.DataFrame:
@@ -282,12 +297,12 @@ class Study:
                 "claim": f"{c.id} {c.statement}",
                 "source": c.source,
                 "published": c.published,
-                "criterion": f"{c.criterion} {c.unit}".strip(),
+                "criterion": c.wording,
             }
             | self.verdicts.get(c.id, nothing)
             for c in self.claims.values()
         ]
-        return pd.DataFrame(rows, columns=CLAIM_COLUMNS)
+        return pd.DataFrame(rows, columns=[*CLAIM_COLUMNS])
 
     def save(self, results: pd.DataFrame) -> None:
         """Write the tidy results and this study's claims, when the study was given a ``report_dir``.
@@ -326,6 +341,7 @@ def open_study(name: str, system: str, namespace: dict[str, Any]) -> Study:
     given = {k: namespace[k] for k in declared(name) if k in namespace}
     given |= {k: namespace.get(k) for k in _injected(namespace.get("In", []))}
     parameters = check_parameters(name, given)
+    namespace.update(parameters)  # lists that came as text are lists from here on
     torch.set_num_threads(parameters.get("threads", 1))
     study = Study(name, system, parameters, provenance())
     if study.report_dir is not None:

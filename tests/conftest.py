@@ -1,0 +1,44 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from lib import data, models
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _isolated(tmp_path, monkeypatch):
+    """Each test has a cache of its own and one thread, as a study has."""
+    monkeypatch.setenv("CACHE_ROOT", str(tmp_path / "cache"))
+    monkeypatch.delenv("DATA_ROOT", raising=False)
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def images():
+    """A thousand real training images."""
+    return data.load(train_size=1000, test_size=500, validation_size=500)
+
+
+@pytest.fixture
+def net(images):
+    return models.build("lenet300", images.shape, images.classes, seed=1)
+
+
+@pytest.fixture
+def study_file():
+    """The notebook that parameter tests speak of."""
+    path = PROJECT / "notebooks" / "01_lottery_ticket_vs_finetuning.ipynb"
+    return path, json.loads(path.read_text())
+
+
+@pytest.fixture
+def chromium():
+    found = shutil.which("chromium") or shutil.which("google-chrome")
+    if not found:
+        pytest.skip("no headless browser on this machine")
+    return found

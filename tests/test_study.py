@@ -1,0 +1,174 @@
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from lib import study as room
+from lib.reproduce import NOTEBOOKS, preset_parameters, presets, studies
+from lib.study import Criterion, ParameterError, check_parameters, declared, interval, open_study
+
+NAME = "01_lottery_ticket_vs_finetuning"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"sparsity": [0.5]}, "parameter 'sparsity' is unknown .*allowed are dataset"),
+        ({"epochs": "3"}, "epochs = '3' is str: expected int"),
+        ({"epochs": 2.5}, "epochs = 2.5 is float: expected int"),
+        ({"epochs": True}, "epochs = True is bool: expected int"),
+        ({"weight_decay": "1e-3"}, "weight_decay = '1e-3' is str: expected float"),
+        ({"epochs": -1}, "epochs = -1: allowed are whole numbers from 1"),
+        ({"sparsities": [0.5, 1.0]}, r"sparsities = \[0.5, 1.0\].*in \[0, 1\)"),
+        ({"sparsities": [-0.1]}, "sparsities"),
+        ({"sparsities": []}, "sparsities = .*a list of 1 or more"),
+        ({"sparsities": 0.5}, r"expected list\[float\]"),
+        ({"sparsities": ["0.5"]}, r"expected list\[float\]"),
+        ({"sparsities": [0.5, 0.5]}, "different values"),
+        ({"learning_rates": [0.1, 0.01]}, "the insufficient rate first"),
+        ({"learning_rates": [0.1]}, "two numbers above 0"),
+        ({"seeds": 0}, "seeds = 0"),
+        ({"dataset": "fashion"}, "dataset 'fashion' is unknown: allowed are fashion_mnist"),
+        ({"model": "lenet"}, "model 'lenet' is unknown: allowed are lenet5"),
+        ({"data_root": "no/such/root"}, "data_root 'no/such/root' is not a folder"),
+        ({"rho": float("nan")}, "rho = nan"),
+        ({"rewind_epoch": 7}, "rewind_epoch = 7: allowed are whole numbers up to epochs = 6"),
+    ],
+)
+def test_bad_parameters_are_named_in_one_line(given, message):
+    with pytest.raises(ParameterError, match=message) as error:
+        check_parameters(NAME, given)
+    assert "\n" not in str(error.value)
+    assert len(error.value._render_traceback_()) == 1
+
+
+def test_good_parameters_come_with_defaults():
+    values = check_parameters(NAME, {"epochs": 2, "weight_decay": 0})
+    assert values["epochs"] == 2
+    assert values["dataset"] == "fashion_mnist"
+    assert set(values) == set(declared(NAME))
+
+
+def test_unknown_study_is_named():
+    with pytest.raises(ParameterError, match="'02_none' is unknown: allowed are 01_"):
+        declared("02_none")
+
+
+def test_names_that_papermill_injected_are_checked():
+    cells = ["", "epochs: int = 6", "# Parameters\nepoch = 3\n"]
+    with pytest.raises(ParameterError, match="parameter 'epoch' is unknown"):
+        open_study(NAME, "s", {"epoch": 3, "In": cells})
+
+
+def test_read_only_report_folder_is_refused_before_anything_runs(tmp_path):
+    blocker = tmp_path / "file"
+    blocker.write_text("not a folder")  # root may write to any folder, so a mode would not stop it
+    with pytest.raises(ParameterError, match=r"report_dir = .*cannot write"):
+        open_study(NAME, "s", {"report_dir": str(blocker / "reports")})
+
+
+@pytest.fixture
+def opened(tmp_path):
+    return open_study(NAME, "Some system", {"report_dir": str(tmp_path / "paper"), "seeds": 3})
+
+
+def test_results_contract(opened, tmp_path):
+    opened.expect("1", "a > b", source="X 2021", published="+1", criterion=Criterion(">=", 0), unit="points")
+    opened.expect("2", "never measured", source="X 2021", published="", criterion=Criterion(">=", 0))
+    opened.settle("1", [1.0, 2.0, 3.0])
+    opened.save(pd.DataFrame({"seed": [0], "trial": [0], "accuracy_percent": [90.0]}))
+    columns = (
+        "study, system, claim, source, published, measured, low, high, n, "
+        "criterion, verdict, dataset, model, preset, commit"
+    )
+    ledger = pd.read_csv(tmp_path / "paper" / "claims" / f"{NAME}.csv")
+    assert ", ".join(ledger.columns) == columns
+    assert list(ledger["verdict"]) == ["reproduced", "inconclusive"]  # a claim without a measurement stays
+    assert list(ledger["preset"]) == ["paper", "paper"]
+    assert list(pd.read_csv(tmp_path / "paper" / "results" / f"{NAME}.csv").columns)[:2] == ["seed", "trial"]
+
+
+def test_claims_are_stated_once_and_before_they_are_settled(opened):
+    opened.expect("1", "a", source="", published="", criterion=Criterion(">=", 0))
+    with pytest.raises(ValueError, match="stated twice"):
+        opened.expect("1", "b", source="", published="", criterion=Criterion(">=", 0))
+    with pytest.raises(KeyError):
+        opened.settle("2", [1.0])
+
+
+@pytest.mark.parametrize(
+    ("sign", "low", "high", "n", "verdict"),
+    [
+        (">=", 0.1, 0.5, 3, "reproduced"),
+        (">=", 0.0, 0.5, 3, "reproduced"),
+        (">=", -0.1, 0.5, 3, "inconclusive"),
+        (">=", -0.5, -0.1, 3, "not reproduced"),
+        ("<=", -0.5, -0.1, 3, "reproduced"),
+        ("<=", 0.1, 0.5, 9, "not reproduced"),
+        (">=", 0.1, 0.5, 2, "inconclusive"),
+        (">=", np.nan, np.nan, 3, "inconclusive"),
+    ],
+)
+def test_verdicts(sign, low, high, n, verdict):
+    assert Criterion(sign, 0.0, n=3).verdict(low, high, n) == verdict
+
+
+def test_interval_covers_the_mean_about_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    hits = [low <= 0 <= high for _, low, high in (interval(rng.normal(size=30)) for _ in range(300))]
+    assert 0.88 < np.mean(hits) < 0.985
+
+
+def test_interval_of_few_values():
+    assert interval([2.0])[0] == 2
+    assert np.isnan(interval([2.0])[1])
+    assert interval([1.0, 1.0, 1.0]) == (1, 1, 1)
+    assert interval([1.0, 2.0, 4.0]) == interval([1.0, 2.0, 4.0])
+
+
+# --- the notebooks and presets as files -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", studies())
+def test_notebook_is_clean(name):
+    text = (NOTEBOOKS / f"{name}.ipynb").read_text()
+    notebook = nbformat.reads(text, 4)
+    nbformat.validate(notebook)
+    assert notebook.metadata.kernelspec.name == "python3"
+    assert not any(c.get("outputs") or c.get("execution_count") for c in notebook.cells)
+    assert not any(f"/{folder}/" in text for folder in ("home", "root", "Users", "tmp", "work"))
+    parameters = declared(name)  # one cell, `name: type = literal` on every line
+    assert all(p.help and not set("\"'") & set(p.help) for p in parameters.values())
+    assert parameters["report_dir"].default == ""
+    assert check_parameters(name, {}) == {p.name: p.default for p in parameters.values()}
+    code = [c.source.splitlines() for c in notebook.cells if c.cell_type == "code"]
+    assert max(map(len, code)) <= 25
+    assert notebook.cells[0].source.startswith("# ")
+
+
+@pytest.mark.parametrize("preset", presets())
+def test_preset_fits_the_notebooks(preset):
+    given = yaml.safe_load((NOTEBOOKS / "presets" / f"{preset}.yaml").read_text())
+    assert set(given) == set(studies())
+    assert set(preset_parameters(preset)) == set(studies())
+
+
+def test_unknown_preset_is_named():
+    with pytest.raises(ParameterError, match="'fast' is unknown: allowed are paper, quick, smoke"):
+        preset_parameters("fast")
+
+
+def test_parameter_help_is_what_papermill_shows():
+    from papermill import inspect_notebook
+
+    found = inspect_notebook(str(NOTEBOOKS / f"{NAME}.ipynb"))
+    mine = declared(NAME)
+    assert list(found) == list(mine)
+    assert all(found[n]["help"] == mine[n].help for n in mine)
+    assert all(found[n]["inferred_type_name"] == mine[n].type for n in mine)
+
+
+def test_provenance_has_no_path(opened):
+    assert str(room.PROJECT) not in opened._repr_html_()
+    assert {"commit", "torch", "device", "threads"} <= set(opened.provenance)
