@@ -81,7 +81,7 @@ def accuracy_against_sparsity(
     styles: dict[str, dict],
     panel: str = "lr",
     panel_titles: dict[float, str],
-    baselines: dict[str, tuple[float, dict]] | None = None,
+    reach: float = 10.0,
 ) -> Figure:
     """Test accuracy against sparsity, one panel per value of ``panel``, one line per value of ``line``.
 
@@ -89,9 +89,10 @@ def accuracy_against_sparsity(
         results: columns ``sparsity``, ``accuracy_percent``, ``mode``, and those named by ``line`` and ``panel``; rows
             whose ``mode`` begins with ``dense`` are the baselines.
         styles: the lines to draw, in order, with their matplotlib style.
-        panel_titles: the panels, in order, with their titles.
+        panel_titles: the panels, in order, with their titles; each has a vertical axis of its own.
+        reach: how many points below the dense network the axis goes at most; a line may leave it.
     """
-    figure, axes = plt.subplots(1, len(panel_titles), figsize=(5.2 * len(panel_titles), 4), sharey=True, squeeze=False)
+    figure, axes = plt.subplots(1, len(panel_titles), figsize=(5.2 * len(panel_titles), 4), squeeze=False)
     for ax, (value, title) in zip(axes[0], panel_titles.items(), strict=True):
         part = results[results[panel] == value]
         for mode, dash in (("dense", "--"), ("dense, 2T", ":")):
@@ -116,6 +117,7 @@ def accuracy_against_sparsity(
         _sparsity_axis(ax, sorted(sparse["sparsity"].unique()))
         ax.set(title=title, ylabel="test accuracy (%)")
         ax.get_legend().remove()
+        ax.set_ylim(bottom=max(ax.get_ylim()[0], part.loc[part["mode"] == "dense", "accuracy_percent"].mean() - reach))
     _legend(figure, axes[0][0])
     return figure
 

@@ -5,6 +5,7 @@ good run is left alone, and inside a study every finished training run comes fro
 """
 
 import argparse
+import base64
 import concurrent.futures
 import hashlib
 import html
@@ -37,6 +38,7 @@ class Outcome:
     key: str
     error: str
     minutes: float
+    has_figure: bool
 
 
 def studies() -> list[str]:
@@ -143,9 +145,13 @@ def run_study(study: str, parameters: dict[str, Any], reports: Path, build: Path
                 process.terminate()
                 process.wait()
     error = _failure(executed, process.returncode)
+    first = None
     if executed.is_file():
-        write_whole(reports / f"{study}.html", render(executed))
-    outcome = Outcome(study, key, error, round((time.monotonic() - started) / 60, 2))
+        page = render(executed)
+        write_whole(reports / f"{study}.html", page)
+        if first := re.search(r'<img src="data:image/svg\+xml;base64,([^"]+)"', page):
+            write_whole(reports / "figures" / f"{study}.svg", base64.b64decode(first[1]))
+    outcome = Outcome(study, key, error, round((time.monotonic() - started) / 60, 2), first is not None)
     write_whole(build / f"{study}.json", json.dumps(asdict(outcome)))
     return outcome
 
@@ -194,12 +200,16 @@ def _index_page(preset: str, ledger: pd.DataFrame, outcomes: list[Outcome]) -> s
     def coloured(text: str, colour: str) -> str:
         return f'<strong style="color:{colour}">{html.escape(text)}</strong>'
 
-    lines = [row("study", "state", "minutes", "claims", tag="th")]
+    lines = [row("study", "state", "minutes", "claims", "first figure", tag="th")]
     for o in outcomes:
         state = coloured(f"failed: {o.error}", "#b42318") if o.error else "complete"
         counts = ledger.loc[ledger["study"] == o.study, "verdict"].value_counts()
         verdicts = ", ".join(coloured(f"{n} {v}", VERDICT_COLOURS[v]) for v, n in counts.items())
-        lines.append(row(f'<a href="{o.study}.html">{o.study}</a>', state, f"{o.minutes:.1f}", verdicts))
+        link = f'<a href="{o.study}.html">{o.study}</a>'
+        figure = (
+            f'<img src="figures/{o.study}.svg" alt="first figure of {o.study}" width="420">' if o.has_figure else ""
+        )
+        lines.append(row(link, state, f"{o.minutes:.1f}", verdicts, figure))
     parts = [f"<table>{''.join(lines)}</table><h2>Ledger of published claims</h2>"]
     for system, claims in ledger.groupby("system"):
         rows = [row("claim", "published", "criterion", "measured, 95 % interval", "n", "verdict", "study", tag="th")]

@@ -27,7 +27,14 @@ def smoke(tmp_path_factory):
 
 
 def test_everything_that_the_contract_names_is_there(smoke):
-    assert {p.name for p in smoke.iterdir()} == {f"{NAME}.html", "index.html", "claims.csv", "results", "claims"}
+    assert {p.name for p in smoke.iterdir()} == {
+        f"{NAME}.html",
+        "index.html",
+        "claims.csv",
+        "results",
+        "claims",
+        "figures",
+    }
     ledger = pd.read_csv(smoke / "claims.csv")
     assert tuple(ledger.columns) == study.CLAIM_COLUMNS
     assert set(ledger["verdict"]) == {"inconclusive"}  # one seed is no evidence
