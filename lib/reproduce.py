@@ -149,7 +149,7 @@ def run_study(study: str, parameters: dict[str, Any], reports: Path, build: Path
     if executed.is_file():
         page = render(executed)
         write_whole(reports / f"{study}.html", page)
-        if first := re.search(r'<img src="data:image/svg\+xml;base64,([^"]+)"', page):
+        if first := re.search(r'<img[^>]* src="data:image/svg\+xml;base64,([^"]+)"', page):
             write_whole(reports / "figures" / f"{study}.svg", base64.b64decode(first[1]))
     outcome = Outcome(study, key, error, round((time.monotonic() - started) / 60, 2), first is not None)
     write_whole(build / f"{study}.json", json.dumps(asdict(outcome)))

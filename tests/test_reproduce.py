@@ -43,6 +43,12 @@ def test_everything_that_the_contract_names_is_there(smoke):
     assert {"seed", "trial", "quantity", "value"} <= set(results.columns)
 
 
+def test_the_first_figure_stands_alone_for_the_index(smoke):
+    figure = (smoke / "figures" / f"{NAME}.svg").read_text()
+    assert "desirable rate" in figure  # a curve's title, not one of the page's icons
+    assert f"figures/{NAME}.svg" in (smoke / "index.html").read_text()
+
+
 def test_budgets_count_every_epoch(smoke):
     results = pd.read_csv(smoke / "results" / f"{NAME}.csv").query("quantity == 'accuracy_percent'")
     spent = results.groupby(["mask", "sparsity", "mode"])["total_epochs"].unique().apply(tuple).to_dict()
