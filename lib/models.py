@@ -1,6 +1,7 @@
 """Network builders by name, and the layers that constraints apply to."""
 
 import re
+from collections import OrderedDict
 from collections.abc import Callable
 
 import torch
@@ -19,9 +20,18 @@ def lenet5(shape: tuple[int, int, int], classes: int) -> nn.Module:
     if flat <= 0:
         raise ValueError(f"lenet5 needs images of at least 16x16, got {h}x{w}")
     return nn.Sequential(
-        _named(conv1=nn.Conv2d(c, 20, 5), relu1=nn.ReLU(), pool1=nn.MaxPool2d(2))
-        | _named(conv2=nn.Conv2d(20, 50, 5), relu2=nn.ReLU(), pool2=nn.MaxPool2d(2), flat=nn.Flatten())
-        | _named(fc1=nn.Linear(flat, 500), relu3=nn.ReLU(), fc2=nn.Linear(500, classes))
+        OrderedDict(
+            conv1=nn.Conv2d(c, 20, 5),
+            relu1=nn.ReLU(),
+            pool1=nn.MaxPool2d(2),
+            conv2=nn.Conv2d(20, 50, 5),
+            relu2=nn.ReLU(),
+            pool2=nn.MaxPool2d(2),
+            flat=nn.Flatten(),
+            fc1=nn.Linear(flat, 500),
+            relu3=nn.ReLU(),
+            fc2=nn.Linear(500, classes),
+        )
     )
 
 
@@ -29,8 +39,14 @@ def lenet300(shape: tuple[int, int, int], classes: int) -> nn.Module:
     """LeNet-300-100: two hidden layers of 300 and 100 neurons (266,200 weights on 28x28)."""
     c, h, w = shape
     return nn.Sequential(
-        _named(flat=nn.Flatten(), fc1=nn.Linear(c * h * w, 300), relu1=nn.ReLU())
-        | _named(fc2=nn.Linear(300, 100), relu2=nn.ReLU(), fc3=nn.Linear(100, classes))
+        OrderedDict(
+            flat=nn.Flatten(),
+            fc1=nn.Linear(c * h * w, 300),
+            relu1=nn.ReLU(),
+            fc2=nn.Linear(300, 100),
+            relu2=nn.ReLU(),
+            fc3=nn.Linear(100, classes),
+        )
     )
 
 
@@ -45,8 +61,8 @@ def vgg(shape: tuple[int, int, int], classes: int, width: int = 16) -> nn.Module
             stages[f"relu{stage}_{i}"] = nn.ReLU()
             channels = out
         stages[f"pool{stage}"] = nn.MaxPool2d(2)
-    head = _named(pool=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten(), fc=nn.Linear(channels, classes))
-    return nn.Sequential(_named(**stages) | head)
+    head = OrderedDict(pool=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten(), fc=nn.Linear(channels, classes))
+    return nn.Sequential(OrderedDict(**stages) | head)
 
 
 class BasicBlock(nn.Module):
@@ -76,20 +92,16 @@ def resnet(shape: tuple[int, int, int], classes: int, depth: int = 20, width: in
     n, rest = divmod(depth - 2, 6)
     if rest or n < 1:
         raise ValueError(f"resnet depth = {depth}: allowed are 8, 14, 20, 26, ... (6n + 2)")
-    layers = _named(conv1=nn.Conv2d(shape[0], width, 3, 1, 1, bias=False), bn1=nn.BatchNorm2d(width), relu1=nn.ReLU())
+    layers = OrderedDict(
+        conv1=nn.Conv2d(shape[0], width, 3, 1, 1, bias=False), bn1=nn.BatchNorm2d(width), relu1=nn.ReLU()
+    )
     channels = width
     for stage, out in enumerate((width, 2 * width, 4 * width), start=1):
         for i in range(n):
             layers[f"block{stage}_{i + 1}"] = BasicBlock(channels, out, 2 if stage > 1 and i == 0 else 1)
             channels = out
-    head = _named(pool=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten(), fc=nn.Linear(channels, classes))
+    head = OrderedDict(pool=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten(), fc=nn.Linear(channels, classes))
     return nn.Sequential(layers | head)
-
-
-def _named(**layers: nn.Module):
-    from collections import OrderedDict
-
-    return OrderedDict(layers)
 
 
 def _torchvision(name: str, shape: tuple[int, int, int], classes: int) -> nn.Module:

@@ -111,7 +111,7 @@ def broken(tmp_path, monkeypatch):
         nbformat.write(notebook, folder / f"{name}.ipynb")
     (folder / "presets" / "smoke.yaml").write_text("03_works: {n: 7}\n")
     monkeypatch.setattr(room, "NOTEBOOKS", folder)
-    monkeypatch.setattr(study, "NOTEBOOKS", folder)
+    monkeypatch.setattr(study.parameters, "NOTEBOOKS", folder)
     study.declared.cache_clear()
     yield folder
     study.declared.cache_clear()

@@ -4,9 +4,8 @@ import pandas as pd
 import pytest
 import yaml
 
-from lib import study as room
 from lib.reproduce import NOTEBOOKS, preset_parameters, presets, studies
-from lib.study import Criterion, ParameterError, check_parameters, declared, interval, open_study
+from lib.study import PROJECT, Criterion, ParameterError, check_parameters, declared, interval, open_study
 
 NAME = "01_lottery_ticket_vs_finetuning"
 
@@ -170,5 +169,5 @@ def test_parameter_help_is_what_papermill_shows():
 
 
 def test_provenance_has_no_path(opened):
-    assert str(room.PROJECT) not in opened._repr_html_()
+    assert str(PROJECT) not in opened._repr_html_()
     assert {"commit", "torch", "device", "threads"} <= set(opened.provenance)

@@ -1,0 +1,21 @@
+"""What every study notebook shares: checked parameters, provenance, results, and claims with their verdicts."""
+
+from lib.study.claims import CLAIM_COLUMNS, Claim, Criterion, interval
+from lib.study.opened import Study, open_study
+from lib.study.parameters import NOTEBOOKS, PROJECT, ParameterError, check_parameters, declared
+from lib.study.progress import Progress
+
+__all__ = [
+    "CLAIM_COLUMNS",
+    "NOTEBOOKS",
+    "PROJECT",
+    "Claim",
+    "Criterion",
+    "ParameterError",
+    "Progress",
+    "Study",
+    "check_parameters",
+    "declared",
+    "interval",
+    "open_study",
+]

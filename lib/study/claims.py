@@ -1,0 +1,68 @@
+"""Published claims: criteria fixed before the run, intervals, and the verdicts that follow from the two."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from scipy import stats
+
+CLAIM_COLUMNS = (
+    *("study", "system", "claim", "source", "published", "measured", "low", "high", "n"),
+    *("criterion", "verdict", "dataset", "model", "preset", "commit"),
+)
+
+Verdict = Literal["reproduced", "not reproduced", "inconclusive"]
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """``value >= bound`` or ``value <= bound`` for the whole 95 % interval, from at least ``n`` independent runs.
+
+    >>> Criterion(">=", 0.0, n=3).verdict(low=0.1, high=0.4, n=5)
+    'reproduced'
+    """
+
+    sign: Literal[">=", "<="]
+    bound: float
+    n: int = 3
+
+    def verdict(self, low: float, high: float, n: int) -> Verdict:
+        """``reproduced`` if all of [low, high] meets the bound, ``not reproduced`` if none does."""
+        if n < self.n or not (np.isfinite(low) and np.isfinite(high)):
+            return "inconclusive"
+        met = [v >= self.bound if self.sign == ">=" else v <= self.bound for v in (low, high)]
+        return "reproduced" if all(met) else "inconclusive" if any(met) else "not reproduced"
+
+
+def interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
+    """Mean and percentile-bootstrap interval of independent values; NaN bounds for fewer than two.
+
+    Returns:
+        ``(mean, low, high)``. The resampling is seeded: the same values give the same interval.
+    """
+    x = np.asarray(values, float)
+    if len(x) < 2:
+        return float(x.mean()) if len(x) else np.nan, np.nan, np.nan
+    if np.ptp(x) == 0:
+        return float(x[0]), float(x[0]), float(x[0])
+    ci = stats.bootstrap((x,), np.mean, confidence_level=confidence, method="percentile", rng=0).confidence_interval
+    return float(x.mean()), float(ci.low), float(ci.high)
+
+
+@dataclass
+class Claim:
+    """A published statement with a criterion that is fixed before the run."""
+
+    id: str
+    statement: str
+    source: str
+    published: str
+    criterion: Criterion
+    unit: str = ""
+
+    @property
+    def wording(self) -> str:
+        """The criterion as a reader sees it, with its unit."""
+        c = self.criterion
+        return f"{c.sign} {c.bound:g}{self.unit and ' ' + self.unit}, from {c.n} or more seeds"

@@ -1,0 +1,167 @@
+"""An open study: parameters that passed, provenance, and where results and claims go."""
+
+import html
+import importlib.metadata
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from lib.files import write_whole
+from lib.study.claims import CLAIM_COLUMNS, Claim, Criterion, interval
+from lib.study.parameters import PROJECT, ParameterError, check_parameters, declared, injected
+
+
+@dataclass
+class Study:
+    """An open study: its checked parameters, its provenance, and where its results and claims go."""
+
+    name: str
+    system: str
+    parameters: dict[str, Any]
+    provenance: dict[str, Any]
+    claims: dict[str, Claim] = field(default_factory=dict)
+    verdicts: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def report_dir(self) -> Path | None:
+        """``reports/<preset>`` in a batch run; None when somebody plays in JupyterLab."""
+        chosen = self.parameters.get("report_dir", "")
+        return PROJECT / chosen if chosen else None  # relative to the project, so that no report holds a user's path
+
+    def expect(self, id: str, statement: str, *, source: str, published: str, criterion: Criterion, unit: str = ""):
+        """State a claim and its criterion, before any result exists.
+
+        Raises:
+            ValueError: the claim is stated twice.
+        """
+        if id in self.claims:
+            raise ValueError(f"claim {id!r} is stated twice")
+        self.claims[id] = Claim(id, statement, source, published, criterion, unit)
+
+    def settle(self, id: str, values: Sequence[float]) -> None:
+        """Give a claim its measurements, one per independent run; the verdict follows from them.
+
+        Raises:
+            KeyError: the claim was never stated.
+        """
+        claim = self.claims[id]
+        mean, low, high = interval(values)
+        self.verdicts[id] = {
+            "measured": mean,
+            "low": low,
+            "high": high,
+            "n": len(values),
+            "verdict": claim.criterion.verdict(low, high, len(values)),
+        }
+
+    def criteria(self) -> pd.DataFrame:
+        """The claims as stated, to be shown before the results."""
+        rows = [(c.id, c.statement, f"{c.published} ({c.source})", c.wording) for c in self.claims.values()]
+        return pd.DataFrame(rows, columns=["claim", "statement", "published", "criterion"])
+
+    def ledger(self) -> pd.DataFrame:
+        """One row per claim in the columns of the results contract; a claim without measurements is inconclusive."""
+        nothing = {"measured": np.nan, "low": np.nan, "high": np.nan, "n": 0, "verdict": "inconclusive"}
+        shared = {
+            "study": self.name,
+            "system": self.system,
+            "dataset": self.parameters.get("dataset", ""),
+            "model": self.parameters.get("model", ""),
+            "preset": self.report_dir.name if self.report_dir else "",
+            "commit": self.provenance["commit"],
+        }
+        rows = [
+            shared
+            | {
+                "claim": f"{c.id} {c.statement}",
+                "source": c.source,
+                "published": c.published,
+                "criterion": c.wording,
+            }
+            | self.verdicts.get(c.id, nothing)
+            for c in self.claims.values()
+        ]
+        return pd.DataFrame(rows, columns=[*CLAIM_COLUMNS])
+
+    def save(self, results: pd.DataFrame) -> None:
+        """Write the tidy results and this study's claims, when the study was given a ``report_dir``.
+
+        Raises:
+            OSError: the folder cannot be written; nothing half-written is left.
+        """
+        if self.report_dir is None:
+            return
+        write_whole(self.report_dir / "results" / f"{self.name}.csv", results.to_csv(index=False))
+        write_whole(self.report_dir / "claims" / f"{self.name}.csv", self.ledger().to_csv(index=False))
+
+    def _repr_html_(self) -> str:
+        def table(title: str, rows: dict[str, Any]) -> str:
+            cells = "".join(
+                f"<tr><th>{html.escape(k)}</th><td>{html.escape(str(v))}</td></tr>" for k, v in rows.items()
+            )
+            return f"<div><strong>{title}</strong><table>{cells}</table></div>"
+
+        hidden = ("report_dir", "data_root")  # where files lie is no part of a result, and no reader's business
+        shown = {k: v for k, v in self.parameters.items() if k not in hidden}
+        parts = table("Parameters", shown) + table("Provenance", self.provenance)
+        return f'<div class="provenance" style="display:flex;gap:3em;flex-wrap:wrap">{parts}</div>'
+
+
+def open_study(name: str, system: str, namespace: dict[str, Any]) -> Study:
+    """Open a study from its set-up cell: ``study = open_study("01_...", "System", globals())``.
+
+    Checks every parameter (also names that Papermill injected and the study does not know), that the report folder
+    can be written, sets the thread count, and gathers provenance.
+
+    Raises:
+        ParameterError: a parameter is unknown, of the wrong type or out of range.
+        OSError: the report folder cannot be written.
+    """
+    given = {k: namespace[k] for k in declared(name) if k in namespace}
+    given |= {k: namespace.get(k) for k in injected(namespace.get("In", []))}
+    parameters = check_parameters(name, given)
+    namespace.update(parameters)  # lists that came as text are lists from here on
+    torch.set_num_threads(parameters.get("threads", 1))
+    study = Study(name, system, parameters, provenance())
+    if study.report_dir is not None:
+        probe = study.report_dir / "results" / f".{name}.{os.getpid()}"
+        try:
+            write_whole(probe, "")
+            probe.unlink()
+        except OSError as error:
+            raise ParameterError(f"report_dir = {str(study.report_dir)!r}: {error.strerror}") from None
+    return study
+
+
+def provenance() -> dict[str, Any]:
+    """What a result depends on besides its parameters: commit, versions, device, threads."""
+    place = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
+    versions = ("torch", "torchvision", "numpy", "pandas")
+    return {
+        "commit": commit(),
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in versions},
+        "device": place,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def commit() -> str:
+    """The short git commit, with ``+`` behind it when tracked source was changed; ``unknown`` outside git."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=PROJECT, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "lib", "notebooks")
+        return git("rev-parse", "--short=9", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

@@ -1,0 +1,152 @@
+"""A study's parameters: what its notebook declares, and the refusal of anything else."""
+
+import ast
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import nbformat
+
+from lib import data, models
+
+PROJECT = Path(__file__).resolve().parent.parent.parent
+NOTEBOOKS = PROJECT / "notebooks"
+
+
+class ParameterError(ValueError):
+    """A study's parameter is unknown, of the wrong type or out of range. Notebooks show it as one line."""
+
+    def _render_traceback_(self) -> list[str]:  # IPython's own protocol for a short display
+        return [f"ParameterError: {self}"]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One line of a parameters cell: ``name: type = default  # help``."""
+
+    name: str
+    type: str
+    default: Any
+    help: str
+
+
+@cache
+def declared(study: str) -> dict[str, Parameter]:
+    """The parameters that a study's notebook declares, by name.
+
+    Raises:
+        ParameterError: no such study, not exactly one parameters cell, or a line in it that is not
+            ``name: type = literal``.
+    """
+    path = NOTEBOOKS / f"{study}.ipynb"
+    if not path.is_file():
+        known = ", ".join(p.stem for p in sorted(NOTEBOOKS.glob("[0-9]*.ipynb")))
+        raise ParameterError(f"study {study!r} is unknown: allowed are {known}")
+    cells = [c for c in nbformat.read(path, 4).cells if "parameters" in c.metadata.get("tags", [])]
+    if len(cells) != 1:
+        raise ParameterError(f"{path.name} has {len(cells)} cells tagged 'parameters'; it needs exactly one")
+    found: dict[str, Parameter] = {}
+    lines = cells[0].source.splitlines()
+    for node in ast.parse(cells[0].source).body:
+        try:
+            name, kind, value = node.target.id, ast.unparse(node.annotation), ast.literal_eval(node.value)
+        except (AttributeError, ValueError):
+            raise ParameterError(f"{path.name}: {ast.unparse(node)!r} is not `name: type = literal`") from None
+        found[name] = Parameter(name, kind, value, lines[node.end_lineno - 1].partition("#")[2].strip())
+    return found
+
+
+def _parsed(value: Any, kind: str) -> Any:
+    """A list that came as text: ``papermill -p name "[0.5, 0.9]"`` passes it so. Anything else is left as it is."""
+    if isinstance(value, str) and kind.startswith("list["):
+        try:
+            return ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            return value
+    return value
+
+
+def _has_type(value: Any, kind: str) -> bool:
+    """Whether a value fits ``int``, ``float``, ``str``, ``bool`` or a ``list[...]`` of one; an int is a float too."""
+    if kind.startswith("list["):
+        return isinstance(value, list) and all(_has_type(v, kind[5:-1]) for v in value)
+    if isinstance(value, bool):
+        return kind == "bool"
+    return isinstance(value, {"int": int, "float": (int, float), "str": str}.get(kind, ()))
+
+
+Check = tuple[Callable[[Any], bool], str]
+
+
+def _each(check: Callable[[Any], bool], allowed: str, least: int = 1) -> Check:
+    return lambda v: len(v) >= least and len(set(v)) == len(v) and all(map(check, v)), (
+        f"a list of {least} or more different values, each {allowed}"
+    )
+
+
+_POSITIVE: Check = (lambda v: v > 0, "numbers above 0")
+_COUNT: Check = (lambda v: v >= 1, "whole numbers from 1")
+_NATURAL: Check = (lambda v: v >= 0, "whole numbers from 0")
+CHECKS: dict[str, Check] = {
+    "sparsities": _each(lambda v: 0 <= v < 1, "in [0, 1)"),
+    "learning_rates": (
+        lambda v: len(v) == 2 and 0 < v[0] < v[1],
+        "two numbers above 0, the insufficient rate first and the larger, desirable one second",
+    ),
+    "top_fractions": _each(lambda v: 0 < v <= 1, "in (0, 1]"),
+    "seeds": _COUNT,
+    "epochs": _COUNT,
+    "admm_epochs": _COUNT,
+    "rewind_epoch": _NATURAL,
+    "width": _COUNT,
+    "batch_size": _COUNT,
+    "train_size": _NATURAL,
+    "test_size": _NATURAL,
+    "threads": _COUNT,
+    "lr": _POSITIVE,
+    "rho": _POSITIVE,
+    "weight_decay": (lambda v: v >= 0, "numbers from 0"),
+    "round_fraction": (lambda v: 0 < v < 1, "numbers in (0, 1)"),
+}
+"""What a parameter of a given name may hold, in every study: a test and its wording."""
+
+
+def check_parameters(study: str, given: dict[str, Any]) -> dict[str, Any]:
+    """A study's defaults with ``given`` values over them, all checked: names, types, ranges, data set and model.
+
+    Raises:
+        ParameterError: names the parameter, its value and what is allowed.
+    """
+    known = declared(study)
+    for name in given:
+        if name not in known:
+            raise ParameterError(f"parameter {name!r} is unknown in {study}: allowed are {', '.join(known)}")
+    values = {name: _parsed(given.get(name, p.default), p.type) for name, p in known.items()}
+    for name, value in values.items():
+        if not _has_type(value, known[name].type):
+            raise ParameterError(f"{name} = {value!r} is {type(value).__name__}: expected {known[name].type}")
+        test, allowed = CHECKS.get(name, (lambda v: True, ""))
+        if not test(value):
+            raise ParameterError(f"{name} = {value!r}: allowed are {allowed}")
+    if values.get("rewind_epoch", 0) > values.get("epochs", 0):
+        raise ParameterError(
+            f"rewind_epoch = {values['rewind_epoch']}: allowed are whole numbers up to epochs = {values['epochs']}"
+        )
+    try:
+        if "model" in values:
+            models.builder(values["model"])
+        if "dataset" in values:
+            data.check_name(values["dataset"])
+        if "data_root" in values:
+            data.data_root(values["data_root"])
+    except ValueError as error:
+        raise ParameterError(str(error)) from None
+    return values
+
+
+def injected(cells: Sequence[str]) -> list[str]:
+    """Names that Papermill's injected cell assigns: IPython keeps the source of what ran."""
+    sources = [c for c in cells if c.lstrip().startswith("# Parameters\n")]
+    return [t.id for source in sources for node in ast.parse(source).body for t in getattr(node, "targets", [])]
