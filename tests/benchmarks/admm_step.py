@@ -13,7 +13,7 @@ from lib.pruning import Unstructured, uniform_plan
 from lib.recipes import _Pull
 from lib.training import batches, make_optimizer
 
-ROUNDS, BATCH = 400, 128
+ROUNDS, BATCH = 240, 128
 
 
 def main() -> None:
