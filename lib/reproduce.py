@@ -200,7 +200,7 @@ def _index_page(preset: str, ledger: pd.DataFrame, outcomes: list[Outcome]) -> s
     def coloured(text: str, colour: str) -> str:
         return f'<strong style="color:{colour}">{html.escape(text)}</strong>'
 
-    lines = [row("study", "state", "minutes", "claims", "first figure", tag="th")]
+    lines = [row("study", "state", "minutes (beside cached runs)", "claims", "first figure", tag="th")]
     for o in outcomes:
         state = coloured(f"failed: {o.error}", "#b42318") if o.error else "complete"
         counts = ledger.loc[ledger["study"] == o.study, "verdict"].value_counts()
