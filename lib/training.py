@@ -184,13 +184,7 @@ def cached(function: Callable[..., Any], model: nn.Module, *args: Any, progress:
     """
     key = _key(function, model, args, kwargs)
     path = Path(os.environ.get("CACHE_ROOT") or CACHE_ROOT) / function.__name__ / f"{key}.pt"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(f"{path}.lock")
-        lock.acquire()
-    except OSError as error:
-        raise OSError(error.errno, f"cannot write the cache {path.parent}: {error.strerror}") from None
-    with lock:
+    with _locked(path):
         entry = _read(path)
         if entry is None:
             value = function(model, *args, progress=progress, **kwargs)
@@ -205,6 +199,21 @@ def cached(function: Callable[..., Any], model: nn.Module, *args: Any, progress:
             if progress:
                 progress(1.0, "from the cache")
     return value
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a cache entry alone; a process that dies lets go of it."""
+    lock = FileLock(f"{path}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write the cache {path.parent}: {error.strerror}") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _read(path: Path) -> dict | None:
@@ -266,38 +275,37 @@ def code_version(root: Callable | type) -> str:
     Comments, docstrings and layout do not count: only a change that could change a result makes a new version.
     """
     seen: dict[str, str] = {}
-    queue: list[Any] = [root]
+    queue: list[tuple[str, Any]] = [("", root)]
     while queue:
-        item = queue.pop()
+        name, item = queue.pop()
+        if isinstance(item, bool | int | float | str | tuple | list | dict):
+            seen[f"constant {name}"] = repr(item)
+            continue
         module = getattr(item, "__module__", None) or ""
         name = f"{module}.{getattr(item, '__qualname__', '')}"
         if module.split(".")[0] not in ("lib", "__main__") or name in seen:
             continue
         seen[name] = _normal_source(item)
-        queue.extend(item.__mro__ if isinstance(item, type) else ())
-        functions = (
-            [f for f in vars(item).values() if callable(f) or isinstance(f, property)]
-            if isinstance(item, type)
-            else [item]
-        )
-        for function in functions:
-            queue.extend(_references(getattr(function, "fget", function)))
+        parts = vars(item).values() if isinstance(item, type) else [item]
+        queue.extend(("", base) for base in (item.__mro__ if isinstance(item, type) else ()))
+        for part in parts:
+            queue.extend(_references(getattr(part, "fget", part)))
     return hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _references(function: Any) -> Iterator[Any]:
-    """The functions, classes and constants of ``lib`` that a function's code names."""
-    function = inspect.unwrap(function)
-    codes = [c for c in [getattr(function, "__code__", None)] if c]
+def _references(function: Any) -> Iterator[tuple[str, Any]]:
+    """The functions, classes and constants that a function's code names, directly or as attributes of our modules."""
+    code = getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
+    codes = [code] if code else []
     while codes:
         code = codes.pop()
         codes.extend(c for c in code.co_consts if isinstance(c, types.CodeType))
         for name in code.co_names:
-            item = function.__globals__.get(name)
+            item = inspect.unwrap(function).__globals__.get(name)
             if isinstance(item, types.ModuleType) and item.__name__.startswith("lib."):
-                yield from (getattr(item, n) for n in code.co_names if hasattr(item, n))
-            elif isinstance(item, type) or callable(item):
-                yield item
+                yield from ((n, getattr(item, n)) for n in code.co_names if hasattr(item, n))
+            elif item is not None and not name.startswith("__"):
+                yield name, item
 
 
 def _normal_source(item: Any) -> str:
@@ -317,14 +325,3 @@ def _normal_source(item: Any) -> str:
         ):
             body.pop(0)
     return ast.dump(tree)
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Run a block with this many CPU threads for torch operations."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -129,19 +129,23 @@ def test_cache_key_holds_all_that_determines_the_result(images, net, monkeypatch
     assert len({base, *keys}) == 6
 
 
-def test_code_version_ignores_comments_and_follows_calls(tmp_path, monkeypatch):
-    def version(helper):
-        source = f'def helper(x):\n    {helper}\n\ndef top(x):\n    """Doc."""\n    return helper(x)\n'
-        path = tmp_path / f"m{abs(hash(helper))}.py"
-        path.write_text(source)
-        space = {"__name__": "lib.made_up"}
-        exec(compile(source, str(path), "exec"), space)
-        return code_version(space["top"])
+def version(tmp_path, helper, constant=1):
+    """The version of a function that calls ``helper``, which may use CONSTANT."""
+    source = (
+        f'CONSTANT = {constant}\n\ndef helper(x):\n    {helper}\n\ndef top(x):\n    """Doc."""\n    return helper(x)\n'
+    )
+    path = tmp_path / f"m{abs(hash(source))}.py"
+    path.write_text(source)
+    space = {"__name__": "lib.made_up"}
+    exec(compile(source, str(path), "exec"), space)
+    return code_version(space["top"])
 
-    import linecache
 
-    linecache.clearcache()
-    assert version("return x + 1") == version("return x + 1  # why") != version("return x + 2")
+def test_code_version_ignores_comments_and_follows_calls_and_constants(tmp_path):
+    base = version(tmp_path, "return x + CONSTANT")
+    assert base == version(tmp_path, "return x + CONSTANT  # why")
+    assert base != version(tmp_path, "return x - CONSTANT")
+    assert base != version(tmp_path, "return x + CONSTANT", constant=2)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty"])
