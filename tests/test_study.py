@@ -32,7 +32,7 @@ NAME = "01_lottery_ticket_vs_finetuning"
         ({"model": "lenet"}, "model 'lenet' is unknown: allowed are lenet5"),
         ({"data_root": "no/such/root"}, "data_root 'no/such/root' is not a folder"),
         ({"rho": float("nan")}, "rho = nan"),
-        ({"rewind_epoch": 7}, "rewind_epoch = 7: allowed are whole numbers up to epochs = 6"),
+        ({"rewind_epoch": 7}, "rewind_epoch = 7: allowed are whole numbers up to epochs = 5"),
     ],
 )
 def test_bad_parameters_are_named_in_one_line(given, message):
