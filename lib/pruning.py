@@ -105,11 +105,6 @@ def correlation(theta: Mapping[str, Tensor], other: Mapping[str, Tensor], p: flo
     return shared / total
 
 
-def surviving(theta: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Only the weights inside the masks, each layer as a vector: what `correlation` of two equal masks is taken on."""
-    return {name: theta[name][mask] for name, mask in masks.items()}
-
-
 def first_conv(model: nn.Module) -> tuple[str, ...]:
     """The name of the first convolution, which most papers leave dense; empty for a network without one."""
     return tuple(n for n, m in prunable(model).items() if isinstance(m, nn.Conv2d))[:1]

@@ -1,5 +1,6 @@
 """One bare training loop, evaluation, and a cache of finished runs."""
 
+import ast
 import hashlib
 import inspect
 import io
@@ -309,8 +310,6 @@ def _references(function: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _normal_source(item: Any) -> str:
-    import ast
-
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(item))))
     except (OSError, TypeError, SyntaxError):  # made at run time, or a lambda inside an expression

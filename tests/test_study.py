@@ -28,6 +28,7 @@ NAME = "01_lottery_ticket_vs_finetuning"
         ({"learning_rates": [0.1, 0.01]}, "the insufficient rate first"),
         ({"learning_rates": [0.1]}, "two numbers above 0"),
         ({"seeds": 0}, "seeds = 0"),
+        ({"admm_lr": -0.1}, "admm_lr = -0.1: allowed are numbers above 0"),
         ({"dataset": "fashion"}, "dataset 'fashion' is unknown: allowed are fashion_mnist"),
         ({"model": "lenet"}, "model 'lenet' is unknown: allowed are lenet5"),
         ({"data_root": "no/such/root"}, "data_root 'no/such/root' is not a folder"),

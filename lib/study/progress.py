@@ -7,8 +7,8 @@ from collections.abc import Callable
 class Progress:
     """One line that is rewritten in place and stays truthful in JupyterLab, in the executed file and in the HTML.
 
-    Call it with the fraction done and a message (`lib.training.fit` does), or step through ``total`` parts with
-    ``with progress.part("name") as report``.
+    ``report = progress.part("name")`` begins the next of ``total`` parts; ``report`` goes to a recipe or to
+    `lib.training.fit` as its ``progress``.
     """
 
     def __init__(self, total: int) -> None:
