@@ -4,8 +4,10 @@ A `Constraint` is a set with a Euclidean projection; a *plan* is ``{layer name: 
 model and a plan and know nothing of any particular set (papers/pruning.md section A).
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +20,26 @@ class ConstraintError(ValueError):
     """A constraint, plan or mask that cannot be: the message names it and what is allowed."""
 
 
+class Storage(NamedTuple):
+    """Bits that a layer takes, counted apart so that a report can show data alone beside all of it."""
+
+    data: float
+    index: float = 0.0
+    table: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """Data, index and tables together."""
+        return sum(self)
+
+
 @dataclass(frozen=True)
 class Constraint:
     """A set of allowed weights for one layer, or for several together when ``per_layer`` is False.
 
-    A coupling set (``per_layer = False``) sees the weights of all layers that share it in a plan as one vector.
+    Layers that hold equal coupling sets (``per_layer = False``) in a plan are projected together: `view` says how
+    their weights are laid side by side. Some sets adapt to the weights (a pattern library, block sizes): `fit` chooses
+    that part once, and projecting before it is refused.
 
     The flags are claims that the property tests hold a set to: ``exact`` (the projection is a nearest point),
     ``cone`` (closed under positive scaling), ``masklike`` (the set is a union of supports, so a mask says it all).
@@ -32,6 +49,19 @@ class Constraint:
     exact = True
     cone = True
     masklike = False
+
+    @property
+    def parts(self) -> tuple["Constraint", ...]:
+        """The simpler sets whose intersection this is; the set itself when it is simple."""
+        return (self,)
+
+    def fit(self, weights: Mapping[str, Tensor]) -> dict[str, "Constraint"]:
+        """For each of the layers that share this set: the set with its adaptive part chosen and frozen."""
+        return dict.fromkeys(weights, self)
+
+    def view(self, weight: Tensor) -> Tensor:
+        """How a coupling set sees one layer; the layers' views are joined along the last dimension."""
+        return weight.reshape(-1)
 
     def project(self, weight: Tensor) -> Tensor:
         """The nearest point of the set to ``weight`` (any shape; the result has the same)."""
@@ -44,6 +74,14 @@ class Constraint:
     def member(self, weight: Tensor, tolerance: float = 0.0) -> bool:
         """Whether ``weight`` lies in the set, to an absolute tolerance per entry."""
         return bool((weight - self.project(weight)).abs().max() <= tolerance)
+
+    def tangent(self, z: Tensor, gradient: Tensor) -> Tensor:
+        """``gradient`` projected onto the directions in which ``z`` can move without leaving the set."""
+        raise NotImplementedError
+
+    def storage_bits(self, z: Tensor, bits: int) -> Storage:
+        """What a member of the set, or for sets of supports its mask, takes at ``bits`` per stored weight."""
+        raise NotImplementedError
 
 
 class SupportConstraint(Constraint):
@@ -58,6 +96,16 @@ class SupportConstraint(Constraint):
     def project(self, weight: Tensor) -> Tensor:
         """``weight`` with everything outside `select` set to zero."""
         return torch.where(self.select(weight), weight, 0.0)
+
+    def tangent(self, z: Tensor, gradient: Tensor) -> Tensor:
+        """The gradient of what `select` keeps of ``z``; removed weights do not move."""
+        return torch.where(self.select(z), gradient, 0.0)
+
+    def storage_bits(self, z: Tensor, bits: int) -> Storage:
+        """In the cheapest format for nonzeros that may lie anywhere; sets with more order say better."""
+        from lib.costs.storage import irregular
+
+        return irregular(z, bits)
 
 
 Plan = Mapping[str, Constraint]
@@ -83,31 +131,60 @@ def weights(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
     return found
 
 
-def _groups(plan: Plan) -> Iterator[tuple[Constraint, list[str]]]:
-    """Layers that are projected together: each alone, or all that share a coupling constraint."""
-    coupled: dict[int, list[str]] = {}
+def _shared(plan: Plan) -> dict[Constraint, list[str]]:
+    """The layers that hold equal constraints, by constraint."""
+    layers: dict[Constraint, list[str]] = {}
     for name, constraint in plan.items():
-        coupled.setdefault(id(name) if constraint.per_layer else id(constraint), []).append(name)
-    for names in coupled.values():
-        yield plan[names[0]], names
+        if unseen := set(vars(constraint)) - {f.name for f in fields(constraint)}:  # equality would not see it
+            kind = type(constraint).__name__
+            raise ConstraintError(f"{name}: {kind}.{min(unseen)} is not a field; decorate it @dataclass(frozen=True)")
+        layers.setdefault(constraint, []).append(name)
+    return layers
 
 
-def _apply(plan: Plan, tensors: Mapping[str, Tensor], method: str) -> dict[str, Tensor]:
-    """Call ``project`` or ``select`` layer by layer, coupled layers as one flat vector."""
+def fitted(model: nn.Module, plan: Plan) -> Plan:
+    """The plan with the adaptive part of every constraint chosen from the model's weights; do it once, then train."""
+    found = weights(model, plan)
+    chosen = {}
+    for constraint, names in _shared(plan).items():
+        with _told(names):
+            chosen |= constraint.fit({name: found[name] for name in names})
+    return {name: chosen[name] for name in plan}
+
+
+@contextmanager
+def _told(names: list[str]) -> Iterator[None]:
+    """Say in an error of a constraint which layers it was about."""
+    try:
+        yield
+    except ConstraintError as error:
+        raise ConstraintError(f"{', '.join(names)}: {error}") from None
+
+
+def apply(
+    plan: Plan, tensors: Mapping[str, Tensor], function: Callable[[Constraint, Tensor], Tensor]
+) -> dict[str, Tensor]:
+    """``function(constraint, weight)``, of the weight's shape, for every layer; coupled layers go in as one tensor."""
     result: dict[str, Tensor] = {}
-    for constraint, names in _groups(plan):
+    for constraint, names in _shared(plan).items():
         if constraint.per_layer:
-            result[names[0]] = getattr(constraint, method)(tensors[names[0]])
+            for name in names:
+                with _told([name]):
+                    result[name] = function(constraint, tensors[name])
             continue
-        flat = torch.cat([tensors[n].reshape(-1) for n in names])  # (sum of layer sizes,)
-        parts = getattr(constraint, method)(flat).split([tensors[n].numel() for n in names])
+        with _told(names):
+            views = [constraint.view(tensors[name]) for name in names]
+            if len({v.shape[:-1] for v in views}) > 1:
+                raise ConstraintError(f"layers of shapes {[tuple(tensors[n].shape) for n in names]} cannot share it")
+            joined = function(constraint, torch.cat(views, dim=-1))
+        parts = joined.split([v.shape[-1] for v in views], dim=-1)
         result |= {n: part.reshape(tensors[n].shape) for n, part in zip(names, parts, strict=True)}
     return result
 
 
 def project(plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """``Z = P_S(W)`` for every layer of the plan; ``tensors`` are the layers' weights by name."""
-    return _apply(plan, tensors, "project")
+    return apply(plan, tensors, lambda constraint, w: constraint.project(w))
 
 
 def select(plan: Plan, tensors: Mapping[str, Tensor]) -> Masks:
@@ -119,7 +196,7 @@ def select(plan: Plan, tensors: Mapping[str, Tensor]) -> Masks:
     for name, constraint in plan.items():
         if not constraint.masklike:
             raise ConstraintError(f"{type(constraint).__name__} on {name!r} is a set of values: it has no mask")
-    return _apply(plan, tensors, "select")
+    return apply(plan, tensors, lambda constraint, w: constraint.select(w))
 
 
 @torch.no_grad()
@@ -155,38 +232,57 @@ class Mask(nn.Module):
 def attach_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
     """Hold the layers inside their masks from now on, in place, replacing masks that they have. Returns the model.
 
+    A mask is named by its layer (the weight) or by the full name of any other parameter, such as ``bn1.bias``.
+
     Raises:
-        ConstraintError: a mask is not boolean, has another shape than its weight, or names no layer of the model.
+        ConstraintError: a mask is not boolean, has another shape than its weight, or names nothing in the model.
     """
     detach_masks(model)
-    layers = prunable(model)
     for name, mask in masks.items():
-        if name not in layers:
-            raise ConstraintError(f"mask for layer {name!r}; the model has {', '.join(layers)}")
-        weight = layers[name].weight
+        module, parameter = _slot(model, name)
+        weight = getattr(module, parameter)
         if mask.dtype != torch.bool or mask.shape != weight.shape:
             raise ConstraintError(
                 f"mask of {name!r} is {mask.dtype} {tuple(mask.shape)}; expected torch.bool {tuple(weight.shape)}"
             )
-        parametrize.register_parametrization(layers[name], "weight", Mask(mask.to(weight.device)))
+        parametrize.register_parametrization(module, parameter, Mask(mask.to(weight.device)))
     return model
+
+
+def _slot(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module and the parameter in it that a mask's name stands for."""
+    layers = prunable(model)
+    if name in layers:
+        return layers[name], "weight"
+    owner, _, parameter = name.rpartition(".")
+    module = dict(model.named_modules()).get(owner)
+    if parameter not in getattr(module, "_parameters", ()):
+        raise ConstraintError(f"mask for layer {name!r}; the model has {', '.join(layers)}")
+    return module, parameter
+
+
+def _masked(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """Every parameter that a mask holds: the mask's name, the module and the parameter in it."""
+    layers = prunable(model)
+    for owner, module in model.named_modules():
+        if parametrize.is_parametrized(module):
+            for parameter in module.parametrizations:
+                short = owner in layers and parameter == "weight"
+                yield owner if short else f"{owner}.{parameter}", module, parameter
 
 
 def detach_masks(model: nn.Module) -> nn.Module:
     """Make an ordinary network of a masked one, in place: the zeros stay, nothing holds them. Returns the model."""
-    for layer in prunable(model).values():
-        if parametrize.is_parametrized(layer, "weight"):
-            parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
+    for _, module, parameter in [*_masked(model)]:
+        kind = type(module)  # a deep copy shares this class with its original, and removal would strip it from both
+        module.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
+        parametrize.remove_parametrizations(module, parameter, leave_parametrized=True)
     return model
 
 
 def masks(model: nn.Module) -> Masks:
-    """The masks attached to a model, by layer."""
-    return {
-        name: layer.parametrizations["weight"][0].mask
-        for name, layer in prunable(model).items()
-        if parametrize.is_parametrized(layer, "weight")
-    }
+    """The masks attached to a model, by layer, or by name for parameters that are no layer's weight."""
+    return {name: module.parametrizations[parameter][0].mask for name, module, parameter in _masked(model)}
 
 
 def sparsity(model: nn.Module, layers: list[str] | None = None) -> float:

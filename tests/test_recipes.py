@@ -6,7 +6,8 @@ import torch
 from lib.constraint import attach_masks, masks, select, weights
 from lib.models import prunable
 from lib.pruning import Unstructured, kept, uniform_plan
-from lib.recipes import _Pull, admm, iterative, one_shot, rewind, state_of
+from lib.recipes import admm, iterative, one_shot, rewind, state_of
+from lib.recipes.admm import _Pull
 from lib.training import evaluate, fit
 
 
@@ -70,7 +71,7 @@ def test_pull_is_the_gradient_of_the_squared_penalty(trained, images):
     pull.after_epoch(trained, 0)  # U is no longer zero
     rho = pull.rho
     w = {n: layer.weight for n, layer in prunable(trained).items()}
-    penalty = sum(rho / 2 * (w[n] - pull.z[n] + pull.u[n]).square().sum() for n in plan)
+    penalty = sum(rho / 2 * (w[n] - pull.pairs[0].z[n] + pull.pairs[0].u[n]).square().sum() for n in plan)
     expected = torch.autograd.grad(penalty, [w[n] for n in plan])
     for n in plan:
         w[n].grad = torch.zeros_like(w[n])
@@ -83,14 +84,14 @@ def test_z_and_u_steps_follow_the_algorithm(trained, images):
     plan = {"fc1": Unstructured(0.8)}
     w = trained.fc1.weight.detach().clone()
     pull = _Pull(trained, plan, images, 2, 0.01, 1.5, 0.012, True)
-    assert torch.equal(pull.z["fc1"], Unstructured(0.8).project(w))  # Z_0 = P_S(W)
+    assert torch.equal(pull.pairs[0].z["fc1"], Unstructured(0.8).project(w))  # Z_0 = P_S(W)
     pull.after_epoch(trained, 0)
     assert not pull.rows  # interval 2: no update after the first epoch
     pull.after_epoch(trained, 1)
     z = Unstructured(0.8).project(w)  # W did not move, U was zero
-    assert torch.equal(pull.z["fc1"], z)
+    assert torch.equal(pull.pairs[0].z["fc1"], z)
     assert pull.rho == pytest.approx(0.012)  # capped
-    assert torch.allclose(pull.u["fc1"], (w - z) / 1.2)  # rescaled by the growth that happened
+    assert torch.allclose(pull.pairs[0].u["fc1"], (w - z) / 1.2)  # rescaled by the growth that happened
 
 
 def test_admm_moves_weights_toward_the_set_and_hardens(trained, images):

@@ -1,5 +1,6 @@
 import errno
 import multiprocessing
+import sys
 from copy import deepcopy
 
 import pandas as pd
@@ -146,6 +147,27 @@ def test_code_version_ignores_comments_and_follows_calls_and_constants(tmp_path)
     assert base == version(tmp_path, "return x + CONSTANT  # why")
     assert base != version(tmp_path, "return x - CONSTANT")
     assert base != version(tmp_path, "return x + CONSTANT", constant=2)
+
+
+def test_an_account_of_storage_is_no_reason_to_train_again(tmp_path):
+    """A set's ``storage_bits`` may change and the runs toward it stay; any other method of it makes new ones."""
+    from importlib import util
+
+    def version_of(name, projection, bits):
+        path = tmp_path / f"{name}.py"
+        path.write_text(
+            f"class Set:\n    def project(self, w):\n        return {projection}\n\n"
+            f"    def storage_bits(self, z, bits):\n        return {bits}\n"
+        )
+        spec = util.spec_from_file_location("lib.made_up", path)
+        spec.loader.exec_module(module := util.module_from_spec(spec))
+        sys.modules["lib.made_up"] = module
+        return code_version(module.Set)
+
+    base = version_of("a", "w", "bits")
+    assert version_of("b", "w", "2 * bits") == base
+    assert version_of("c", "2 * w", "bits") != base
+    del sys.modules["lib.made_up"]
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty"])

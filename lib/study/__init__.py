@@ -1,6 +1,7 @@
 """What every study notebook shares: checked parameters, provenance, results, and claims with their verdicts."""
 
 from lib.study.claims import CLAIM_COLUMNS, Claim, Criterion, interval
+from lib.study.curves import gain_at
 from lib.study.opened import Study, open_study
 from lib.study.parameters import NOTEBOOKS, PROJECT, ParameterError, check_parameters, declared
 from lib.study.progress import Progress
@@ -16,6 +17,7 @@ __all__ = [
     "Study",
     "check_parameters",
     "declared",
+    "gain_at",
     "interval",
     "open_study",
 ]

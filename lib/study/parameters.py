@@ -96,6 +96,25 @@ CHECKS: dict[str, Check] = {
         "two numbers above 0, the insufficient rate first and the larger, desirable one second",
     ),
     "top_fractions": _each(lambda v: 0 < v <= 1, "in (0, 1]"),
+    "weight_rates": _each(lambda v: 1 < v <= 16, "in (1, 16]"),
+    "group_rates": _each(lambda v: v > 1, "above 1"),
+    "line_rates": _each(lambda v: v > 1, "above 1"),
+    "lenet_rates": _each(lambda v: v > 1, "above 1", least=0),
+    "library_sizes": _each(lambda v: 1 <= v <= 56, "from 1 to 56", least=2),
+    "block_heights": _each(lambda v: v >= 1, "from 1", least=2),
+    "bit_widths": _each(lambda v: 1 <= v <= 64, "from 1 to 64"),
+    "lenet_datasets": (lambda v: len(v) >= 1, "one or more data sets"),
+    "lenet_train_sizes": (lambda v: all(n >= 0 for n in v), "whole numbers from 0"),
+    "lenet_epochs": (lambda v: len(v) == 3 and min(v) >= 1, "three whole numbers from 1"),
+    "retrain_epochs": _COUNT,
+    "search_epochs": _COUNT,
+    "lambda_trials": _COUNT,
+    "lr": _POSITIVE,
+    "search_lr": _POSITIVE,
+    "lenet_rho": _POSITIVE,
+    "rho_growth": (lambda v: v >= 1, "numbers from 1"),
+    "drop": _POSITIVE,
+    "timing_seconds": _POSITIVE,
     "seeds": _COUNT,
     "epochs": _COUNT,
     "admm_epochs": _COUNT,
@@ -103,6 +122,7 @@ CHECKS: dict[str, Check] = {
     "batch_size": _COUNT,
     "train_size": _NATURAL,
     "test_size": _NATURAL,
+    "validation_size": _COUNT,
     "threads": _COUNT,
     "admm_lr": _POSITIVE,
     "rho": _POSITIVE,
@@ -133,7 +153,12 @@ def check_parameters(study: str, given: dict[str, Any]) -> dict[str, Any]:
         raise ParameterError(
             f"rewind_epoch = {values['rewind_epoch']}: allowed are whole numbers up to epochs = {values['epochs']}"
         )
+    datasets, train_sizes = values.get("lenet_datasets", []), values.get("lenet_train_sizes", [])
+    if len(datasets) != len(train_sizes):
+        raise ParameterError(f"lenet_train_sizes = {train_sizes!r}: one for each of lenet_datasets = {datasets!r}")
     try:
+        for name in datasets:
+            data.check_name(name)
         if "model" in values:
             models.builder(values["model"])
         if "dataset" in values:

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from lib import data, models
 from lib.pruning import Unstructured, uniform_plan
-from lib.recipes import _Pull
+from lib.recipes.admm import _Pull
 from lib.training import batches, make_optimizer
 
 ROUNDS, BATCH = 240, 128
@@ -28,7 +28,7 @@ def main() -> None:
         started = time.perf_counter()
         loss = cross_entropy(net(x), y)
         if kind == "ADMM through autograd":
-            loss = loss + sum(0.5e-3 * (pull.parameters[n] - pull.target[n]).square().sum() for n in plan)
+            loss = loss + sum(0.5e-3 * (pull.parameters[n] - pull.pairs[0].target[n]).square().sum() for n in plan)
         optimizer.zero_grad()
         loss.backward()
         if kind == "ADMM":

@@ -1,68 +1,16 @@
-"""The house style and the recurring figures. The only room that draws."""
+"""Figures about retraining a pruned network: tickets, rewinding, fine-tuning."""
 
-import base64
-import html
-import io
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from IPython.display import HTML
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-BLUE, ORANGE, GREEN, RED, PURPLE, BROWN = sns.color_palette("deep", 6)
-GREY = "0.45"
-BAND = "Bands and bars: 95 % bootstrap interval over seeds."
-
-VERDICT_COLOURS = {"reproduced": "#1a7f37", "not reproduced": "#b42318", "inconclusive": "#8a6100"}
-
-
-def house_style() -> None:
-    """Set the look of every figure: white background, light grid, real text in SVG, the same bytes every time."""
-    sns.set_theme(context="notebook", style="whitegrid", palette="deep", font_scale=0.9)
-    plt.rcParams |= {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "workbook",
-        "font.family": "sans-serif",
-        "font.sans-serif": ["DejaVu Sans", "Arial", "Helvetica"],
-        "axes.titlesize": "medium",
-        "axes.titleweight": "bold",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "grid.color": "0.9",
-        "legend.frameon": False,
-    }
-
-
-def show(figure: Figure, caption: str, *, alt: str, kind: Literal["svg", "png"] = "svg") -> HTML:
-    """A figure with its caption and a description for who cannot see it, to be a cell's last value.
-
-    Args:
-        figure: closed here, so that the notebook does not show it twice.
-        caption: below the figure: what is drawn, over how many runs, what the bands are.
-        alt: what the figure shows, in a sentence.
-        kind: ``svg`` for curves, ``png`` for clouds of points.
-    """
-    raw = io.BytesIO()
-    metadata = {"Date": None} if kind == "svg" else None
-    figure.savefig(raw, format=kind, bbox_inches="tight", dpi=150, metadata=metadata)
-    plt.close(figure)
-    mime = {"svg": "image/svg+xml", "png": "image/png"}[kind]
-    source = f"data:{mime};base64,{base64.b64encode(raw.getvalue()).decode()}"
-    return HTML(
-        f'<figure style="margin:1em 0"><img src="{source}" alt="{html.escape(alt)}" style="max-width:100%">'
-        f'<figcaption style="color:#555;max-width:60em">{html.escape(caption)}</figcaption></figure>'
-    )
-
-
-def _band(ax: Axes, frame: pd.DataFrame, x: str, y: str, label: str, **style) -> None:
-    """Mean line over runs with the 95 % bootstrap interval as a band; points only where there is a single x."""
-    sns.lineplot(frame, x=x, y=y, ax=ax, label=label, errorbar=("ci", 95), seed=0, err_kws={"alpha": 0.15}, **style)
+from lib.plots.style import BLUE, GREY, RED, band, legend_beside
 
 
 def _sparsity_axis(ax: Axes, sparsities: Sequence[float]) -> None:
@@ -106,7 +54,7 @@ def accuracy_against_sparsity(
             )
         sparse = part[~part["mode"].str.startswith("dense")]
         for name, style in styles.items():
-            _band(
+            band(
                 ax,
                 sparse[sparse[line] == name].assign(density=lambda f: 1 - f["sparsity"]),
                 "density",
@@ -116,16 +64,10 @@ def accuracy_against_sparsity(
             )
         _sparsity_axis(ax, sorted(sparse["sparsity"].unique()))
         ax.set(title=title, ylabel="test accuracy (%)")
-        ax.get_legend().remove()
+        ax.getlegend_beside().remove()
         ax.set_ylim(bottom=max(ax.get_ylim()[0], part.loc[part["mode"] == "dense", "accuracy_percent"].mean() - reach))
-    _legend(figure, axes[0][0])
+    legend_beside(figure, axes[0][0])
     return figure
-
-
-def _legend(figure: Figure, ax: Axes) -> None:
-    handles, labels = ax.get_legend_handles_labels()
-    figure.tight_layout()
-    figure.legend(handles, labels, loc="center left", bbox_to_anchor=(1.0, 0.55))
 
 
 def accuracy_against_budget(
@@ -166,7 +108,7 @@ def correlation_against_p(correlations: pd.DataFrame, labels: dict[float, str]) 
     top = correlations["p"].max() * 1.05
     ax.plot([0, top], [0, top], color=GREY, ls="--", lw=1.3, label="independent weights: $R_p = p$")
     for (lr, label), colour in zip(labels.items(), (BLUE, RED), strict=False):
-        _band(ax, correlations[correlations["lr"] == lr], "p", "r_p", label, color=colour, marker="o")
+        band(ax, correlations[correlations["lr"] == lr], "p", "r_p", label, color=colour, marker="o")
     ax.set(
         xlim=(0, top), ylim=(0, 1), xlabel="p, fraction of each layer's weights", ylabel="$R_p(\\theta_0, \\theta_T)$"
     )
@@ -201,7 +143,7 @@ def correlation_by_mode(
         ax.set(title=title, ylim=(0, 1), ylabel=f"$R_{{{p:g}}}$")
         ax.set_xticks(range(len(against)), [f"against the {label}" for label in against.values()])
         ax.grid(axis="x", visible=False)
-    _legend(figure, axes[0][-1])
+    legend_beside(figure, axes[0][-1])
     return figure
 
 
@@ -220,42 +162,5 @@ def admm_convergence(diagnostics: pd.DataFrame, panel_titles: dict[float, str]) 
                 mean.index, mean["hardened_accuracy"], color=colour, marker=".", ls="--", label=f"{s:.0%}, $P_S(W)$"
             )
         ax.set(title=title, xlabel="ADMM epoch", ylabel="validation accuracy (%)")
-    _legend(figure, axes[0][0])
+    legend_beside(figure, axes[0][0])
     return figure
-
-
-def ledger_table(ledger: pd.DataFrame) -> HTML:
-    """The claims with our value, its interval and the coloured verdict."""
-    shown = pd.DataFrame(
-        {
-            "claim": ledger["claim"],
-            "published": ledger["published"],
-            "criterion": ledger["criterion"],
-            "measured": [measured(row) for row in ledger.to_dict("records")],
-            "n": ledger["n"],
-            "verdict": ledger["verdict"],
-        }
-    )
-    return table(shown, verdict=lambda v: f"color:{VERDICT_COLOURS[v]};font-weight:600")
-
-
-def table(frame: pd.DataFrame, **styles: Callable[[Any], str]) -> HTML:
-    """A data frame as a page shows it: no index, left-aligned, nothing cut off; ``styles`` give CSS by column."""
-    styled = frame.style.hide(axis="index").format(na_rep="–", precision=2).set_properties(**{"text-align": "left"})
-    for column, css in styles.items():
-        styled = styled.map(css, subset=column)
-    styled = styled.set_table_styles([{"selector": "th", "props": "text-align:left"}])
-    return HTML(styled.set_uuid("-".join(map(str, frame.columns[:2])).replace(" ", "_")).to_html())
-
-
-def measured(row: dict) -> str:
-    """``mean [low, high]`` of a ledger row, with as many digits as the interval deserves."""
-    if pd.isna(row["measured"]):
-        return "not measured"
-    if pd.isna(row["low"]):
-        return f"{row['measured']:.3g}, no interval"
-    digits = 3 if abs(row["measured"]) < 1 and row["high"] - row["low"] < 0.1 else 2
-    return f"{row['measured']:.{digits}f} [{row['low']:.{digits}f}, {row['high']:.{digits}f}]"
-
-
-house_style()

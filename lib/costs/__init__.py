@@ -1,0 +1,15 @@
+"""What a compressed network costs: bits of storage, multiply-accumulates, measured time."""
+
+from lib.costs.compute import break_even, latency_ratio, macs, product_times, sparse_speedup
+from lib.costs.storage import compression, formats, network_storage
+
+__all__ = [
+    "break_even",
+    "compression",
+    "formats",
+    "latency_ratio",
+    "macs",
+    "network_storage",
+    "product_times",
+    "sparse_speedup",
+]

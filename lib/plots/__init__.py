@@ -1,0 +1,61 @@
+"""The house style and the recurring figures. The only room that draws."""
+
+from lib.plots.retraining import (
+    accuracy_against_budget,
+    accuracy_against_sparsity,
+    admm_convergence,
+    correlation_against_p,
+    correlation_by_mode,
+)
+from lib.plots.structures import (
+    accuracy_against_choice,
+    accuracy_by_structure,
+    matched_compression,
+    speedup_against_rate,
+    storage_against_rate,
+    structure_gallery,
+)
+from lib.plots.style import (
+    BAND,
+    BLUE,
+    BROWN,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    RED,
+    VERDICT_COLOURS,
+    house_style,
+    ledger_table,
+    measured,
+    show,
+    table,
+)
+
+__all__ = [
+    "BAND",
+    "BLUE",
+    "BROWN",
+    "GREEN",
+    "GREY",
+    "ORANGE",
+    "PURPLE",
+    "RED",
+    "VERDICT_COLOURS",
+    "accuracy_against_budget",
+    "accuracy_against_choice",
+    "accuracy_against_sparsity",
+    "accuracy_by_structure",
+    "admm_convergence",
+    "correlation_against_p",
+    "correlation_by_mode",
+    "house_style",
+    "ledger_table",
+    "matched_compression",
+    "measured",
+    "show",
+    "speedup_against_rate",
+    "storage_against_rate",
+    "structure_gallery",
+    "table",
+]

@@ -1,0 +1,171 @@
+"""Figures about the shape of sparsity: what a structure looks like, what it costs and what it buys."""
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from lib.plots.style import BLUE, GREY, RED, band, legend_beside
+
+MARKERS = "osD^vP*X<>hd"
+
+
+def rate_axis(ax: Axes, rates: Sequence[float], label: str = "rate: weights / kept") -> None:
+    """A logarithmic axis with a tick at each round rate inside the data."""
+    ticks = [
+        t for t in (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128) if min(rates) <= t * 1.01 and t <= max(rates) * 1.2
+    ]
+    ax.set_xscale("log")
+    ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    ax.minorticks_off()
+    ax.set_xlabel(label)
+
+
+def structure_gallery(weight: Tensor, masks: Mapping[str, Tensor], columns: int = 4) -> Figure:
+    """One GEMM matrix ``(F, C*Kh*Kw)`` under every mask: dark is a large kept weight, white is removed."""
+    matrix = weight.detach().cpu().flatten(1).abs()
+    shade = (matrix / matrix.quantile(0.98)).clamp(max=1) * 0.75 + 0.25
+    rows = -(-len(masks) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(3.1 * columns, 1.35 * rows), squeeze=False)
+    for ax in axes.flat:
+        ax.axis("off")
+    for ax, (name, mask) in zip(axes.flat, masks.items(), strict=False):
+        kept = mask.cpu().flatten(1)
+        ax.imshow(np.where(kept, shade, 0), cmap="Blues", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+        ax.add_patch(plt.Rectangle((0, 0), 1, 1, transform=ax.transAxes, fill=False, ec="0.7", lw=0.8))
+        ax.set_title(f"{name}, {mask.numel() / int(mask.sum()):.2g}x", fontsize="small", fontweight="normal", pad=3)
+    figure.tight_layout()
+    return figure
+
+
+def accuracy_by_structure(
+    results: pd.DataFrame,
+    families: Mapping[str, Sequence[str]],
+    *,
+    dense: Mapping[str, float],
+    x: str = "rate",
+    xlabel: str = "rate: weights / kept",
+    reference: str = "unstructured",
+    reach: float = 8.0,
+) -> Figure:
+    """Test accuracy against ``x``, a panel for every family of structures, ``reference`` in grey in all of them.
+
+    Args:
+        results: columns ``structure``, ``nominal_rate``, ``accuracy_percent`` and ``x``, a row per run. Runs of one
+            structure and nominal rate are drawn at their mean ``x``, with the range of their accuracies as a bar.
+        dense: baselines, label to accuracy in percent.
+        reach: how many points below the best baseline the axis goes at most; a line may leave it.
+    """
+    figure, axes = plt.subplots(1, len(families), figsize=(4.6 * len(families), 4), sharey=True, squeeze=False)
+    for ax, (family, names) in zip(axes[0], families.items(), strict=True):
+        for (label, accuracy), dash in zip(dense.items(), ("--", ":"), strict=False):
+            ax.axhline(accuracy, color=GREY, ls=dash, lw=1.2)
+            if ax is axes[0][0]:
+                ax.annotate(
+                    label, (0.02, accuracy), xycoords=("axes fraction", "data"), fontsize="x-small", va="bottom"
+                )
+        others = [n for n in names if n != reference]
+        palette = dict(zip(others, sns.color_palette("deep", len(others)), strict=True))
+        for i, name in enumerate([reference, *others]):
+            _line(ax, results[results["structure"] == name], x, name, palette.get(name, "0.25"), MARKERS[i])
+        ax.set_title(family)
+        rate_axis(ax, results[x], xlabel)
+        ax.legend(fontsize="x-small", loc="lower left")
+    top = max([*dense.values(), results["accuracy_percent"].max()])
+    axes[0][0].set(ylabel="test accuracy (%)", ylim=(max(axes[0][0].get_ylim()[0], top - reach), top + 0.5))
+    figure.tight_layout()
+    return figure
+
+
+def _line(ax: Axes, runs: pd.DataFrame, x: str, label: str, colour: str | tuple, marker: str) -> None:
+    """Means over seeds, joined; bars from the worst seed to the best."""
+    if runs.empty:
+        return
+    groups = runs.groupby("nominal_rate")
+    accuracy = groups["accuracy_percent"]
+    spread = [accuracy.mean() - accuracy.min(), accuracy.max() - accuracy.mean()]
+    place = groups[x].mean()
+    ax.errorbar(place, accuracy.mean(), spread, color=colour, marker=marker, ms=5, lw=1.4, elinewidth=0.8, label=label)
+
+
+def storage_against_rate(results: pd.DataFrame, structures: Sequence[str], bit_widths: Sequence[int]) -> Figure:
+    """Kilobytes of the whole network against rate, a panel per weight width: with index solid, data alone dashed."""
+    figure, axes = plt.subplots(1, len(bit_widths), figsize=(3.6 * len(bit_widths), 3.8), squeeze=False)
+    for ax, bits in zip(axes[0], bit_widths, strict=True):
+        for name, colour in zip(structures, sns.color_palette("deep", len(structures)), strict=True):
+            mean = results[results["structure"] == name].groupby("nominal_rate").mean(numeric_only=True)
+            ax.plot(mean["rate"], mean[f"total_kilobyte_{bits}bit"], color=colour, marker=".", label=name)
+            ax.plot(mean["rate"], mean[f"data_kilobyte_{bits}bit"], color=colour, ls="--", lw=1)
+        rate_axis(ax, results.loc[results["structure"].isin(structures), "rate"])
+        ax.set(title=f"{bits}-bit weights", yscale="log")
+    axes[0][0].set_ylabel("storage of the network (kB)")
+    legend_beside(figure, axes[0][-1])
+    return figure
+
+
+def matched_compression(matched: pd.DataFrame, order: Sequence[str], bit_widths: Sequence[int], title: str) -> Figure:
+    """Bars of compression at matched accuracy by structure, one colour per weight width, from lowest to highest seed.
+
+    Args:
+        matched: columns ``structure``, ``bits``, ``seed``, ``compression`` (dense bits over all stored bits).
+    """
+    figure, ax = plt.subplots(figsize=(11, 4))
+    for i, (bits, colour) in enumerate(zip(bit_widths, sns.color_palette("viridis", len(bit_widths)), strict=True)):
+        part = matched[matched["bits"] == bits].groupby("structure")["compression"]
+        mean, low, high = (part.agg(f).reindex(order) for f in ("mean", "min", "max"))
+        place = np.arange(len(order)) + (i - (len(bit_widths) - 1) / 2) * 0.8 / len(bit_widths)
+        ax.bar(place, mean, 0.78 / len(bit_widths), color=colour, label=f"{bits} bits")
+        ax.errorbar(place, mean, [mean - low, high - mean], color="0.2", lw=0.8, ls="")
+    ax.set_xticks(range(len(order)), [n.replace(" ", "\n", 1) for n in order], fontsize="x-small")
+    ax.axhline(1, color=GREY, lw=1)
+    ax.set(title=title, ylabel="dense bits / stored bits")
+    ax.grid(axis="x", visible=False)
+    ax.legend(title="weight width", fontsize="x-small", title_fontsize="x-small")
+    figure.tight_layout()
+    return figure
+
+
+def speedup_against_rate(times: pd.DataFrame, layers: Mapping[str, str]) -> Figure:
+    """Speed-up of one layer's product over the dense one against rate, a panel per layer, a line per structure.
+
+    Args:
+        times: `lib.costs.compute.product_times` with a column ``layer``. layers: their names to panel titles.
+    """
+    figure, axes = plt.subplots(1, len(layers), figsize=(4.2 * len(layers), 3.8), sharey=True, squeeze=False)
+    for ax, (layer, title) in zip(axes[0], layers.items(), strict=True):
+        ax.axhline(1, color=GREY, lw=1.2, ls="--")
+        for i, (structure, part) in enumerate(times[times["layer"] == layer].groupby("structure", sort=False)):
+            mean = part.groupby("density")[["rate", "speedup"]].mean().sort_values("rate")
+            ax.plot(mean["rate"], mean["speedup"], marker=MARKERS[i], ms=4, label=structure)
+        ax.set(title=title, yscale="log")
+        rate_axis(ax, times["rate"])
+    axes[0][0].set_ylabel("time of dense / time of sparse")
+    legend_beside(figure, axes[0][-1])
+    return figure
+
+
+def accuracy_against_choice(
+    panels: Mapping[str, pd.DataFrame], *, dense: float, published: Mapping[str, float] | None = None
+) -> Figure:
+    """Accuracy for the values of one choice each, a panel a choice: pattern counts, block heights, ...
+
+    Args:
+        panels: title to runs with columns ``choice`` (in the order to draw) and ``accuracy_percent``.
+    """
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.6), squeeze=False)
+    for ax, (title, runs) in zip(axes[0], panels.items(), strict=True):
+        order = list(dict.fromkeys(runs["choice"]))
+        part = runs.assign(place=runs["choice"].map(order.index))
+        band(ax, part, "place", "accuracy_percent", "", color=BLUE, marker="o", legend=False)
+        ax.axhline(dense, color=GREY, ls="--", lw=1.2)
+        if published and title in published:
+            ax.axhline(published[title], color=RED, ls=":", lw=1.2)
+        ax.set_xticks(range(len(order)), order, fontsize="small")
+        ax.set(title=title, xlabel="", ylabel="test accuracy (%)")
+    figure.tight_layout()
+    return figure

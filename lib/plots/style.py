@@ -1,0 +1,107 @@
+"""The house style: colours, captions, bands, tables."""
+
+import base64
+import html
+import io
+from collections.abc import Callable
+from typing import Any, Literal
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+from IPython.display import HTML
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+BLUE, ORANGE, GREEN, RED, PURPLE, BROWN = sns.color_palette("deep", 6)
+GREY = "0.45"
+BAND = "Bands and bars: 95 % bootstrap interval over seeds."
+
+VERDICT_COLOURS = {"reproduced": "#1a7f37", "not reproduced": "#b42318", "inconclusive": "#8a6100"}
+
+
+def house_style() -> None:
+    """Set the look of every figure: white background, light grid, real text in SVG, the same bytes every time."""
+    sns.set_theme(context="notebook", style="whitegrid", palette="deep", font_scale=0.9)
+    plt.rcParams |= {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "workbook",
+        "font.family": "sans-serif",
+        "font.sans-serif": ["DejaVu Sans", "Arial", "Helvetica"],
+        "axes.titlesize": "medium",
+        "axes.titleweight": "bold",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "grid.color": "0.9",
+        "legend.frameon": False,
+    }
+
+
+def show(figure: Figure, caption: str, *, alt: str, kind: Literal["svg", "png"] = "svg") -> HTML:
+    """A figure with its caption and a description for who cannot see it, to be a cell's last value.
+
+    Args:
+        figure: closed here, so that the notebook does not show it twice.
+        caption: below the figure: what is drawn, over how many runs, what the bands are.
+        alt: what the figure shows, in a sentence.
+        kind: ``svg`` for curves, ``png`` for clouds of points.
+    """
+    raw = io.BytesIO()
+    metadata = {"Date": None} if kind == "svg" else None
+    figure.savefig(raw, format=kind, bbox_inches="tight", dpi=150, metadata=metadata)
+    plt.close(figure)
+    mime = {"svg": "image/svg+xml", "png": "image/png"}[kind]
+    source = f"data:{mime};base64,{base64.b64encode(raw.getvalue()).decode()}"
+    return HTML(
+        f'<figure style="margin:1em 0"><img src="{source}" alt="{html.escape(alt)}" style="max-width:100%">'
+        f'<figcaption style="color:#555;max-width:60em">{html.escape(caption)}</figcaption></figure>'
+    )
+
+
+def band(ax: Axes, frame: pd.DataFrame, x: str, y: str, label: str, **style) -> None:
+    """Mean line over runs with the 95 % bootstrap interval as a band; points only where there is a single x."""
+    sns.lineplot(frame, x=x, y=y, ax=ax, label=label, errorbar=("ci", 95), seed=0, err_kws={"alpha": 0.15}, **style)
+
+
+def legend_beside(figure: Figure, ax: Axes) -> None:
+    """The legend of ``ax`` to the right of the figure, once for all its panels."""
+    handles, labels = ax.get_legend_handles_labels()
+    figure.tight_layout()
+    figure.legend(handles, labels, loc="center left", bbox_to_anchor=(1.0, 0.55))
+
+
+def ledger_table(ledger: pd.DataFrame) -> HTML:
+    """The claims with our value, its interval and the coloured verdict."""
+    shown = pd.DataFrame(
+        {
+            "claim": ledger["claim"],
+            "published": ledger["published"],
+            "criterion": ledger["criterion"],
+            "measured": [measured(row) for row in ledger.to_dict("records")],
+            "n": ledger["n"],
+            "verdict": ledger["verdict"],
+        }
+    )
+    return table(shown, verdict=lambda v: f"color:{VERDICT_COLOURS[v]};font-weight:600")
+
+
+def table(frame: pd.DataFrame, **styles: Callable[[Any], str]) -> HTML:
+    """A data frame as a page shows it: no index, left-aligned, nothing cut off; ``styles`` give CSS by column."""
+    styled = frame.style.hide(axis="index").format(na_rep="–", precision=2).set_properties(**{"text-align": "left"})
+    for column, css in styles.items():
+        styled = styled.map(css, subset=column)
+    styled = styled.set_table_styles([{"selector": "th", "props": "text-align:left"}])
+    return HTML(styled.set_uuid("-".join(map(str, frame.columns[:2])).replace(" ", "_")).to_html())
+
+
+def measured(row: dict) -> str:
+    """``mean [low, high]`` of a ledger row, with as many digits as the interval deserves."""
+    if pd.isna(row["measured"]):
+        return "not measured"
+    if pd.isna(row["low"]):
+        return f"{row['measured']:.3g}, no interval"
+    digits = 3 if abs(row["measured"]) < 1 and row["high"] - row["low"] < 0.1 else 2
+    return f"{row['measured']:.{digits}f} [{row['low']:.{digits}f}, {row['high']:.{digits}f}]"
+
+
+house_style()

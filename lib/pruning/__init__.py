@@ -1,0 +1,50 @@
+"""Sparsity sets and their projections (papers/pruning.md section A.2), and plans made of them."""
+
+from lib.pruning.composed import DARB, BlockStructured, FilterColumn
+from lib.pruning.groups import (
+    NM,
+    Block,
+    BlockColumns,
+    BlockRows,
+    Channel,
+    Column,
+    Filter,
+    Groups,
+    Kernel,
+    PETile,
+    Unstructured,
+    block_max,
+)
+from lib.pruning.patterns import NATURAL, PCNN, PUBLISHED, PatternKernels, Patterns
+from lib.pruning.plans import correlation, first_conv, rounds, uniform_plan
+from lib.pruning.selection import keep_largest, keep_largest_in_rows, kept
+
+__all__ = [
+    "DARB",
+    "NATURAL",
+    "NM",
+    "PCNN",
+    "PUBLISHED",
+    "Block",
+    "BlockColumns",
+    "BlockRows",
+    "BlockStructured",
+    "Channel",
+    "Column",
+    "Filter",
+    "FilterColumn",
+    "Groups",
+    "Kernel",
+    "PETile",
+    "PatternKernels",
+    "Patterns",
+    "Unstructured",
+    "block_max",
+    "correlation",
+    "first_conv",
+    "keep_largest",
+    "keep_largest_in_rows",
+    "kept",
+    "rounds",
+    "uniform_plan",
+]

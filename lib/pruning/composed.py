@@ -1,0 +1,150 @@
+"""Sets made of others, or with a budget that differs from row to row."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lib.constraint import ConstraintError, Storage, SupportConstraint
+from lib.costs import storage
+from lib.pruning.groups import NM, BlockColumns, Column, Filter, Unstructured, check_sparsity, gemm
+from lib.pruning.selection import keep_largest, kept
+
+
+@dataclass(frozen=True)
+class FilterColumn(SupportConstraint):
+    """Filter and column budgets together (StructADMM's combination; papers/pruning.md 4c, A.2 last row).
+
+    Choosing rows and columns at once has no closed form. The projection alternates: the best rows for the columns at
+    hand, the best columns for those rows, until neither moves. Kept energy never falls, so it stops, at a choice that
+    no change of rows or of columns alone improves; it need not be the nearest point (``exact = False``).
+    """
+
+    filter_sparsity: float = 0.5
+    column_sparsity: float = 0.5
+
+    exact = False
+
+    def __post_init__(self) -> None:
+        check_sparsity(filter_sparsity=self.filter_sparsity, column_sparsity=self.column_sparsity)
+
+    @property
+    def parts(self) -> tuple[SupportConstraint, SupportConstraint]:
+        """The filter set and the column set."""
+        return Filter(self.filter_sparsity), Column(self.column_sparsity)
+
+    def select(self, weight: Tensor) -> Tensor:
+        """Mask of the rows and columns on which the alternation stops."""
+        energy = gemm(weight).square()
+        n, m = kept(self.filter_sparsity, energy.shape[0]), kept(self.column_sparsity, energy.shape[1])
+        columns = torch.ones(energy.shape[1], dtype=torch.bool, device=weight.device)
+        while True:
+            rows = keep_largest(energy @ columns.to(energy.dtype), n)
+            better = keep_largest(rows.to(energy.dtype) @ energy, m)
+            if torch.equal(better, columns):
+                return (rows[:, None] & columns).reshape(weight.shape)
+            columns = better
+
+    def storage_bits(self, z: Tensor, bits: int) -> Storage:
+        """The kept rows by the kept columns as one dense matrix, and which they are."""
+        return storage.submatrix(z, bits)
+
+
+@dataclass(frozen=True)
+class BlockStructured(SupportConstraint):
+    """RTMobile's BSP: column segments inside blocks, then whole rows of what is left (papers/pruning.md 8b).
+
+    A projection of one step after the other, as published: not the nearest point of both together
+    (``exact = False``). Blocks are ``height x width``; the published code counts blocks instead.
+    """
+
+    column_sparsity: float = 0.5
+    row_sparsity: float = 0.5
+    height: int = 16
+    width: int = 16
+
+    exact = False
+
+    def __post_init__(self) -> None:
+        check_sparsity(column_sparsity=self.column_sparsity, row_sparsity=self.row_sparsity)
+        self.parts  # noqa: B018  checks the sizes
+
+    @property
+    def parts(self) -> tuple[SupportConstraint, SupportConstraint]:
+        """Step 1 and step 2."""
+        return BlockColumns(self.column_sparsity, self.height, self.width), Filter(self.row_sparsity)
+
+    def select(self, weight: Tensor) -> Tensor:
+        """Mask of both steps."""
+        segments, rows = self.parts
+        first = segments.select(weight)
+        return first & rows.select(torch.where(first, weight, 0.0))
+
+    def storage_bits(self, z: Tensor, bits: int) -> Storage:
+        """Kept rows of kept segments; the segments of each block once, and which rows."""
+        segments, _ = self.parts
+        bill = segments.storage_bits(z, bits)
+        return Storage(int(z.count_nonzero()) * bits, bill.index + storage.which(gemm(z).any(1)))
+
+
+MENU = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+@dataclass(frozen=True)
+class DARB(SupportConstraint):
+    """Density-adaptive regular blocks: one survivor per block, with a block size for every row (papers/pruning.md 11).
+
+    `fit` prunes the layer irregularly at ``sparsity`` and gives a row of density ``d`` a block size near ``1/d`` out of
+    ``menu``, so that the layer stays within its budget: every row starts at the largest block, and the step to the next
+    smaller block is taken in the order of how far ``d`` lies above the geometric mean of the two. Projection: the
+    largest magnitude of each block, exact.
+    """
+
+    sparsity: float = 0.9
+    menu: tuple[int, ...] = MENU
+    blocks: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        check_sparsity(sparsity=self.sparsity)
+        if not self.menu or min(self.menu) < 1 or list(self.menu) != sorted(set(self.menu)):
+            raise ConstraintError(f"menu = {self.menu}: allowed are increasing block sizes from 1")
+
+    def fit(self, weights: Mapping[str, Tensor]) -> dict[str, SupportConstraint]:
+        """Block sizes for every layer's rows."""
+        if self.blocks is not None:
+            return dict.fromkeys(weights, self)
+        return {name: replace(self, blocks=self._sizes(gemm(w))) for name, w in weights.items()}
+
+    def _sizes(self, matrix: Tensor) -> tuple[int, ...]:
+        rows, columns = matrix.shape
+        menu = torch.tensor([b for b in self.menu if b <= columns] or self.menu[:1], device=matrix.device).flip(0)
+        survivors = -(-columns // menu)  # of a row, at each block size; the largest block comes first
+        density = Unstructured(self.sparsity).select(matrix).sum(1) / columns
+        step_cost = survivors.diff().expand(rows, -1)
+        urgency = density[:, None] * (menu[:-1] * menu[1:]).sqrt()  # (rows, steps), falls along a row
+        order = urgency.reshape(-1).argsort(descending=True, stable=True)
+        spent = step_cost.reshape(-1)[order].cumsum(0) + rows * survivors[0]
+        taken = torch.zeros(urgency.numel(), dtype=torch.bool, device=matrix.device)
+        taken[order] = spent <= kept(self.sparsity, matrix.numel())
+        return tuple(menu[taken.reshape(rows, -1).sum(1)].tolist())
+
+    def select(self, weight: Tensor) -> Tensor:
+        """Mask of the largest of every block."""
+        if self.blocks is None:
+            raise ConstraintError("the block sizes are not chosen yet: call lib.constraint.fitted(model, plan) first")
+        matrix, sizes = gemm(weight), torch.tensor(self.blocks, device=weight.device)
+        if len(sizes) != len(matrix):
+            raise ConstraintError(f"{len(sizes)} block sizes for the {len(matrix)} rows of {tuple(weight.shape)}")
+        mask = torch.zeros_like(matrix, dtype=torch.bool)
+        for b in set(self.blocks):
+            mask[sizes == b] = NM(n=1, m=b).select(matrix[sizes == b])
+        return mask.reshape(weight.shape)
+
+    def storage_bits(self, z: Tensor, bits: int) -> Storage:
+        """One weight and its place per block; each row's block size as an index into the menu."""
+        columns = gemm(z).shape[1]
+        survivors = {b: -(-columns // b) for b in set(self.blocks)}
+        index = sum(survivors[b] * storage.index_width(b) for b in self.blocks)
+        data = sum(survivors[b] for b in self.blocks) * bits
+        return Storage(data, index, len(self.blocks) * storage.index_width(len(self.menu)))

@@ -1,0 +1,354 @@
+"""Sets that remove whole groups of weights: tiles of the GEMM matrix, the weakest first.
+
+The GEMM matrix of a layer is ``(F, C*Kh*Kw)``: a row is a filter, a column one input position; a linear layer is its
+own matrix. Cut it into tiles of ``height x width`` weights, and most structures of the field are a choice of the two
+(papers/pruning.md A.2): filters ``1 x all``, columns ``all x 1``, channels ``all x Kh*Kw``, kernels ``1 x Kh*Kw``,
+blocks ``p x q``, single weights ``1 x 1``. The budget holds for the layer, or in every *region*, a larger tile.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from lib.constraint import ConstraintError, Storage, SupportConstraint
+from lib.costs import storage
+from lib.pruning.selection import keep_largest, keep_largest_in_rows, kept
+
+Size = tuple[int, int]
+
+
+def check_sparsity(**named: float) -> None:
+    """Refuse a sparsity outside [0, 1), by the name that the user gave it."""
+    for name, value in named.items():
+        if not 0 <= value < 1:
+            raise ConstraintError(f"{name} = {value}: allowed are numbers in [0, 1)")
+
+
+def check_count(**named: int) -> None:
+    """Refuse a count or length below 1, by the name that the user gave it."""
+    for name, value in named.items():
+        if not isinstance(value, int) or value < 1:
+            raise ConstraintError(f"{name} = {value!r}: allowed are whole numbers from 1")
+
+
+def gemm(weight: Tensor) -> Tensor:
+    """The GEMM matrix of a layer's weight, ``(F, C, Kh, Kw) -> (F, C*Kh*Kw)``; a vector is one row."""
+    return weight.reshape(1, -1) if weight.dim() == 1 else weight.reshape(weight.shape[0], -1)
+
+
+def kernel_area(weight: Tensor) -> int:
+    """``Kh*Kw``; 1 for a linear layer, whose weights are kernels of one entry."""
+    return weight[0, 0].numel() if weight.dim() == 4 else 1
+
+
+def tile_sums(matrix: Tensor, size: Size) -> Tensor:
+    """Sums over tiles, ``(R*height, S*width) -> (R, S)``."""
+    (height, width), (rows, columns) = size, matrix.shape
+    if size == (1, 1):
+        return matrix
+    return matrix.reshape(rows // height, height, columns // width, width).sum((1, 3))
+
+
+def padded(matrix: Tensor, size: Size) -> Tensor:
+    """``matrix`` with zeros below and to the right, so that whole tiles of ``size`` cover it."""
+    (height, width), (rows, columns) = size, matrix.shape
+    return pad(matrix, (0, -columns % width, 0, -rows % height)) if rows % height or columns % width else matrix
+
+
+def spread(values: Tensor, size: Size, shape: torch.Size) -> Tensor:
+    """Each tile's value on all of its weights, ``(R, S)`` -> a weight of ``shape``; padding is cut off."""
+    (height, width), (r, s) = size, values.shape
+    full = values[:, None, :, None].expand(r, height, s, width).reshape(r * height, s * width)
+    rows = 1 if len(shape) == 1 else shape[0]
+    return full[:rows, : shape.numel() // rows].reshape(shape)
+
+
+@dataclass(frozen=True)
+class Groups(SupportConstraint):
+    """What the sets below share. Projection: keep the groups of largest L2 norm, as many as the budget says.
+
+    The budget counts groups: a short one at the matrix's edge counts as one. At least one is kept.
+
+    Raises:
+        ConstraintError: a sparsity outside [0, 1), or a size that is not a whole number from 1.
+    """
+
+    sparsity: float
+
+    def __post_init__(self) -> None:
+        check_sparsity(sparsity=self.sparsity)
+
+    def group(self, weight: Tensor) -> Size:
+        """Height and width of a group on the GEMM matrix of ``weight``."""
+        raise NotImplementedError
+
+    def region(self, weight: Tensor) -> Size | None:
+        """Height and width, in weights, of the regions that each have the budget; None: the layer is one region."""
+        return None
+
+    def group_norms(self, weight: Tensor) -> Tensor:
+        """L2 norms of the groups, ``(R, S)``: what a group lasso sums."""
+        size, matrix = self.group(weight), gemm(weight)
+        if size == (1, 1):  # not through squares, which underflow
+            return padded(matrix.abs(), self.region(weight) or size)
+        return tile_sums(padded(matrix.square(), self.region(weight) or size), size).sqrt()
+
+    def spread_groups(self, values: Tensor, weight: Tensor) -> Tensor:
+        """One value per group, ``(R, S)``, on all weights of the group: a tensor of the weight's shape."""
+        return spread(values, self.group(weight), weight.shape)
+
+    def select(self, weight: Tensor) -> Tensor:
+        """Mask of the groups of largest norm, in the layer or in every region."""
+        norms = self.group_norms(weight)
+        if self.region(weight) is None:
+            return self.spread_groups(keep_largest(norms, kept(self.sparsity, norms.numel())), weight)
+        return self.spread_groups(self._largest_in_regions(norms, weight), weight)
+
+    def _largest_in_regions(self, norms: Tensor, weight: Tensor) -> Tensor:
+        (h, w), (height, width) = self.group(weight), self.region(weight)
+        (rows, columns), (r, s) = gemm(weight).shape, norms.shape
+        tall, wide = height // h, width // w  # groups in a region
+
+        def by_region(grid: Tensor) -> Tensor:  # (R, S) -> (regions, tall * wide)
+            return grid.reshape(r // tall, tall, s // wide, wide).transpose(1, 2).reshape(-1, tall * wide)
+
+        budget: Tensor | int = kept(self.sparsity, tall * wide)
+        if rows % height or columns % width:  # short regions at the edges keep the same share of the groups they have
+            place = norms.device
+            real = (torch.arange(r, device=place) * h < rows)[:, None] & (torch.arange(s, device=place) * w < columns)
+            norms = torch.where(real, norms, -1.0)
+            shares = torch.tensor([kept(self.sparsity, n) for n in range(tall * wide + 1)], device=place)
+            budget = shares[by_region(real).sum(1)]
+            budget = int(budget[0]) if (budget == budget[0]).all() else budget
+        keep = keep_largest_in_rows(by_region(norms), budget)
+        return keep.reshape(r // tall, s // wide, tall, wide).transpose(1, 2).reshape(r, s)
+
+    def storage_bits(self, z: Tensor, bits: int) -> Storage:
+        """Whole groups at ``bits`` a weight, and which groups they are: in the layer, or in each region."""
+        keep = self.group_norms(z.float()) > 0
+        data = int(self.spread_groups(keep, z).sum()) * bits
+        if (region := self.region(z)) is None:
+            return Storage(data, storage.which(keep))
+        groups = region[0] * region[1] // (self.group(z)[0] * self.group(z)[1])
+        return Storage(data, min(keep.numel(), int(keep.sum()) * storage.index_width(groups)))
+
+
+@dataclass(frozen=True)
+class Unstructured(Groups):
+    """At most ``(1 - sparsity) * N`` nonzero weights, anywhere: in each layer, or in all layers that share it.
+
+    Projection: keep the largest by absolute value (papers/pruning.md A.2, rows 1 and 2). ``scope = "global"`` couples
+    the layers of a plan that hold an equal set.
+
+    Raises:
+        ConstraintError: sparsity outside [0, 1), or an unknown scope.
+    """
+
+    scope: Literal["layer", "global"] = "layer"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scope not in ("layer", "global"):
+            raise ConstraintError(f"scope = {self.scope!r}: allowed are 'layer' and 'global'")
+
+    @property
+    def per_layer(self) -> bool:
+        """False for the global budget, which couples layers."""
+        return self.scope == "layer"
+
+    def group(self, weight: Tensor) -> Size:
+        """A single weight."""
+        return 1, 1
+
+    def storage_bits(self, z: Tensor, bits: int) -> Storage:
+        """In the cheapest format for nonzeros that may lie anywhere."""
+        return storage.irregular(z, bits)
+
+
+@dataclass(frozen=True)
+class Filter(Groups):
+    """Whole filters, rows of the GEMM matrix (StructADMM, papers/pruning.md 4c); output neurons of a linear layer.
+
+    Layers with equal sets that name a ``coupled`` group lose the same filters, ranked by the norm over all: what
+    layers that are added to one another need (`lib.pruning.channels`). A removed filter's bias and batch norm go with
+    it only through `lib.pruning.channels.follow`.
+    """
+
+    coupled: str = ""
+
+    @property
+    def per_layer(self) -> bool:
+        """False for coupled filters."""
+        return not self.coupled
+
+    def view(self, weight: Tensor) -> Tensor:
+        """The GEMM matrix: the filters of coupled layers stand in one row, ``(F, sum of C*Kh*Kw)``."""
+        return gemm(weight)
+
+    def group(self, weight: Tensor) -> Size:
+        """A row of the GEMM matrix."""
+        return 1, gemm(weight).shape[1]
+
+    def storage_bits(self, z: Tensor, bits: int) -> Storage:
+        """The rows and columns that are left as one dense matrix."""
+        return storage.submatrix(z, bits)
+
+
+@dataclass(frozen=True)
+class Column(Groups):
+    """GEMM columns: one kernel position of one channel in all filters ("shape-wise", papers/pruning.md 4c)."""
+
+    def group(self, weight: Tensor) -> Size:
+        """A column of the GEMM matrix."""
+        return gemm(weight).shape[0], 1
+
+    def storage_bits(self, z: Tensor, bits: int) -> Storage:
+        """The rows and columns that are left as one dense matrix."""
+        return storage.submatrix(z, bits)
+
+
+@dataclass(frozen=True)
+class Channel(Groups):
+    """Input channels ``W[:, c, :, :]`` (papers/pruning.md 4c); input neurons of a linear layer."""
+
+    def group(self, weight: Tensor) -> Size:
+        """The columns of one channel."""
+        return gemm(weight).shape[0], kernel_area(weight)
+
+    def storage_bits(self, z: Tensor, bits: int) -> Storage:
+        """The rows and columns that are left as one dense matrix."""
+        return storage.submatrix(z, bits)
+
+
+@dataclass(frozen=True)
+class Kernel(Groups):
+    """Whole kernels ``W[f, c, :, :]``: connectivity pruning (papers/pruning.md 9); single weights of a linear layer."""
+
+    def group(self, weight: Tensor) -> Size:
+        """One kernel, contiguous in its row."""
+        return 1, kernel_area(weight)
+
+
+@dataclass(frozen=True)
+class Block(Groups):
+    """Blocks of ``height x width`` weights of the GEMM matrix (papers/pruning.md A.2).
+
+    Ranked by L2 norm, which is the projection; released code of the field uses the L1 sum, which is not.
+    """
+
+    height: int = 4
+    width: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count(height=self.height, width=self.width)
+
+    def group(self, weight: Tensor) -> Size:
+        """A block."""
+        return self.height, self.width
+
+
+@dataclass(frozen=True)
+class PETile(Groups):
+    """Tiles that a processing-element array works on in one pass: ``outputs`` filters x ``inputs`` whole channels.
+
+    PE-wise structured pruning (Yang, He and Fan, AAAI 2020; papers/pruning.md 14b).
+    """
+
+    outputs: int = 4
+    inputs: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count(outputs=self.outputs, inputs=self.inputs)
+
+    def group(self, weight: Tensor) -> Size:
+        """All kernels between the tile's outputs and inputs."""
+        return self.outputs, self.inputs * kernel_area(weight)
+
+
+@dataclass(frozen=True)
+class BlockColumns(Groups):
+    """Column segments inside blocks of ``height x width`` (BLK-REW and RTMobile's first step, papers/pruning.md 8).
+
+    Every block keeps the same share of its columns, or (``per = "layer"``) the layer keeps the strongest segments
+    wherever they are. Height 1 is irregular pruning, the height of the matrix column pruning.
+    """
+
+    height: int = 4
+    width: int = 16
+    per: Literal["block", "layer"] = "block"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count(height=self.height, width=self.width)
+        if self.per not in ("block", "layer"):
+            raise ConstraintError(f"per = {self.per!r}: allowed are 'block' and 'layer'")
+
+    def group(self, weight: Tensor) -> Size:
+        """One column of one block; of the matrix, where that is lower than a block."""
+        return min(self.height, gemm(weight).shape[0]), 1
+
+    def region(self, weight: Tensor) -> Size | None:
+        """The block, unless the budget is the layer's."""
+        return (self.group(weight)[0], self.width) if self.per == "block" else None
+
+
+@dataclass(frozen=True)
+class BlockRows(Groups):
+    """Row segments inside blocks of ``height x width``: the same share in each (BLK-REW, papers/pruning.md 8a)."""
+
+    height: int = 16
+    width: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count(height=self.height, width=self.width)
+
+    def group(self, weight: Tensor) -> Size:
+        """One row of one block; of the matrix, where that is narrower than a block."""
+        return 1, min(self.width, gemm(weight).shape[1])
+
+    def region(self, weight: Tensor) -> Size:
+        """The block."""
+        return self.height, self.group(weight)[1]
+
+
+@dataclass(frozen=True)
+class NM(Groups):
+    """At most ``n`` nonzeros in every ``m`` consecutive weights of a GEMM row; a short end keeps the same share.
+
+    Along memory order, so over kernel positions first, then channels.
+    """
+
+    sparsity: float = field(init=False)
+    n: int = 2
+    m: int = 4
+
+    def __post_init__(self) -> None:
+        check_count(n=self.n, m=self.m)
+        if self.n > self.m:
+            raise ConstraintError(f"n = {self.n}: allowed are whole numbers up to m = {self.m}")
+        object.__setattr__(self, "sparsity", 1 - self.n / self.m)
+
+    def group(self, weight: Tensor) -> Size:
+        """A single weight."""
+        return 1, 1
+
+    def region(self, weight: Tensor) -> Size:
+        """``m`` consecutive weights."""
+        return 1, self.m
+
+    def storage_bits(self, z: Tensor, bits: int) -> Storage:
+        """``n`` weights of every ``m`` at their position's index; a kept weight that is zero is stored all the same."""
+        stored = int(self.select(z.float()).sum())
+        index = min(stored * storage.index_width(self.m), padded(gemm(z), (1, self.m)).numel())
+        return Storage(stored * bits, index)
+
+
+def block_max(b: int) -> NM:
+    """BMWM: of every ``b`` consecutive weights of a row the largest alone (papers/pruning.md 11)."""
+    return NM(n=1, m=b)

@@ -1,0 +1,54 @@
+"""Keeping the largest of many scores: the one step that every projection onto a sparsity set comes down to."""
+
+import torch
+from torch import Tensor
+
+PAIRWISE = 16  # up to this row length, comparing all pairs of columns beats sorting every row
+
+
+def kept(sparsity: float, total: int) -> int:
+    """How many of ``total`` weights a sparsity leaves: the nearest whole number, and at least one."""
+    return max(1, round((1 - sparsity) * total))
+
+
+def keep_largest(scores: Tensor, k: int) -> Tensor:
+    """Boolean mask of exactly ``k`` largest entries; among equals the first in memory order win.
+
+    >>> keep_largest(torch.tensor([1.0, 3.0, 1.0, 1.0]), 2)
+    tensor([ True,  True, False, False])
+    """
+    flat = scores.reshape(-1)
+    if k >= flat.numel():
+        return torch.ones_like(scores, dtype=torch.bool)
+    threshold = flat.kthvalue(flat.numel() - k + 1).values if k else torch.inf
+    mask = flat >= threshold
+    if int(mask.sum()) > k:  # several are equal to the last that is kept
+        above, ties = flat > threshold, flat == threshold
+        mask = above | (ties & (ties.cumsum(0) <= k - above.sum()))
+    return mask.reshape(scores.shape)
+
+
+def keep_largest_in_rows(scores: Tensor, k: Tensor | int) -> Tensor:
+    """The same in every row of ``scores`` (rows, m), with one ``k`` for all or one for each row.
+
+    >>> keep_largest_in_rows(torch.tensor([[1.0, 3.0, 2.0], [5.0, 5.0, 5.0]]), 2)
+    tensor([[False,  True,  True],
+            [ True,  True, False]])
+    """
+    rows, m = scores.shape
+    counts = k if isinstance(k, int) else k.reshape(rows, 1)
+    if isinstance(k, int) and k == 1:
+        mask = torch.zeros_like(scores, dtype=torch.bool)
+        return mask.scatter_(1, scores.argmax(1, keepdim=True), True)
+    if m > PAIRWISE:
+        order = scores.argsort(dim=1, descending=True, stable=True)
+        keep = torch.arange(m, device=scores.device).expand(rows, m) < counts
+        return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, keep)
+    columns = scores.T.contiguous()  # (m, rows)
+    rank = torch.zeros(columns.shape, dtype=torch.int8, device=scores.device)  # how many of its row come before it
+    for i in range(m):
+        for j in range(i + 1, m):
+            first = columns[i] >= columns[j]
+            rank[j] += first
+            rank[i] += ~first
+    return (counts > rank.T).contiguous()

@@ -1,0 +1,23 @@
+"""Training schemes toward a plan: one-shot, iterative with rewinding, ADMM, progressive, reweighted.
+
+Each recipe works on a model in place, for any plan whose constraints it makes sense for, and leaves the masks or
+the weights that training goes on from. The loop is always `lib.training.fit`; recipes only hook into it.
+"""
+
+from lib.recipes.admm import admm, progressive, split
+from lib.recipes.reweighted import reweighted, search_strength
+from lib.recipes.rewinding import State, iterative, layer_weights, one_shot, rewind, state_of
+
+__all__ = [
+    "State",
+    "admm",
+    "iterative",
+    "layer_weights",
+    "one_shot",
+    "progressive",
+    "reweighted",
+    "rewind",
+    "search_strength",
+    "split",
+    "state_of",
+]

@@ -1,0 +1,202 @@
+"""ADMM toward a plan, with one auxiliary pair a layer or several, and in steps of tightening budgets."""
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from typing import Any, Literal
+
+import pandas as pd
+import torch
+from torch import nn
+
+from lib.constraint import ConstraintError, Masks, Plan, attach_masks, detach_masks, harden, leaf, project, weights
+from lib.data import Data
+from lib.models import prunable
+from lib.recipes.rewinding import State, one_shot
+from lib.training import Hook, Progress, evaluate, fit
+
+
+def split(plan: Plan) -> list[Plan]:
+    """The plan as several of simpler sets, whose intersection it is: `Constraint.parts` of every layer.
+
+    Raises:
+        ConstraintError: no constraint of the plan has more than one part.
+    """
+    most = max(len(constraint.parts) for constraint in plan.values())
+    if most == 1:
+        kinds = ", ".join(sorted({type(constraint).__name__ for constraint in plan.values()}))
+        raise ConstraintError(f"pairs = 'split': {kinds} is one set, not an intersection; use pairs = 'joint'")
+    return [{name: c.parts[i] for name, c in plan.items() if i < len(c.parts)} for i in range(most)]
+
+
+class _Pair:
+    """An auxiliary pair ``(Z, U)`` for the layers of a plan."""
+
+    def __init__(self, plan: Plan, w: State) -> None:
+        self.plan = plan
+        self.z = project(plan, {n: w[n] for n in plan})  # Z_0 = P_S(W): with Z_0 = W the first interval has no pull
+        self.u = {n: torch.zeros_like(z) for n, z in self.z.items()}
+        self.target = {n: z.clone() for n, z in self.z.items()}  # Z - U
+
+    def update(self, w: State) -> State:
+        """The Z- and U-steps; returns the Z before them."""
+        before, self.z = self.z, project(self.plan, {n: w[n] + u for n, u in self.u.items()})
+        for n, u in self.u.items():
+            u += w[n] - self.z[n]
+        return before
+
+    def retarget(self, divisor: float) -> None:
+        self.u = {n: u / divisor for n, u in self.u.items()}
+        self.target = {n: self.z[n] - u for n, u in self.u.items()}
+
+
+class _Pull(Hook):
+    """The ADMM iteration as a hook: the penalty's pull at every step, the Z- and U-steps every ``interval`` epochs.
+
+    The gradient of ``rho/2 * ||W - Z + U||^2`` is ``rho * (W - (Z - U))``; it is added to ``.grad`` directly, which
+    is cheaper than a second loss term through autograd (tests/benchmarks/admm_step.py prints both).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        data: Data,
+        interval: int,
+        rho: float,
+        rho_growth: float,
+        rho_max: float,
+        rescale_u: bool,
+        pairs: Literal["joint", "split"] = "joint",
+    ) -> None:
+        self.plan, self.data, self.interval = plan, data, interval
+        self.rho, self.rho_growth, self.rho_max, self.rescale_u = rho, rho_growth, rho_max, rescale_u
+        self.parameters = {n: leaf(layer) for n, layer in prunable(model).items() if n in plan}
+        w = weights(model, plan)
+        self.pairs = [_Pair(part, w) for part in (split(plan) if pairs == "split" else [plan])]
+        self.rows: list[dict[str, float]] = []
+
+    @torch.no_grad()
+    def after_backward(self, model: nn.Module, step: int) -> None:
+        for pair in self.pairs:
+            for name, target in pair.target.items():
+                w = self.parameters[name]
+                w.grad.add_(w, alpha=self.rho).sub_(target, alpha=self.rho)
+
+    @torch.no_grad()
+    def after_epoch(self, model: nn.Module, epoch: int) -> None:
+        if (epoch + 1) % self.interval:
+            return
+        w = weights(model, self.plan)
+        before = [pair.update(w) for pair in self.pairs]
+        self.rows.append(self._diagnostics(model, epoch + 1, w, before))
+        growth = min(self.rho_growth, self.rho_max / self.rho) if self.rho < self.rho_max else 1.0
+        self.rho *= growth
+        for pair in self.pairs:
+            pair.retarget(growth if self.rescale_u else 1.0)
+
+    def _diagnostics(self, model: nn.Module, epoch: int, w: State, before: list[State]) -> dict[str, float]:
+        apart = {n: sum((w[n] - p.z[n]).square().sum() for p in self.pairs if n in p.z) for n in w}
+        moved = sum((p.z[n] - z[n]).square().sum() for p, z in zip(self.pairs, before, strict=True) for n in z)
+        size = {n: t.square().sum() for n, t in w.items()}
+        return {
+            "epoch": epoch,
+            "rho": self.rho,
+            "distance": float((sum(apart.values()) / sum(size.values())).sqrt()),
+            "dual_residual": self.rho * float(moved.sqrt()),
+            "accuracy": evaluate(model, self.data.validation),
+            "hardened_accuracy": evaluate(harden(deepcopy(model), self.plan), self.data.validation),
+            **{f"distance/{n}": float((apart[n] / size[n]).sqrt()) for n in w},
+        }
+
+
+def admm(
+    model: nn.Module,
+    plan: Plan,
+    data: Data,
+    *,
+    epochs: int,
+    interval: int = 1,
+    rho: float = 1e-3,
+    rho_growth: float = 1.3,
+    rho_max: float = 0.1,
+    rescale_u: bool = False,
+    pairs: Literal["joint", "split"] = "joint",
+    schedule: str = "constant",
+    progress: Progress | None = None,
+    **fit_options: Any,
+) -> pd.DataFrame:
+    """ADMM toward a plan, in place, from a trained model: papers/pruning.md section B. Leaves ``W <- P_S(W)``.
+
+    W-step: ``interval`` epochs of the loss plus ``rho/2 * ||W - Z + U||^2``; then ``Z = P_S(W + U)`` and
+    ``U = U + W - Z``; ``rho`` grows by ``rho_growth`` up to ``rho_max``. Masked retraining is up to the caller:
+    ``masks = one_shot(model, plan)``, `attach_masks`, and `fit` with its fresh optimizer. Masks that are attached
+    beforehand stay: ADMM then moves inside them.
+
+    Args:
+        epochs: in all; a multiple of ``interval``.
+        rescale_u: divide ``U`` by the growth of ``rho``, as scaled ADMM asks for and the released code does not.
+        pairs: ``split`` gives each part of an intersection (`Constraint.parts`) an auxiliary pair of its own, as PatDNN
+            does for patterns and connectivity (papers/pruning.md 9); ``joint`` projects onto the intersection.
+
+    Returns:
+        One row per Z-step: ``epoch``, ``rho``, ``distance`` = ||W - Z|| / ||W|| (and per layer; over all pairs),
+        ``dual_residual`` = rho * ||Z_new - Z_old||, validation ``accuracy`` of W and ``hardened_accuracy`` of P_S(W).
+        A run that works shows the two accuracies meet.
+
+    Raises:
+        ValueError: ``epochs`` is not a positive multiple of ``interval``, or rho or its growth is out of range.
+        ConstraintError: ``split`` pairs for a plan without intersections.
+    """
+    if interval < 1 or epochs < 1 or epochs % interval:
+        raise ValueError(f"admm: epochs = {epochs}, interval = {interval}: epochs must be a positive multiple")
+    if not 0 < rho <= rho_max or rho_growth < 1:
+        raise ValueError(f"admm: {rho=}, {rho_max=}, {rho_growth=}: allowed are 0 < rho <= rho_max, rho_growth >= 1")
+    if pairs not in ("joint", "split"):
+        raise ValueError(f"admm: {pairs=}: allowed are 'joint' and 'split'")
+    pull = _Pull(model, plan, data, interval, rho, rho_growth, rho_max, rescale_u, pairs)
+    fit(model, data, epochs=epochs, schedule=schedule, hooks=(pull,), progress=progress, **fit_options)
+    harden(model, plan)
+    return pd.DataFrame(pull.rows)
+
+
+def progressive(
+    model: nn.Module,
+    plans: Sequence[Plan],
+    data: Data,
+    *,
+    search: Mapping[str, Any],
+    retrain: Mapping[str, Any],
+    progress: Progress | None = None,
+    **fit_options: Any,
+) -> pd.DataFrame:
+    """Progressive ADMM: plans of tightening budgets, each inside the support of the one before (papers/pruning.md 6).
+
+    ``model`` comes in trained. Each step runs `admm` toward its plan with all weights that are already zero held there,
+    hardens, and retrains inside the mask. Budgets are absolute. The model is left unmasked, a member of the last plan:
+    ``attach_masks(model, one_shot(model, plans[-1]))`` holds it there.
+
+    Args:
+        search: options of `admm` for each step (``epochs``, ``lr``, ``rho``, ...); ``retrain``: of `fit`.
+
+    Returns:
+        The rows of `admm` with a column ``step``, from 1.
+
+    Raises:
+        ConstraintError: no plan, or a constraint that has no mask.
+    """
+    if not plans:
+        raise ConstraintError("progressive: at least one plan is needed")
+    inside: Masks = {}
+    logs = []
+    for step, plan in enumerate(plans, start=1):
+        log = admm(model, plan, data, **fit_options | search)
+        logs.append(log.assign(step=step))
+        inside = {name: m & inside.get(name, m) for name, m in one_shot(model, plan).items()}
+        attach_masks(model, inside)
+        if progress:
+            progress((step - 0.5) / len(plans), f"step {step} of {len(plans)}, retraining")
+        fit(model, data, **fit_options | retrain)
+        if progress:
+            progress(step / len(plans), f"step {step} of {len(plans)}")
+    detach_masks(model)
+    return pd.concat(logs, ignore_index=True)

@@ -1,0 +1,28 @@
+"""Reading a measured curve where accuracy crosses a floor."""
+
+from collections.abc import Sequence
+from math import exp, log
+
+
+def gain_at(gains: Sequence[float], accuracies: Sequence[float], floor: float) -> float:
+    """The gain (rate, compression, ...) up to which accuracy stays at or above ``floor``: the *first* crossing.
+
+    Points are taken in the order of their gain; between the last that holds and the first that does not, accuracy is
+    interpolated linearly in the logarithm of the gain. The largest gain when accuracy never falls below the floor, so
+    that the value is then a lower bound; NaN when not even the smallest gain holds it.
+
+    Raises:
+        ValueError: lists of different length, empty, or a gain that is not positive.
+
+    >>> round(gain_at([1, 4, 16], [90, 89, 87], 88), 3)
+    8.0
+    """
+    if len(gains) != len(accuracies) or not len(gains) or min(gains) <= 0:
+        raise ValueError(f"{len(gains)} gains and {len(accuracies)} accuracies: expected as many, all gains above 0")
+    points = sorted(zip(gains, accuracies, strict=True))
+    if points[0][1] < floor:
+        return float("nan")
+    for (g0, a0), (g1, a1) in zip(points, points[1:], strict=False):
+        if a1 < floor:
+            return exp(log(g0) + (a0 - floor) / (a0 - a1) * (log(g1) - log(g0)))
+    return float(points[-1][0])

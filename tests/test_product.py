@@ -1,0 +1,120 @@
+"""Every constraint under every recipe, on a small real network: it works, or it is refused with the reason."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+
+from lib import data, models, pruning, recipes
+from lib.constraint import ConstraintError, attach_masks, fitted, select, weights
+from lib.training import fit
+
+LAYERS = ("conv1_2", "conv2_1", "conv3_1")
+CONSTRAINTS = {  # name: the set at a loose and at a tight budget
+    "unstructured": (pruning.Unstructured(0.5), pruning.Unstructured(0.8)),
+    "unstructured, global": (pruning.Unstructured(0.5, "global"), pruning.Unstructured(0.8, "global")),
+    "filter": (pruning.Filter(0.25), pruning.Filter(0.5)),
+    "channel": (pruning.Channel(0.25), pruning.Channel(0.5)),
+    "column": (pruning.Column(0.3), pruning.Column(0.6)),
+    "filter + column": (pruning.FilterColumn(0.25, 0.3), pruning.FilterColumn(0.5, 0.6)),
+    "kernel": (pruning.Kernel(0.3), pruning.Kernel(0.6)),
+    "block": (pruning.Block(0.3, 2, 4), pruning.Block(0.6, 2, 4)),
+    "PE tile": (pruning.PETile(0.25, 2, 2), pruning.PETile(0.5, 2, 2)),
+    "block columns": (pruning.BlockColumns(0.5, 2, 6), pruning.BlockColumns(0.8, 2, 6)),
+    "block rows": (pruning.BlockRows(0.25, 4, 6), pruning.BlockRows(0.5, 4, 6)),
+    "block-structured (BSP)": (
+        pruning.BlockStructured(0.3, 0.25, 2, 6),
+        pruning.BlockStructured(0.6, 0.5, 2, 6),
+    ),
+    "N:M": (pruning.NM(n=2, m=4), pruning.NM(n=1, m=4)),
+    "block-max (BMWM)": (pruning.block_max(2), pruning.block_max(4)),
+    "DARB": (pruning.DARB(0.5, menu=(1, 2, 4, 8)), pruning.DARB(0.75, menu=(1, 2, 4, 8))),
+    "patterns": (pruning.Patterns(4), pruning.Patterns(4)),
+    "patterns + kernels": (pruning.PatternKernels(4, sparsity=0.3), pruning.PatternKernels(4, sparsity=0.6)),
+    "PCNN": (pruning.PCNN(4), pruning.PCNN(2)),
+    "PCNN, 4 patterns": (pruning.PCNN(3, patterns=4), pruning.PCNN(3, patterns=4)),
+}
+RECIPES = ("one-shot", "iterative", "ADMM", "ADMM, split pairs", "progressive", "reweighted", "group lasso")
+INTERSECTIONS = ("filter + column", "block-structured (BSP)", "patterns + kernels")
+NO_GROUPS = ("DARB", "patterns", "patterns + kernels", "PCNN", "PCNN, 4 patterns")
+OPTIONS = {"epochs": 1, "lr": 0.02}
+
+
+def refusal(name: str, recipe: str) -> str | None:
+    """Why a pair makes no sense (papers/pruning.md A.4), as the error says it; None where it works."""
+    if recipe == "ADMM, split pairs" and name not in INTERSECTIONS:
+        return "is one set, not an intersection"
+    if recipe in ("reweighted", "group lasso") and name in NO_GROUPS:
+        return "has no fixed groups that a penalty could shrink"
+    return None
+
+
+def run(recipe, model, plans, images):
+    """Bring the model into the last plan; returns the masks to retrain in."""
+    plan = plans[-1]
+    if recipe == "iterative":
+        start = recipes.state_of(model)
+        masks = recipes.iterative(model, plans, images, start, **OPTIONS)[-1]
+        recipes.rewind(model, start)
+        return masks
+    if recipe == "progressive":
+        recipes.progressive(model, plans, images, search=OPTIONS, retrain=OPTIONS)
+    elif recipe.startswith("ADMM"):
+        recipes.admm(model, plan, images, **OPTIONS, rho=0.1, pairs="split" if "split" in recipe else "joint")
+    elif recipe in ("reweighted", "group lasso"):
+        interval = 1 if recipe == "reweighted" else 0
+        recipes.reweighted(model, plan, images, strength=1e-3, interval=interval, **OPTIONS)
+    if recipe != "one-shot":  # hardened already
+        assert all(plan[n].member(w) for n, w in weights(model, plan).items() if plan[n].per_layer)
+    return recipes.one_shot(model, plan)
+
+
+@pytest.fixture(scope="module")
+def few():
+    return data.load(train_size=256, test_size=100, validation_size=100)
+
+
+@pytest.fixture(scope="module")
+def trained(few):
+    torch.set_num_threads(1)
+    net = models.build("vgg", few.shape, few.classes, seed=1, width=4)
+    fit(net, few, epochs=2, lr=0.05, batch_size=32)
+    return net
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("name", CONSTRAINTS)
+def test_product(name, recipe, trained, few):
+    net = deepcopy(trained)
+    plans = [fitted(net, dict.fromkeys(LAYERS, c)) for c in CONSTRAINTS[name]]
+    if reason := refusal(name, recipe):
+        with pytest.raises(ConstraintError, match=reason):
+            run(recipe, net, plans, few)
+        return
+
+    masks = run(recipe, net, plans, few)
+
+    budget = {n: int(m.sum()) for n, m in select(plans[-1], weights(trained, plans[-1])).items()}
+    if plans[-1][LAYERS[0]].per_layer:
+        assert {n: int(m.sum()) for n, m in masks.items()} == budget
+    else:
+        assert sum(int(m.sum()) for m in masks.values()) == sum(budget.values())
+    attach_masks(net, masks)
+    fit(net, few, epochs=1, lr=0.05, weight_decay=1e-3, batch_size=32)
+    after = weights(net, plans[-1])
+    assert all(not after[n][~masks[n]].any() for n in masks)
+    assert all(after[n][masks[n]].any() for n in masks)
+    assert all(plans[-1][n].member(w) for n, w in after.items() if plans[-1][n].per_layer)
+
+
+@pytest.mark.parametrize("name", CONSTRAINTS)
+def test_progressive_stays_inside_the_step_before(name, trained, few):
+    net = deepcopy(trained)
+    plans = [fitted(net, dict.fromkeys(LAYERS, c)) for c in CONSTRAINTS[name]]
+    loose = deepcopy(net)
+    recipes.progressive(loose, plans[:1], few, search=OPTIONS, retrain=OPTIONS)
+    outer = recipes.one_shot(loose, plans[0])
+    log = recipes.progressive(net, plans, few, search=OPTIONS, retrain=OPTIONS)
+    assert list(log["step"]) == [1, 2]
+    inner = weights(net, plans[-1])
+    assert all(not (inner[n] != 0)[~outer[n]].any() for n in inner)
