@@ -1,3 +1,5 @@
+import math
+
 import nbformat
 import numpy as np
 import pandas as pd
@@ -5,7 +7,17 @@ import pytest
 import yaml
 
 from lib.reproduce import NOTEBOOKS, preset_parameters, presets, studies
-from lib.study import PROJECT, Criterion, ParameterError, check_parameters, declared, interval, open_study
+from lib.study import (
+    PROJECT,
+    Criterion,
+    ParameterError,
+    Study,
+    check_parameters,
+    declared,
+    gain_at,
+    interval,
+    open_study,
+)
 
 NAME = "01_lottery_ticket_vs_finetuning"
 
@@ -142,7 +154,7 @@ def test_notebook_is_clean(name):
     assert all(p.help and not set("\"'") & set(p.help) for p in parameters.values())
     assert parameters["report_dir"].default == ""
     assert check_parameters(name, {}) == {p.name: p.default for p in parameters.values()}
-    code = [c.source.splitlines() for c in notebook.cells if c.cell_type == "code"]
+    code = [c.source.splitlines() for c in notebook.cells if c.cell_type == "code" and "tags" not in c.metadata]
     assert max(map(len, code)) <= 25
     assert notebook.cells[0].source.startswith("# ")
 
@@ -172,3 +184,22 @@ def test_parameter_help_is_what_papermill_shows():
 def test_provenance_has_no_path(opened):
     assert str(PROJECT) not in opened._repr_html_()
     assert {"commit", "torch", "device", "threads"} <= set(opened.provenance)
+
+
+def test_gain_is_read_at_the_first_crossing():
+    assert gain_at([1, 4, 16], [90.0, 89.0, 87.0], 88.0) == pytest.approx(8)
+    assert gain_at([16, 1, 4], [87.0, 90.0, 89.0], 88.0) == pytest.approx(8)  # order is of no account
+    assert gain_at([1, 2, 4, 8], [90, 88, 91, 80], 89) == pytest.approx(2**0.5)  # a recovery does not count
+    assert gain_at([1, 4], [90, 89], 88) == 4
+    assert math.isnan(gain_at([1, 4], [87, 89], 88))
+    for gains, accuracies in (([], []), ([1, 2], [1]), ([0, 1], [1, 1])):
+        with pytest.raises(ValueError, match="expected as many"):
+            gain_at(gains, accuracies, 0)
+
+
+def test_a_claim_may_be_tested_on_its_own_network():
+    study = Study("s", "System", {"dataset": "fashion_mnist", "model": "vgg"}, {"commit": "c"})
+    criterion = Criterion(">=", 99.0)
+    study.expect("a", "x", source="p", published="1", criterion=criterion)
+    study.expect("b", "y", source="p", published="1", criterion=criterion, dataset="mnist", model="lenet5")
+    assert study.ledger()[["dataset", "model"]].to_numpy().tolist() == [["fashion_mnist", "vgg"], ["mnist", "lenet5"]]

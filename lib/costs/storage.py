@@ -46,14 +46,15 @@ def relative_index(mask: Tensor, bits: int, width: int | None = None) -> Storage
 def submatrix(z: Tensor, bits: int) -> Storage:
     """The rows and columns of the GEMM matrix that are not all zero, as one dense matrix, and which they are.
 
-    Input channels that are gone as a whole are no longer computed, and cost no index.
+    Columns are told in two steps: the channels that are left, then the positions inside them.
     """
     z = z.reshape(1, -1) if z.dim() == 1 else z
     matrix = z.reshape(len(z), -1).bool()  # (F, C*Kh*Kw)
     rows, columns = matrix.any(1), matrix.any(0)
-    alive = columns.reshape(z.shape[1], -1)  # (C, Kh*Kw)
-    inner = alive[alive.any(1)]
-    return Storage(int(rows.sum() * columns.sum()) * bits, which(rows) + which(inner))
+    by_channel = columns.reshape(z.shape[1], -1)  # (C, Kh*Kw)
+    channels = by_channel.any(1)
+    index = which(rows) + which(channels) + which(by_channel[channels])
+    return Storage(int(rows.sum() * columns.sum()) * bits, index)
 
 
 def bitmask(mask: Tensor, bits: int) -> Storage:

@@ -52,7 +52,7 @@ def interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, 
 
 @dataclass
 class Claim:
-    """A published statement with a criterion that is fixed before the run."""
+    """A published statement, its criterion fixed before the run, and what tests it where not the study's own network."""
 
     id: str
     statement: str
@@ -60,6 +60,8 @@ class Claim:
     published: str
     criterion: Criterion
     unit: str = ""
+    dataset: str = ""
+    model: str = ""
 
     @property
     def wording(self) -> str:

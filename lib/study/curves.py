@@ -1,6 +1,7 @@
 """Reading a measured curve where accuracy crosses a floor."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from math import exp, log
 
 
@@ -22,7 +23,7 @@ def gain_at(gains: Sequence[float], accuracies: Sequence[float], floor: float) -
     points = sorted(zip(gains, accuracies, strict=True))
     if points[0][1] < floor:
         return float("nan")
-    for (g0, a0), (g1, a1) in zip(points, points[1:], strict=False):
+    for (g0, a0), (g1, a1) in pairwise(points):
         if a1 < floor:
             return exp(log(g0) + (a0 - floor) / (a0 - a1) * (log(g1) - log(g0)))
     return float(points[-1][0])

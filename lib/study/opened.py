@@ -36,15 +36,29 @@ class Study:
         chosen = self.parameters.get("report_dir", "")
         return PROJECT / chosen if chosen else None  # relative to the project, so that no report holds a user's path
 
-    def expect(self, id: str, statement: str, *, source: str, published: str, criterion: Criterion, unit: str = ""):
+    def expect(
+        self,
+        id: str,
+        statement: str,
+        *,
+        source: str,
+        published: str,
+        criterion: Criterion,
+        unit: str = "",
+        dataset: str = "",
+        model: str = "",
+    ) -> None:
         """State a claim and its criterion, before any result exists.
+
+        Args:
+            dataset: what the claim is tested on where that is not the study's own; ``model`` likewise.
 
         Raises:
             ValueError: the claim is stated twice.
         """
         if id in self.claims:
             raise ValueError(f"claim {id!r} is stated twice")
-        self.claims[id] = Claim(id, statement, source, published, criterion, unit)
+        self.claims[id] = Claim(id, statement, source, published, criterion, unit, dataset, model)
 
     def settle(self, id: str, values: Sequence[float]) -> None:
         """Give a claim its measurements, one per independent run; the verdict follows from them.
@@ -73,8 +87,6 @@ class Study:
         shared = {
             "study": self.name,
             "system": self.system,
-            "dataset": self.parameters.get("dataset", ""),
-            "model": self.parameters.get("model", ""),
             "preset": self.report_dir.name if self.report_dir else "",
             "commit": self.provenance["commit"],
         }
@@ -85,6 +97,8 @@ class Study:
                 "source": c.source,
                 "published": c.published,
                 "criterion": c.wording,
+                "dataset": c.dataset or self.parameters.get("dataset", ""),
+                "model": c.model or self.parameters.get("model", ""),
             }
             | self.verdicts.get(c.id, nothing)
             for c in self.claims.values()

@@ -100,7 +100,7 @@ CHECKS: dict[str, Check] = {
     "group_rates": _each(lambda v: v > 1, "above 1"),
     "line_rates": _each(lambda v: v > 1, "above 1"),
     "lenet_rates": _each(lambda v: v > 1, "above 1", least=0),
-    "library_sizes": _each(lambda v: 1 <= v <= 56, "from 1 to 56", least=2),
+    "library_sizes": (lambda v: 8 in v and all(1 <= n <= 56 for n in v), "whole numbers from 1 to 56, 8 among them"),
     "block_heights": _each(lambda v: v >= 1, "from 1", least=2),
     "bit_widths": _each(lambda v: 1 <= v <= 64, "from 1 to 64"),
     "lenet_datasets": (lambda v: len(v) >= 1, "one or more data sets"),
