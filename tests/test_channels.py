@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from lib.constraint import ConstraintError, attach_masks, detach_masks, masks
+from lib.constraint import ConstraintError, attach_masks, detach_masks, masks, select, weights
 from lib.models import build, prunable
-from lib.pruning.channels import compact, follow, residual_groups
+from lib.pruning import Filter
+from lib.pruning.channels import compact, coupled, follow, residual_groups
 
 NETS = [
     ("lenet5", (1, 28, 28), {}),
@@ -335,3 +336,19 @@ def test_sums_that_share_some_channels_have_no_group():
     found = follow(model, filter_masks({"0": [0], "1": [1], "2": [0, 2, 3]}, model), example)
     assert found["3"].any(0).tolist() == [False, True, True, False, True]
     assert same(outputs(zeroed(model, found), example), outputs(compact(zeroed(model, found), example), example))
+
+
+def test_coupled_filters_of_a_residual_network_can_be_cut():
+    """A budget of filters need not cut anything at a sum when each layer chooses for itself; it does when they agree."""
+    net = build("resnet8", (1, 16, 16), 10, seed=0, width=8)
+    example = images((1, 16, 16))
+    apart = dict.fromkeys([*prunable(net)][:-1], Filter(0.5))
+    together = coupled(net, apart, example)
+    sizes = {}
+    for name, plan in (("apart", apart), ("together", together)):
+        found = follow(net, select(plan, weights(net, plan)), example)
+        sizes[name] = compact(attach_masks(deepcopy(net), found), example).conv1.out_channels
+    assert sizes["together"] == 4 < sizes["apart"]
+    assert together["conv1"] == together["block1_1.conv2"] != together["block1_1.conv1"] == apart["block1_1.conv1"]
+    part = {"conv1": Filter(0.5), "block1_1.conv1": Filter(0.5)}  # the sum's other layer is dense: nothing to couple
+    assert coupled(net, part, example) == part

@@ -52,7 +52,7 @@ def interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, 
 
 @dataclass
 class Claim:
-    """A published statement, its criterion fixed before the run, and what tests it where not the study's own network."""
+    """A published statement, its criterion fixed before the run, and what tests it if not the study's own network."""
 
     id: str
     statement: str
