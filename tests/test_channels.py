@@ -339,7 +339,7 @@ def test_sums_that_share_some_channels_have_no_group():
 
 
 def test_coupled_filters_of_a_residual_network_can_be_cut():
-    """A budget of filters need not cut anything at a sum when each layer chooses for itself; it does when they agree."""
+    """A budget of filters need not cut anything at a sum when each layer chooses for itself; here it must."""
     net = build("resnet8", (1, 16, 16), 10, seed=0, width=8)
     example = images((1, 16, 16))
     apart = dict.fromkeys([*prunable(net)][:-1], Filter(0.5))

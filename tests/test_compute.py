@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from lib.constraint import attach_masks, masks
-from lib.costs.compute import break_even, latency_ratio, macs, product, product_times, sparse_weight
+from lib.constraint import attach_masks, harden, masks
+from lib.costs.compute import break_even, latency_ratio, macs, product, product_times, sparse_speedup, sparse_weight
 from lib.models import build, prunable
+from lib.pruning import Filter
 
 
 def test_lenet5_macs():
@@ -130,3 +131,13 @@ def test_break_even_of_made_up_curves():
     for wrong in (([], []), ([1, 2], [1]), ([0, 1], [1, 1])):
         with pytest.raises(ValueError, match=r"expected as many|positive"):
             break_even(*wrong)
+
+
+def test_speed_up_of_a_networks_own_products_is_a_ratio(images):
+    """Rows that are gone cost nothing: what is left of a network without most filters is never slower by an order."""
+    net = build("lenet5", images.shape, images.classes)
+    harden(net, {"conv2": Filter(0.9), "fc1": Filter(0.9)})
+    ratio = sparse_speedup(net, images.shape, "filter", batch=4, repeats=3)
+    assert 0.1 < ratio < 1000
+    with pytest.raises(ValueError, match="structure = 'pattern'"):
+        sparse_speedup(net, images.shape, "pattern", batch=4, repeats=3)

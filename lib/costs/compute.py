@@ -118,6 +118,11 @@ def latency_ratio(
     return middle, min(float(found.low), middle), max(float(found.high), middle)
 
 
+def _check(structure: Structure) -> None:
+    if structure not in get_args(Structure):
+        raise ValueError(f"structure = {structure!r}: allowed are {', '.join(get_args(Structure))}")
+
+
 def sparse_weight(
     rows: int, columns: int, density: float, structure: Structure, block: int = 5, seed: int = 0
 ) -> Tensor:
@@ -126,8 +131,7 @@ def sparse_weight(
     Raises:
         ValueError: an unknown structure, a density outside (0, 1], or a block that does not divide both sides.
     """
-    if structure not in get_args(Structure):
-        raise ValueError(f"structure = {structure!r}: allowed are {', '.join(get_args(Structure))}")
+    _check(structure)
     if not 0 < density <= 1:
         raise ValueError(f"density = {density}: allowed are numbers in (0, 1]")
     height, width = {"unstructured": (1, 1), "block": (block, block), "filter": (1, columns), "column": (rows, 1)}[
@@ -151,7 +155,11 @@ def product(weight: Tensor, structure: Structure, block: int = 5) -> Callable[[T
     - ``block``: compressed sparse blocks times dense (MKL), ``(F, N)``; MKL takes square blocks only.
     - ``filter``: the dense product of the rows that are left, ``(kept F, N)``: the others are nobody's input.
     - ``column``: the dense product of the columns that are left, ``(F, N)``, gathering their activations included.
+
+    Raises:
+        ValueError: an unknown structure.
     """
+    _check(structure)
     if structure in ("unstructured", "block"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch calls its sparse layouts a beta
@@ -215,10 +223,10 @@ def sparse_speedup(
     against the dense product in turns: sum of the median dense times over sum of the median sparse times. Unfolding,
     batch norm and activations are left out, which flatters the sparse side.
     """
-    totals = np.zeros(2)
+    totals, generator = np.zeros(2), torch.Generator().manual_seed(0)
     for row in macs(model, shape).itertuples():
         weight = prunable(model)[row.layer].weight.detach().flatten(1).contiguous()
-        x = torch.randn(weight.shape[1], batch * row.dense_macs // row.weights)
+        x = torch.randn(weight.shape[1], batch * row.dense_macs // row.weights, generator=generator)
         call = product(weight, structure)
         with _one_thread():
             pairs = _in_turns(lambda w=weight, x=x: w @ x, lambda call=call, x=x: call(x), repeats, warmup=1)

@@ -99,6 +99,7 @@ CHECKS: dict[str, Check] = {
     "weight_rates": _each(lambda v: 1 < v <= 16, "in (1, 16]"),
     "group_rates": _each(lambda v: v > 1, "above 1"),
     "line_rates": _each(lambda v: v > 1, "above 1"),
+    "lenet_structure_rates": _each(lambda v: v > 1, "above 1"),
     "lenet_rates": _each(lambda v: v > 1, "above 1", least=0),
     "library_sizes": (lambda v: 8 in v and all(1 <= n <= 56 for n in v), "whole numbers from 1 to 56, 8 among them"),
     "block_heights": _each(lambda v: v >= 1, "from 1", least=2),
