@@ -8,6 +8,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from torch import Tensor
 
 from lib.plots.style import BLUE, GREY, RED, band, legend_beside
@@ -24,6 +25,14 @@ def rate_axis(ax: Axes, rates: Sequence[float], label: str = "rate: weights / ke
     ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
     ax.minorticks_off()
     ax.set_xlabel(label)
+
+
+def plain_log_axis(ax: Axes) -> None:
+    """A logarithmic vertical axis with ticks at 1, 2 and 5, written as plain numbers."""
+    ax.set_yscale("log")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.yaxis.set_minor_formatter(NullFormatter())
 
 
 def structure_gallery(weight: Tensor, masks: Mapping[str, Tensor], columns: int = 4) -> Figure:
@@ -102,7 +111,8 @@ def storage_against_rate(results: pd.DataFrame, structures: Sequence[str], bit_w
             ax.plot(mean["rate"], mean[f"total_kilobyte_{bits}bit"], color=colour, marker=".", label=name)
             ax.plot(mean["rate"], mean[f"data_kilobyte_{bits}bit"], color=colour, ls="--", lw=1)
         rate_axis(ax, results.loc[results["structure"].isin(structures), "rate"])
-        ax.set(title=f"{bits}-bit weights", yscale="log")
+        ax.set_title(f"{bits}-bit weights")
+        plain_log_axis(ax)
     axes[0][0].set_ylabel("storage of the network (kB)")
     legend_beside(figure, axes[0][-1])
     return figure
@@ -142,8 +152,9 @@ def speedup_against_rate(times: pd.DataFrame, layers: Mapping[str, str]) -> Figu
         for i, (structure, part) in enumerate(times[times["layer"] == layer].groupby("structure", sort=False)):
             mean = part.groupby("density")[["rate", "speedup"]].mean().sort_values("rate")
             ax.plot(mean["rate"], mean["speedup"], marker=MARKERS[i], ms=4, label=structure)
-        ax.set(title=title, yscale="log")
+        ax.set_title(title)
         rate_axis(ax, times["rate"])
+        plain_log_axis(ax)
     axes[0][0].set_ylabel("time of dense / time of sparse")
     legend_beside(figure, axes[0][-1])
     return figure
