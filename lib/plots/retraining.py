@@ -64,7 +64,7 @@ def accuracy_against_sparsity(
             )
         _sparsity_axis(ax, sorted(sparse["sparsity"].unique()))
         ax.set(title=title, ylabel="test accuracy (%)")
-        ax.getlegend_beside().remove()
+        ax.get_legend().remove()
         ax.set_ylim(bottom=max(ax.get_ylim()[0], part.loc[part["mode"] == "dense", "accuracy_percent"].mean() - reach))
     legend_beside(figure, axes[0][0])
     return figure
