@@ -97,7 +97,7 @@ def _line(ax: Axes, runs: pd.DataFrame, x: str, label: str, colour: str | tuple,
         return
     groups = runs.groupby("nominal_rate")
     accuracy = groups["accuracy_percent"]
-    spread = [accuracy.mean() - accuracy.min(), accuracy.max() - accuracy.mean()]
+    spread = [(accuracy.mean() - accuracy.min()).clip(0), (accuracy.max() - accuracy.mean()).clip(0)]  # rounding
     place = groups[x].mean()
     ax.errorbar(place, accuracy.mean(), spread, color=colour, marker=marker, ms=5, lw=1.4, elinewidth=0.8, label=label)
 
@@ -130,7 +130,7 @@ def matched_compression(matched: pd.DataFrame, order: Sequence[str], bit_widths:
         mean, low, high = (part.agg(f).reindex(order) for f in ("mean", "min", "max"))
         place = np.arange(len(order)) + (i - (len(bit_widths) - 1) / 2) * 0.8 / len(bit_widths)
         ax.bar(place, mean, 0.78 / len(bit_widths), color=colour, label=f"{bits} bits")
-        ax.errorbar(place, mean, [mean - low, high - mean], color="0.2", lw=0.8, ls="")
+        ax.errorbar(place, mean, [(mean - low).clip(0), (high - mean).clip(0)], color="0.2", lw=0.8, ls="")
     ax.set_xticks(range(len(order)), [n.replace(" ", "\n", 1) for n in order], fontsize="x-small")
     ax.axhline(1, color=GREY, lw=1)
     ax.set(title=title, ylabel="dense bits / stored bits")
