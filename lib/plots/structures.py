@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from torch import Tensor
 
-from lib.plots.style import BLUE, GREY, RED, band, legend_beside
+from lib.plots.style import BLUE, GREY, band, legend_beside
 
 MARKERS = "osD^vP*X<>hd"
 
@@ -160,9 +160,7 @@ def speedup_against_rate(times: pd.DataFrame, layers: Mapping[str, str]) -> Figu
     return figure
 
 
-def accuracy_against_choice(
-    panels: Mapping[str, pd.DataFrame], *, dense: float, published: Mapping[str, float] | None = None
-) -> Figure:
+def accuracy_against_choice(panels: Mapping[str, pd.DataFrame], *, dense: float) -> Figure:
     """Accuracy for the values of one choice each, a panel a choice: pattern counts, block heights, ...
 
     Args:
@@ -174,8 +172,6 @@ def accuracy_against_choice(
         part = runs.assign(place=runs["choice"].map(order.index))
         band(ax, part, "place", "accuracy_percent", "", color=BLUE, marker="o", legend=False)
         ax.axhline(dense, color=GREY, ls="--", lw=1.2)
-        if published and title in published:
-            ax.axhline(published[title], color=RED, ls=":", lw=1.2)
         ax.set_xticks(range(len(order)), order, fontsize="small")
         ax.set(title=title, xlabel="", ylabel="test accuracy (%)")
     figure.tight_layout()
