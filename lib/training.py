@@ -242,29 +242,29 @@ def _key(function: Callable, model: nn.Module, args: tuple, kwargs: dict) -> str
     parts = [
         code_version(function),
         *sorted({code_version(type(m)) for m in model.modules()}),
-        _plain(model),
-        _plain(args),
-        _plain(kwargs),
+        fingerprint(model),
+        fingerprint(args),
+        fingerprint(kwargs),
         versions,
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def _plain(value: Any) -> Any:
+def fingerprint(value: Any) -> Any:
     """A JSON form that is equal exactly when two arguments would give the same result."""
     if isinstance(value, Data):
         return ["data", value.checksum, value.classes]
     if isinstance(value, nn.Module):
-        return ["module", repr(value), _plain(value.state_dict())]
+        return ["module", repr(value), fingerprint(value.state_dict())]
     if isinstance(value, Tensor):
         array = value.detach().cpu().contiguous()
         return [str(array.dtype), list(array.shape), hashlib.sha256(array.numpy().tobytes()).hexdigest()]
     if is_dataclass(value) and not isinstance(value, type):
-        return [code_version(type(value)), {f.name: _plain(getattr(value, f.name)) for f in fields(value)}]
+        return [code_version(type(value)), {f.name: fingerprint(getattr(value, f.name)) for f in fields(value)}]
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): fingerprint(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [fingerprint(v) for v in value]
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise TypeError(f"cached() cannot tell when two {type(value).__name__} arguments are the same")

@@ -122,6 +122,7 @@ def admm(
     rescale_u: bool = False,
     pairs: Literal["joint", "split"] = "joint",
     schedule: str = "constant",
+    hooks: tuple[Hook, ...] = (),
     progress: Progress | None = None,
     **fit_options: Any,
 ) -> pd.DataFrame:
@@ -137,6 +138,7 @@ def admm(
         rescale_u: divide ``U`` by the growth of ``rho``, as scaled ADMM asks for and the released code does not.
         pairs: ``split`` gives each part of an intersection (`Constraint.parts`) an auxiliary pair of its own, as PatDNN
             does for patterns and connectivity (papers/pruning.md 9); ``joint`` projects onto the intersection.
+        hooks: of `fit`, before ADMM's own.
 
     Returns:
         One row per Z-step: ``epoch``, ``rho``, ``distance`` = ||W - Z|| / ||W|| (and per layer; over all pairs),
@@ -154,7 +156,7 @@ def admm(
     if pairs not in ("joint", "split"):
         raise ValueError(f"admm: {pairs=}: allowed are 'joint' and 'split'")
     pull = _Pull(model, plan, data, interval, rho, rho_growth, rho_max, rescale_u, pairs)
-    fit(model, data, epochs=epochs, schedule=schedule, hooks=(pull,), progress=progress, **fit_options)
+    fit(model, data, epochs=epochs, schedule=schedule, hooks=(*hooks, pull), progress=progress, **fit_options)
     harden(model, plan)
     return pd.DataFrame(pull.rows)
 

@@ -100,6 +100,7 @@ def reweighted(
     lr: float,
     interval: int = 1,
     eps: float = 0.01,
+    hooks: tuple[Hook, ...] = (),
     progress: Progress | None = None,
     **fit_options: Any,
 ) -> pd.DataFrame:
@@ -115,6 +116,7 @@ def reweighted(
         strength: lambda, for all layers or by layer name.
         lr: constant; the released code's threshold of 1e-4 is not needed, as the proximal step makes exact zeros.
         eps: relative to the layer's mean group norm before training, so that one value suits all group sizes.
+        hooks: of `fit`, before the penalty's own.
 
     Returns:
         One row per epoch: ``epoch``, ``distance`` = ||W - P_S(W)|| / ||W||, validation ``accuracy`` of W and
@@ -127,10 +129,11 @@ def reweighted(
     by_layer = dict(strength) if isinstance(strength, Mapping) else dict.fromkeys(plan, strength)
     if set(by_layer) != set(plan) or min(by_layer.values()) < 0 or interval < 0 or eps <= 0:
         raise ValueError(f"reweighted: {strength=}, {interval=}, {eps=}: allowed are numbers from 0 for every layer")
-    hook = _Shrink(model, plan, data, by_layer, lr, eps, interval)
-    fit(model, data, epochs=epochs, lr=lr, schedule="constant", hooks=(hook,), progress=progress, **fit_options)
+    shrink = _Shrink(model, plan, data, by_layer, lr, eps, interval)
+    fit_options |= {"schedule": "constant", "hooks": (*hooks, shrink)}
+    fit(model, data, epochs=epochs, lr=lr, progress=progress, **fit_options)
     harden(model, plan)
-    return pd.DataFrame(hook.rows)
+    return pd.DataFrame(shrink.rows)
 
 
 def search_strength(

@@ -1,0 +1,168 @@
+"""Crossbars: how a layer's signed weights become conductances of memory cells, and what the cells read back as.
+
+Weights of a layer are divided by its range ``s``; a cell holds a level in [0, 1], from its lowest conductance G_min to
+its highest G_max (papers/pruning.md 1, papers/hardware.md 1.4 and 1.6). A weight is mapped once, wherever its
+convolution slides: a broken cell is broken at every position of the image.
+"""
+
+from dataclasses import dataclass
+from math import ceil, inf
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Scheme = Literal["offset", "two_column", "differential"]
+SCHEMES: tuple[Scheme, ...] = ("offset", "two_column", "differential")
+
+
+class CrossbarError(ValueError):
+    """A mapping, fault model or sweep that cannot be: the message names what is wrong and what is allowed."""
+
+
+@dataclass(frozen=True)
+class Mapping:
+    """How a signed weight ``w`` in [-1, 1] becomes cells; every scheme reads back exactly ``w`` from perfect cells.
+
+    ========================  ==================================  ==================  =========
+    scheme                    cell a                              cell b              ``w``
+    ========================  ==================================  ==================  =========
+    ``offset``                ``(w + 1) / 2``                     none                ``2a - 1``
+    ``two_column``            ``max(w, 0)``                       ``max(-w, 0)``      ``a - b``
+    ``differential``          ``1 - max(-w, 0)``                  ``1 - max(w, 0)``   ``a - b``
+    ========================  ==================================  ==================  =========
+
+    So a zero weight is two cells that are off under ``two_column``, and two cells that are on under ``differential``
+    (Yuan et al. 2021, papers/pruning.md 1). With ``weight_bits`` the weight is rounded to an integer in
+    ``[-(2^(W-1) - 1), 2^(W-1) - 1]`` first, ``0`` becomes ``2^(W-1)`` under ``offset``, and the number in place of each
+    cell is spread over ``slices`` cells of ``cell_bits``, added up with powers of two. The highest slice of a pair is
+    full only when ``cell_bits`` divides ``weight_bits - 1``; ``differential`` counts down from the largest number that
+    the slices hold, so that zeros have all cells on.
+
+    Attributes:
+        weight_bits: 2 to 16, sign included; None: continuous cells, as in the paper.
+        cell_bits: bits that one cell holds; None: all of them.
+        on_off: G_max / G_min of the cells, above 1.
+        clip: the range of a layer in shares of its largest absolute weight; what is larger saturates.
+    """
+
+    scheme: Scheme = "differential"
+    weight_bits: int | None = None
+    cell_bits: int | None = None
+    on_off: float = inf
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.scheme not in SCHEMES:
+            raise CrossbarError(f"mapping {self.scheme!r} is unknown: allowed are {', '.join(SCHEMES)}")
+        if self.weight_bits is None and self.cell_bits is not None:
+            raise CrossbarError(f"cell_bits = {self.cell_bits} without weight_bits: a continuous cell has no bits")
+        if self.weight_bits is not None and not 2 <= self.weight_bits <= 16:
+            raise CrossbarError(f"weight_bits = {self.weight_bits}: allowed are 2 to 16, or None for continuous cells")
+        if self.cell_bits is not None and not 1 <= self.cell_bits <= self.weight_bits:
+            raise CrossbarError(f"cell_bits = {self.cell_bits}: allowed are 1 to weight_bits = {self.weight_bits}")
+        if not self.on_off > 1 or not 0 < self.clip <= 1:
+            raise CrossbarError(f"on_off = {self.on_off}, clip = {self.clip}: allowed are on_off > 1, 0 < clip <= 1")
+
+    @property
+    def columns(self) -> int:
+        """Cells side by side that make a weight, slices aside: 1 or 2."""
+        return 1 if self.scheme == "offset" else 2
+
+    @property
+    def slices(self) -> int:
+        """Cells over which the digits of a number are spread."""
+        if self.cell_bits is None:
+            return 1
+        return ceil((self.weight_bits - (self.columns == 2)) / self.cell_bits)
+
+    @property
+    def _digit(self) -> int:
+        """Bits of one slice."""
+        return self.cell_bits or self.weight_bits - (self.columns == 2)
+
+    @property
+    def _top(self) -> int:
+        """The largest number that the slices of one column hold."""
+        return 1 if self.weight_bits is None else 2 ** (self._digit * self.slices) - 1
+
+    @property
+    def _unit(self) -> float:
+        """What the largest weight of a layer is as a number in the cells."""
+        if self.weight_bits is None:
+            return 1 / 2 if self.scheme == "offset" else 1
+        return 2 ** (self.weight_bits - 1) - 1
+
+    @property
+    def _zero(self) -> float:
+        """What ``offset`` adds to every number."""
+        return 1 / 2 if self.weight_bits is None else 2 ** (self.weight_bits - 1)
+
+    @property
+    def g_min(self) -> float:
+        """Conductance of a cell that is off, in shares of G_max."""
+        return 1 / self.on_off
+
+    def range_of(self, weight: Tensor) -> Tensor:
+        """The range ``s`` of a layer, a scalar: ``clip`` times its largest absolute weight; 1 when all are zero.
+
+        Raises:
+            CrossbarError: weights that are not finite.
+        """
+        largest = weight.detach().abs().amax()
+        if not largest.isfinite():
+            raise CrossbarError("weights that are not finite cannot be mapped to cells")
+        return torch.where(largest > 0, self.clip * largest, 1.0)
+
+    def encode(self, weight: Tensor, scale: Tensor | float) -> Tensor:
+        """Conductances in shares of G_max, ``(slices, columns, *weight.shape)``, the lowest digit first."""
+        w = (weight / scale).contiguous().clamp_(-1, 1).mul_(self._unit)
+        if self.weight_bits is not None:
+            w.round_()
+        if self.scheme == "offset":
+            numbers = (w + self._zero)[None]
+        else:
+            numbers = torch.stack((w, -w)).clamp_(min=0)
+            if self.scheme == "differential":
+                numbers = (self._top - numbers).flip(0)
+        if self.weight_bits is None:
+            levels = numbers[None]
+        else:
+            whole, step = numbers.int(), 2**self._digit
+            levels = torch.stack([(whole >> k * self._digit) & (step - 1) for k in range(self.slices)]) / (step - 1)
+        return levels if self.g_min == 0 else levels.mul_(1 - self.g_min).add_(self.g_min)
+
+    def decode(self, cells: Tensor, scale: Tensor | float) -> Tensor:
+        """The weights that conductances read back as; the constant current of G_min is taken off, as in 1.6."""
+        levels = cells if self.g_min == 0 else (cells - self.g_min) / (1 - self.g_min)
+        weight = torch.einsum("sc,sc...->...", self.coefficients(cells), levels)
+        return (weight - self._zero / self._unit if self.scheme == "offset" else weight) * scale
+
+    def coefficients(self, like: Tensor) -> Tensor:
+        """What a full cell adds to a weight, in shares of the layer's range: ``(slices, columns)``, as in `encode`."""
+        digit = self._digit if self.weight_bits else 1
+        one = [(2**digit - 1) * 2 ** (digit * k) / self._unit for k in range(self.slices)]
+        return torch.tensor([[c, -c][: self.columns] for c in one], dtype=like.dtype, device=like.device)
+
+    def noise_gain(self, scale: Tensor | float) -> Tensor | float:
+        """Standard deviation of a weight for one unit of it, independent, in each of its cells' conductances."""
+        return scale * float(self.coefficients(torch.zeros(())).square().sum().sqrt()) / (1 - self.g_min)
+
+    def plane(self, shape: torch.Size) -> tuple[int, int]:
+        """Rows and columns of cells of a layer: inputs by ``F * columns * slices``, a weight's cells side by side."""
+        return shape[1:].numel(), shape[0] * self.columns * self.slices
+
+    def index(self, row, column, shape: torch.Size):
+        """Where the cell at a row and column of `plane` lies in `encode`'s tensor, flattened; takes arrays too."""
+        f, cell = column // (self.columns * self.slices), column % (self.columns * self.slices)
+        side, digit = cell // self.slices, cell % self.slices
+        return ((digit * self.columns + side) * shape[0] + f) * shape[1:].numel() + row
+
+
+def as_mapping(mapping: Mapping | str) -> Mapping:
+    """A mapping, from itself or from the name of its scheme (continuous, perfect cells).
+
+    Raises:
+        CrossbarError: an unknown name.
+    """
+    return mapping if isinstance(mapping, Mapping) else Mapping(mapping)

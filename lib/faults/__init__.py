@@ -1,0 +1,42 @@
+"""Faults: what cells do to the weights written into them, and what that does to a network.
+
+Devices disturb the conductances that a `lib.crossbar.Mapping` writes: `StuckAt`, `Variation`, `Published`, `PowerLaw`,
+`PhaseChange`, `Relaxation`, `ReadNoise`. A chip is a number; `sweep` and `tolerated_rate` run trials on chips, and
+`UnderFaults` is a hook of `lib.training.fit` that trains on a new chip at every step.
+"""
+
+from lib.faults.chips import Device
+from lib.faults.moments import moments
+from lib.faults.stuck import RATIO, StuckAt
+from lib.faults.training import UnderFaults
+from lib.faults.trials import Tolerated, on_chip, on_crossbars, read_back, sweep, tolerated_rate
+from lib.faults.variation import (
+    PhaseChange,
+    PowerLaw,
+    Published,
+    ReadNoise,
+    Relaxation,
+    Variation,
+    published_variations,
+)
+
+__all__ = [
+    "RATIO",
+    "Device",
+    "PhaseChange",
+    "PowerLaw",
+    "Published",
+    "ReadNoise",
+    "Relaxation",
+    "StuckAt",
+    "Tolerated",
+    "UnderFaults",
+    "Variation",
+    "moments",
+    "on_chip",
+    "on_crossbars",
+    "published_variations",
+    "read_back",
+    "sweep",
+    "tolerated_rate",
+]

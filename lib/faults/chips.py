@@ -1,0 +1,78 @@
+"""Chips: a chip is a number, from which all that is particular about its cells follows.
+
+The same chip has the same faults and deviations at every setting of a device, under every mapping of as many slices,
+and in every network whose layers have the same names and shapes.
+
+Which cells fail, and when?
+
+Every cell has a failure time, exponential with mean 1. At a rate ``p`` of broken cells those are broken whose time has
+come before ``-log(1 - p)``: each cell with probability ``p``, and cells that are broken at one rate are broken, and
+stuck at the same end, at every higher one. Failures come as events of a Poisson process, in time order, each taking
+one cell, a line or a neighbourhood; so drawing a chip costs as much as it has faults, not as much as it has cells.
+"""
+
+import zlib
+from math import expm1, log1p
+
+import numpy as np
+from torch import Tensor
+
+from lib.crossbar import Mapping
+
+EARLIEST = 2.0**-14
+"""Times are drawn in periods that double from here on, each with a random stream of its own."""
+
+LATE = 2.0**-4
+"""From this time on, a rate of 6 %, a draw for every site is cheaper than events in time order."""
+
+
+class Device:
+    """One way in which cells differ from what was written into them."""
+
+    def disturb(self, cells: Tensor, mapping: Mapping, chip: int, layer: str) -> Tensor:
+        """New conductances in shares of G_max, ``(slices, columns, F, ...)`` as ``cells``, which it may overwrite."""
+        raise NotImplementedError
+
+
+def stream(chip: int, layer: str, *purpose: int) -> np.random.Generator:
+    """The random numbers of one layer of one chip for one purpose; independent of all others."""
+    return np.random.default_rng([chip, zlib.crc32(layer.encode()), *purpose])
+
+
+def time_of(rate: float) -> float:
+    """The time by which a share ``rate`` of all cells has failed."""
+    return -log1p(-rate) if rate < 1 else np.inf
+
+
+def events(sites: int, intensity: float, until: float, chip: int, layer: str) -> tuple[np.ndarray, np.ndarray]:
+    """Places in ``range(sites)`` where events happen before a time, in time order, and a uniform number for each.
+
+    Args:
+        intensity: events per site in a unit of time.
+    """
+    places, marks = [np.empty(0, np.int64)], [np.empty(0)]
+    start, end, period = 0.0, EARLIEST, 0
+    while start < until:
+        random = stream(chip, layer, 0, period)
+        count = random.poisson(sites * intensity * (end - start))
+        gaps = random.standard_exponential(count + 1)  # uniform times in order are partial sums of gaps over their sum
+        times = start + (end - start) * np.cumsum(gaps)[:-1] / gaps.sum()
+        early = np.searchsorted(times, until)
+        places.append(random.integers(0, sites, count)[:early])
+        marks.append(random.random(count)[:early])
+        start, end, period = end, 2 * end, period + 1
+    return np.concatenate(places), np.concatenate(marks)
+
+
+def failures(sites: int, until: float, chip: int, layer: str) -> tuple[np.ndarray, np.ndarray]:
+    """The sites that fail on their own before a time, each once, and the uniform number of its first event."""
+    places, marks = events(sites, 1.0, min(until, LATE), chip, layer)
+    places, first = np.unique(places, return_index=True)
+    marks = marks[first]
+    if until > LATE:
+        random = stream(chip, layer, 1)
+        late = random.random(sites, dtype=np.float32) < -expm1(LATE - until)  # the exponential has no memory
+        late[places] = False
+        places = np.append(places, late.nonzero()[0])
+        marks = np.append(marks, random.random(sites, dtype=np.float32)[late])
+    return places, marks

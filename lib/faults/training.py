@@ -1,0 +1,86 @@
+"""Training on faulty chips, so that a network learns to live with faults that it has not seen."""
+
+from collections.abc import Iterator
+from collections.abc import Mapping as Dict
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from lib.crossbar import CrossbarError, Mapping
+from lib.faults.trials import Devices, on_crossbars, read_back
+from lib.models import prunable
+from lib.training import Hook, TrainingError
+
+NEW = 1 << 40
+"""Chips from this number on are for training: no sweep meets them."""
+
+
+class _Error(nn.Module):
+    """Parametrization ``W -> W + (broken(W) - W)``, the difference a constant: gradients go straight through."""
+
+    def __init__(self, name: str, mapping: Mapping) -> None:
+        super().__init__()
+        self.name, self.mapping, self.error = name, mapping, None
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """``weight`` as the chip of this step gives it back."""
+        return weight if self.error is None else weight + self.error
+
+    def draw(self, layer: nn.Module, devices: Devices, chip: int) -> None:
+        """Move to another chip."""
+        self.error = None
+        weight = layer.weight
+        self.error = read_back(weight, self.mapping, devices, chip, self.name) - weight
+
+
+@dataclass(frozen=True)
+class UnderFaults(Hook):
+    """Fault-injected training: every step runs on a chip of its own, forward and backward, and moves healthy weights.
+
+    Put it first among a call's hooks, ``fit(..., hooks=(UnderFaults("differential", StuckAt(0.1)),))``; recipes pass
+    ``hooks`` on. It stands behind the masks of pruned layers: a removed weight still has cells that can fail.
+
+    Attributes:
+        mapping: one mapping, or one for each layer that lies in crossbars. devices: what happens to the cells.
+        seed: training runs of different seeds see different chips.
+    """
+
+    mapping: Mapping | str | Dict[str, Mapping | str]
+    devices: Devices
+    seed: int = 0
+
+    def before_epoch(self, model: nn.Module, epoch: int) -> None:
+        """Stand behind every mapped weight."""
+        layers = prunable(model)
+        for name, mapping in on_crossbars(model, self.mapping).items():
+            parametrize.register_parametrization(layers[name], "weight", _Error(name, mapping))
+
+    @torch.no_grad()
+    def before_step(self, model: nn.Module, step: int) -> None:
+        """Draw a chip.
+
+        Raises:
+            TrainingError: the weights have left the finite numbers.
+        """
+        try:
+            for layer, last in _faulty(model):
+                last.draw(layer, self.devices, NEW + (self.seed << 24) + step)
+        except CrossbarError as error:
+            raise TrainingError(f"training under faults diverged in step {step}: {error}; lower lr or clip") from None
+
+    def after_epoch(self, model: nn.Module, epoch: int) -> None:
+        """Leave the network healthy for whoever looks at it between epochs."""
+        for layer, _ in [*_faulty(model)]:
+            chain = layer.parametrizations["weight"]
+            if len(chain) == 1:
+                parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+            else:
+                del chain[-1]
+
+
+def _faulty(model: nn.Module) -> Iterator[tuple[nn.Module, _Error]]:
+    for layer in prunable(model).values():
+        if parametrize.is_parametrized(layer, "weight") and isinstance(layer.parametrizations["weight"][-1], _Error):
+            yield layer, layer.parametrizations["weight"][-1]

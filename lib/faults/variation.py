@@ -1,0 +1,174 @@
+"""Conductances that differ from what was written: write variation, read noise, drift (papers/hardware.md 2.2, 2.3).
+
+Conductances stay above zero: a deviation that would leave the physical range ends at it.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from math import log, sqrt
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from lib.crossbar import CrossbarError, Mapping
+from lib.data import SHIPPED_ROOT
+from lib.faults.chips import Device, stream
+
+WRITE, DRIFT, READ = 2, 3, 4  # purposes of random streams; 0 and 1 are the failures'
+
+
+def _normal(cells: Tensor, chip: int, layer: str, *purpose: int) -> Tensor:
+    """Standard normal numbers for all cells of a layer; a single column gets those of the first of a pair."""
+    slices, columns, *weight = cells.shape
+    draw = stream(chip, layer, *purpose).standard_normal((slices, 2, *weight), dtype=np.float32)[:, :columns]
+    return torch.from_numpy(draw).to(cells)
+
+
+def _need(holds: bool, message: str) -> None:
+    if not holds:
+        raise CrossbarError(message)
+
+
+@dataclass(frozen=True)
+class Variation(Device):
+    """Write variation, drawn once for every cell of a chip.
+
+    ``lognormal``: ``G exp(N(0, sigma))``, whose mean is ``exp(sigma^2 / 2)`` times ``G`` unless ``mean_corrected``;
+    ``gaussian``: ``G (1 + N(0, sigma))``; ``additive``: ``G + N(0, sigma) G_max``, the same for all states.
+    """
+
+    sigma: float
+    kind: Literal["lognormal", "gaussian", "additive"] = "lognormal"
+    mean_corrected: bool = False
+
+    def __post_init__(self) -> None:
+        _need(self.sigma >= 0, f"sigma = {self.sigma}: allowed is 0 or more")
+        kinds = ("lognormal", "gaussian", "additive")
+        _need(self.kind in kinds, f"kind = {self.kind!r}: allowed are {', '.join(kinds)}")
+
+    def disturb(self, cells: Tensor, mapping: Mapping, chip: int, layer: str) -> Tensor:
+        """Each cell by its own deviation."""
+        n = _normal(cells, chip, layer, WRITE).mul_(self.sigma)
+        if self.kind == "lognormal":
+            return cells * n.sub_(self.sigma**2 / 2 if self.mean_corrected else 0).exp_()
+        return (cells * (1 + n) if self.kind == "gaussian" else cells + n).clamp_(min=0)
+
+
+@cache
+def published_variations() -> pd.DataFrame:
+    """``data/technology/write_variation.csv``: published standard deviations as polynomials of the conductance."""
+    table = pd.read_csv(SHIPPED_ROOT / "technology" / "write_variation.csv").set_index("name")
+    unverified = table.index[table["status"] != "verified"]
+    _need(not len(unverified), f"write_variation.csv: {', '.join(unverified)} not verified against a source")
+    return table
+
+
+@dataclass(frozen=True)
+class Published(Device):
+    """Write variation of a published device: ``name`` is a row of `published_variations`.
+
+    The lowest conductance that was measured is the device's own: choose the mapping's ``on_off`` accordingly.
+    """
+
+    name: str
+
+    def __post_init__(self) -> None:
+        known = published_variations().index
+        _need(self.name in known, f"device {self.name!r} is unknown: allowed are {', '.join(known)}")
+
+    def sigma(self, cells: Tensor) -> Tensor:
+        """The standard deviation at each conductance, both in shares of G_max."""
+        row = published_variations().loc[self.name]
+        x = cells.clamp(max=1) * (row["g_max_uS"] if row["variable"] == "G_uS" else 1)
+        x = x.clamp(min=row["lowest_uS"] if row["variable"] == "G_uS" else row["lowest_uS"] / row["g_max_uS"])
+        polynomial = sum(row[f"c{k}_uS"] * x**k for k in range(5))
+        return polynomial.clamp(min=0) / row["g_max_uS"]
+
+    def disturb(self, cells: Tensor, mapping: Mapping, chip: int, layer: str) -> Tensor:
+        """Each cell by a normal deviation of its state's width."""
+        return (cells + self.sigma(cells) * _normal(cells, chip, layer, WRITE)).clamp_(min=0)
+
+
+@dataclass(frozen=True)
+class PowerLaw(Device):
+    """Retention ``G(t) = G (t / 1 s)^(exponent)`` (NeuroSim), upward, downward, or up or down by cell at random."""
+
+    seconds: float
+    exponent: float
+    toward: Literal["on", "off", "random"] = "off"
+
+    def __post_init__(self) -> None:
+        _need(self.seconds >= 1, f"seconds = {self.seconds}: allowed is 1 or more")
+        _need(self.exponent >= 0, f"exponent = {self.exponent}: allowed is 0 or more; toward gives its sign")
+        _need(self.toward in ("on", "off", "random"), f"toward = {self.toward!r}: allowed are on, off, random")
+
+    def disturb(self, cells: Tensor, mapping: Mapping, chip: int, layer: str) -> Tensor:
+        """Kept inside ``[G_min, G_max]``."""
+        sign = {"on": 1.0, "off": -1.0}.get(self.toward) or _normal(cells, chip, layer, DRIFT).sign()
+        return (cells * self.seconds ** (sign * self.exponent)).clamp_(mapping.g_min, 1)
+
+
+@dataclass(frozen=True)
+class PhaseChange(Device):
+    """A phase-change cell some seconds after writing: programming error, drift and 1/f noise (AIHWKit).
+
+    The 1/f noise is drawn once for a chip, as if it were read once.
+    """
+
+    seconds: float
+
+    def __post_init__(self) -> None:
+        _need(
+            self.seconds >= 20, f"seconds = {self.seconds}: drift counts from 20 s after writing; allowed is 20 or more"
+        )
+
+    def disturb(self, cells: Tensor, mapping: Mapping, chip: int, layer: str) -> Tensor:
+        """``sigma_prog``, then ``(t / 20 s)^-nu`` with ``nu`` by cell, then noise of ``Q(g) sqrt(ln ...)``."""
+        written = Published("pcm_programming").disturb(cells, mapping, chip, layer)
+        g = cells.clamp(min=1e-6)
+        mean = (0.0244 - 0.0155 * g.log()).clamp_(0.049, 0.1)
+        spread = (-0.0059 - 0.0125 * g.log()).clamp_(0.008, 0.045)
+        nu = (mean + spread * _normal(cells, chip, layer, DRIFT)).clamp_(min=0)
+        drifted = written * (self.seconds / 20) ** -nu
+        read_s = 250e-9
+        noise = (0.0088 / g**0.65).clamp_(max=0.2) * sqrt(log((self.seconds + read_s) / (2 * read_s)))
+        return (drifted * (1 + noise * _normal(cells, chip, layer, READ))).clamp_(min=0)
+
+
+@dataclass(frozen=True)
+class Relaxation(Device):
+    """Relaxation of CMO/HfOx cells: mean ``-0.0890 ln t`` and deviation ``0.0420 ln t + 0.4118`` uS (AIHWKit)."""
+
+    seconds: float
+    g_max_uS: float
+
+    def __post_init__(self) -> None:
+        ok = self.seconds >= 1 and self.g_max_uS > 0
+        _need(ok, f"{self.seconds=}, {self.g_max_uS=}: allowed are 1 s or more, above 0 uS")
+
+    def disturb(self, cells: Tensor, mapping: Mapping, chip: int, layer: str) -> Tensor:
+        """The same shift and width at every level."""
+        age = log(self.seconds)
+        shift = -0.0890 * age + (0.0420 * age + 0.4118) * _normal(cells, chip, layer, DRIFT)
+        return (cells + shift / self.g_max_uS).clamp_(min=0)
+
+
+@dataclass(frozen=True)
+class ReadNoise(Device):
+    """Gaussian noise of ``sigma`` G_max on every cell, new at every read: it leaves the cells as they are.
+
+    A trial adds what it does to each sum of a column, exactly: a normal number of variance
+    ``Var[w] * sum(x^2)`` for every output, where ``Var[w]`` is `Mapping.noise_gain` squared times ``sigma`` squared.
+    """
+
+    sigma: float
+
+    def __post_init__(self) -> None:
+        _need(self.sigma >= 0, f"sigma = {self.sigma}: allowed is 0 or more")
+
+    def disturb(self, cells: Tensor, mapping: Mapping, chip: int, layer: str) -> Tensor:
+        """Nothing that lasts."""
+        return cells

@@ -1,0 +1,115 @@
+"""Mappings: exact round trips, the published encodings, and what one broken cell does to a weight."""
+
+from itertools import product
+from math import inf
+
+import pytest
+import torch
+
+from lib.crossbar import SCHEMES, CrossbarError, Mapping, as_mapping
+
+BITS = ((None, None), (8, 2), (8, None), (8, 3), (5, 2), (4, 1), (2, 1), (16, 4))
+
+
+@pytest.mark.parametrize(("scheme", "bits", "on_off"), [*product(SCHEMES, BITS, (inf, 15.0))])
+def test_perfect_cells_read_back_what_was_written(scheme, bits, on_off):
+    torch.manual_seed(0)
+    weight = torch.randn(6, 5, 3, 3).to(memory_format=torch.channels_last)
+    mapping = Mapping(scheme, *bits, on_off=on_off)
+    scale = mapping.range_of(weight)
+    cells = mapping.encode(weight, scale)
+    assert cells.shape == (mapping.slices, mapping.columns, *weight.shape)
+    assert cells.min() >= mapping.g_min - 1e-6
+    assert cells.max() <= 1 + 1e-6
+    unit = 2 ** (bits[0] - 1) - 1 if bits[0] else None
+    expected = (weight / scale * unit).round() / unit * scale if unit else weight
+    torch.testing.assert_close(mapping.decode(cells, scale), expected, rtol=0, atol=2e-5 * float(scale))
+
+
+def test_encodings_are_the_published_ones():
+    w = torch.tensor([0.25, 0.0, -0.75])
+    pair = {"two_column": [[0.25, 0, 0], [0, 0, 0.75]], "differential": [[1, 1, 0.25], [0.75, 1, 1]]}
+    for scheme, cells in pair.items():
+        torch.testing.assert_close(Mapping(scheme).encode(w, 1.0)[0], torch.tensor(cells))
+    torch.testing.assert_close(Mapping("offset").encode(w, 1.0)[0, 0], (w + 1) / 2)
+
+
+def test_offset_slices_are_those_of_the_worked_example():
+    """papers/hardware.md 1.5, four signed bits on two-bit cells; the range 7 leaves -4 to 3 as they are."""
+    w = torch.tensor([-2.0, 1, 3, -4])
+    cells = Mapping("offset", 4, 2).encode(w, 7.0) * 3
+    assert cells[0, 0].tolist() == [2, 1, 3, 0]
+    assert cells[1, 0].tolist() == [1, 2, 2, 1]
+
+
+def test_a_zero_weight_is_off_or_on_in_every_slice():
+    zero = torch.zeros(3)
+    assert Mapping("two_column", 8, 2).encode(zero, 1.0).max() == 0
+    assert Mapping("differential", 8, 2).encode(zero, 1.0).min() == 1
+
+
+@pytest.mark.parametrize("m", [0.3, 0.8])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_one_broken_cell_does_what_the_paper_says(m, sign):
+    """The tables of papers/pruning.md 1: scheme, cell, stuck value -> weight for w > 0; w < 0 is the mirror image."""
+    table = {
+        ("two_column", 0, 0): 0, ("two_column", 0, 1): 1, ("two_column", 1, 0): m, ("two_column", 1, 1): m - 1,
+        ("differential", 0, 1): m, ("differential", 0, 0): m - 1, ("differential", 1, 1): 0, ("differential", 1, 0): 1,
+    }  # fmt: skip
+    for (scheme, cell, value), expected in table.items():
+        mapping = Mapping(scheme)
+        cells = mapping.encode(torch.tensor([sign * m]), 1.0)
+        cells[0, cell if sign > 0 else 1 - cell] = value
+        assert float(mapping.decode(cells, 1.0)) == pytest.approx(sign * expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("cell", [0, 1])
+def test_a_broken_cell_of_a_zero_weight(cell):
+    for scheme, harmless in (("two_column", 0.0), ("differential", 1.0)):
+        cells = Mapping(scheme).encode(torch.zeros(1), 1.0)
+        for value in (0.0, 1.0):
+            broken = cells.clone()
+            broken[0, cell] = value
+            weight = float(Mapping(scheme).decode(broken, 1.0))
+            assert weight == (0 if value == harmless else (1 if (cell == 0) == (value > harmless) else -1))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_plane_and_index_name_every_cell_once(scheme):
+    mapping, shape = Mapping(scheme, 8, 2), torch.Size((3, 2, 2, 2))
+    rows, columns = mapping.plane(shape)
+    index = [mapping.index(r, c, shape) for r in range(rows) for c in range(columns)]
+    assert sorted(index) == list(range(mapping.slices * mapping.columns * shape.numel()))
+    cells = torch.zeros(mapping.slices, mapping.columns, *shape)
+    cells.view(-1)[mapping.index(5, columns - 1, shape)] = 1  # the last cell of the last filter's row 5
+    assert cells[-1, -1, 2].view(-1)[5] == 1
+
+
+def test_a_clipped_range_saturates_and_a_zero_layer_stays_zero():
+    weight = torch.tensor([[1.0, -0.5, 0.2]])
+    mapping = Mapping("differential", clip=0.4)
+    back = mapping.decode(mapping.encode(weight, mapping.range_of(weight)), mapping.range_of(weight))
+    torch.testing.assert_close(back, torch.tensor([[0.4, -0.4, 0.2]]))
+    zero = torch.zeros(2, 3)
+    assert mapping.decode(mapping.encode(zero, mapping.range_of(zero)), mapping.range_of(zero)).abs().max() == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scheme": "polar"}, "'polar' is unknown: allowed are offset, two_column, differential"),
+        ({"cell_bits": 2}, "without weight_bits"),
+        ({"weight_bits": 1}, "allowed are 2 to 16"),
+        ({"weight_bits": 4, "cell_bits": 5}, "allowed are 1 to weight_bits = 4"),
+        ({"on_off": 1.0}, "on_off > 1"),
+        ({"clip": 0.0}, "0 < clip <= 1"),
+    ],
+)
+def test_impossible_mappings_are_refused(options, message):
+    with pytest.raises(CrossbarError, match=message):
+        Mapping(**options)
+
+
+def test_weights_that_are_not_finite_are_refused():
+    with pytest.raises(CrossbarError, match="not finite"):
+        as_mapping("offset").range_of(torch.tensor([1.0, float("nan")]))

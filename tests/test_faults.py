@@ -1,0 +1,490 @@
+"""Chips, devices, closed forms, trials and training under faults."""
+
+import os
+import signal
+import subprocess
+import sys
+import warnings
+from copy import deepcopy
+from dataclasses import replace
+from functools import partial
+from math import exp, log, sqrt
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lib import models, pruning, recipes, training
+from lib.constraint import attach_masks, leaf, masks
+from lib.crossbar import CrossbarError, Mapping
+from lib.faults import (
+    PhaseChange,
+    PowerLaw,
+    Published,
+    ReadNoise,
+    Relaxation,
+    StuckAt,
+    UnderFaults,
+    Variation,
+    moments,
+    on_chip,
+    read_back,
+    sweep,
+    tolerated_rate,
+)
+from lib.faults import trials as trials_module
+from lib.faults.chips import events, failures, time_of
+
+WHERE = ("cells", "rows", "columns", "clusters")
+SHAPE = torch.Size((1, 2, 200, 300))
+
+
+# --- chips ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize("rate", [0.002, 0.05, 0.5])
+def test_every_pattern_breaks_the_same_share_of_cells(where, rate):
+    faults, mapping = StuckAt(rate, where=where), Mapping()
+    draws = [faults.draw(SHAPE, mapping, chip, "fc1") for chip in range(60)]
+    shares = np.array([len(index) for index, _ in draws]) / SHAPE.numel()
+    assert all(len(np.unique(index)) == len(index) for index, _ in draws)
+    assert abs(shares.mean() - rate) < 4 * shares.std(ddof=1) / sqrt(len(shares))
+    on = np.array([is_on.mean() if len(is_on) else np.nan for _, is_on in draws])
+    assert abs(np.nanmean(on) - 5.2 / 6.2) < 4 * np.nanstd(on) / sqrt(np.isfinite(on).sum()) + 1e-3
+
+
+@pytest.mark.parametrize("where", WHERE)
+def test_faults_at_a_low_rate_are_among_those_at_a_higher_one(where):
+    before: dict[int, bool] = {}
+    for rate in (1e-4, 0.003, 0.01, 0.08, 0.4, 0.8):
+        index, on = StuckAt(rate, where=where).draw(SHAPE, Mapping(), 3, "fc1")
+        now = dict(zip(index.tolist(), on.tolist(), strict=True))
+        assert all(now[i] == was for i, was in before.items())
+        before = now
+    assert len(before) > 0.7 * SHAPE.numel()
+
+
+def test_all_cells_fail_at_rate_one_and_none_at_zero():
+    assert len(StuckAt(1.0).draw(SHAPE, Mapping(), 0, "a")[0]) == SHAPE.numel()
+    assert len(StuckAt(0.0).draw(SHAPE, Mapping(), 0, "a")[0]) == 0
+
+
+def test_mappings_share_a_chip():
+    faults = StuckAt(0.05)
+    index, on = faults.draw(SHAPE, Mapping("two_column"), 1, "fc1")
+    assert [v.tolist() for v in faults.draw(SHAPE, Mapping("differential"), 1, "fc1")] == [index.tolist(), on.tolist()]
+    single = faults.draw(torch.Size((1, 1, 200, 300)), Mapping("offset"), 1, "fc1")
+    first = index < 200 * 300  # the first column of the pair
+    assert single[0].tolist() == index[first].tolist()
+    assert single[1].tolist() == on[first].tolist()
+
+
+def test_chips_and_layers_differ_and_repeat():
+    faults = StuckAt(0.01)
+    draw = lambda chip, layer: faults.draw(SHAPE, Mapping(), chip, layer)[0].tolist()  # noqa: E731
+    assert draw(0, "a") == draw(0, "a")
+    assert draw(0, "a") != draw(1, "a")
+    assert draw(0, "a") != draw(0, "b")
+
+
+def test_failure_times_are_exponential():
+    for until in (0.2, 1.7):
+        count = np.mean([len(failures(20000, until, chip, "x")[0]) for chip in range(20)]) / 20000
+        assert count == pytest.approx(1 - exp(-until), abs=4 * sqrt(0.25 / 400000))
+    places, _ = events(1000, 2.0, 0.3, 0, "x")
+    assert len(places) == pytest.approx(600, abs=5 * sqrt(600))
+    assert time_of(0.1) == pytest.approx(-log(0.9))
+
+
+def test_lines_are_whole_segments_of_an_array():
+    mapping, shape = Mapping("two_column"), torch.Size((1, 2, 40, 300))
+    for where, length in (("columns", 128), ("rows", 80)):  # 300 inputs are segments of 128, 128, 44; 80 cells a row
+        index, on = StuckAt(0.1, where=where).draw(shape, mapping, 0, "fc")
+        broken = np.zeros(shape.numel())
+        broken[index] = np.where(on, 1, -1)
+        place = np.array([[mapping.index(r, c, shape[2:]) for c in range(80)] for r in range(300)])
+        plane = broken[place]
+        lines = plane[:128].T if where == "columns" else plane
+        assert {abs(int(s)) for s in lines.sum(1)} == {0, length}
+
+
+def test_clusters_are_clustered():
+    def neighbours(where):
+        index, _ = StuckAt(0.02, where=where).draw(torch.Size((1, 1, 200, 300)), Mapping("offset"), 0, "fc")
+        plane = np.zeros(200 * 300, bool)
+        plane[index] = True
+        plane = plane.reshape(200, 300)
+        return (plane[:, 1:] & plane[:, :-1]).sum() / plane.sum()
+
+    assert neighbours("clusters") > 10 * neighbours("cells")
+
+
+# --- closed forms -----------------------------------------------------------------------------------------------------
+
+
+def test_moments_are_those_of_the_table():
+    """papers/hardware.md 2.6 at 9.04 % and 1.75 %."""
+    table = {
+        0.0: ((0.0729, 0.1079), (0, 0.16446), (0, 0.03439)),
+        0.1: ((0.0621, 0.0944), (-0.0108, 0.1494), (-0.0108, 0.0323)),
+        0.5: ((0.0190, 0.0620), (-0.0540, 0.1108), (-0.0540, 0.0458)),
+        1.0: ((-0.0350, 0.0700), (-0.1079, 0.1111), (-0.1079, 0.1111)),
+    }
+    faults = StuckAt.of(on=0.0904, off=0.0175)
+    for w, expected in table.items():
+        for scheme, (mean, square) in zip(("offset", "two_column", "differential"), expected, strict=True):
+            found = moments(torch.tensor([w]), Mapping(scheme), faults)
+            assert float(found[0]) == pytest.approx(mean, abs=6e-5)
+            assert float(found[1]) == pytest.approx(square, abs=6e-5)
+
+
+@pytest.mark.parametrize(
+    "mapping",
+    [
+        Mapping("offset"), Mapping("two_column"), Mapping("differential"), Mapping("differential", 8, 2),
+        Mapping("offset", 8, 2), Mapping("two_column", 8, 2, on_off=15.0),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("w", [0.0, 0.3, -0.8])
+def test_moments_agree_with_injected_cells(mapping, w):
+    """A million draws, 2 %."""
+    faults = StuckAt(0.1, stuck_on_value=1.5)
+    weight = torch.full((1000, 1000), w)
+    if mapping.weight_bits:
+        weight = (weight * 127).round() / 127
+    errors = []
+    for chip in range(1 if not mapping.weight_bits else 3):
+        cells = faults.disturb(mapping.encode(weight, 1.0), mapping, chip, "fc")
+        errors.append(mapping.decode(cells, 1.0) - weight)
+    error = torch.cat(errors).double()
+    mean, square = (float(v) for v in moments(weight[:1, :1], mapping, faults))
+    assert float(error.square().mean()) == pytest.approx(square, rel=0.02)
+    assert float(error.mean()) == pytest.approx(mean, abs=4 * sqrt(square / error.numel()))
+
+
+def test_a_zero_weight_errs_by_the_ratio_of_the_probabilities():
+    faults = StuckAt(0.001)
+    square = [float(moments(torch.zeros(1), Mapping(s), faults)[1]) for s in ("two_column", "differential")]
+    assert square[0] / square[1] == pytest.approx(5.2, rel=2e-3)
+
+
+# --- variation --------------------------------------------------------------------------------------------------------
+
+
+def _disturbed(device, level, mapping=None, n=400_000):
+    return device.disturb(torch.full((1, 2, 1, n), level), mapping or Mapping(), 0, "x").double()
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.4])
+def test_lognormal_moments(sigma):
+    """papers/hardware.md 2.2: the mean is exp(sigma^2/2), the relative deviation sqrt(exp(sigma^2) - 1)."""
+    free, corrected = (_disturbed(Variation(sigma, mean_corrected=c), 0.5) / 0.5 for c in (False, True))
+    assert float(free.mean()) == pytest.approx(exp(sigma**2 / 2), rel=3e-3)
+    assert float(corrected.mean()) == pytest.approx(1, rel=3e-3)
+    assert float(corrected.std()) == pytest.approx(sqrt(exp(sigma**2) - 1), rel=0.01)
+
+
+def test_gaussian_scales_with_the_state_and_additive_does_not():
+    assert float(_disturbed(Variation(0.1, "gaussian"), 0.5).std()) == pytest.approx(0.05, rel=0.01)
+    assert [float(_disturbed(Variation(0.05, "additive"), g).std()) for g in (0.3, 0.9)] == pytest.approx(
+        [0.05, 0.05], rel=0.01
+    )
+
+
+def test_published_deviations():
+    """Check values of papers/hardware.md 2.2."""
+    half = torch.tensor([0.5])
+    names = ("wan_1s_quartic", "wan_1day_quartic", "wan_2days_quartic")
+    assert [float(Published(n).sigma(half)) * 40 for n in names] == pytest.approx([2.023, 3.909, 3.929], abs=1e-3)
+    assert float(Published("milo_hfo2").sigma(torch.tensor([100 / 225]))) * 225 == pytest.approx(3.871621, abs=1e-4)
+    with pytest.raises(CrossbarError, match="'pcm' is unknown: allowed are milo_hfo2"):
+        Published("pcm")
+
+
+def test_drift():
+    assert float(_disturbed(PowerLaw(100, 0.05), 0.5).mean()) == pytest.approx(0.5 * 100**-0.05, rel=1e-5)
+    assert float(_disturbed(PowerLaw(1e9, 0.1, "on"), 0.5).max()) == 1
+    assert float(_disturbed(PowerLaw(1e9, 0.9), 0.5, Mapping(on_off=10.0)).min()) == pytest.approx(0.1)
+    later, soon = (float(_disturbed(PhaseChange(t), 0.8).mean()) for t in (1e6, 20.0))
+    assert soon == pytest.approx(0.8, rel=0.01)
+    assert later == pytest.approx(0.8 * (1e6 / 20) ** -0.049, rel=0.02)  # nu is clipped from below at 0.049
+    moved = _disturbed(Relaxation(1000, 90.0), 0.5) * 90
+    assert float(moved.mean()) == pytest.approx(45 - 0.0890 * log(1000), abs=0.01)
+    assert float(moved.std()) == pytest.approx(0.0420 * log(1000) + 0.4118, rel=0.01)
+
+
+def test_read_noise_is_that_of_independent_reads():
+    """Against drawing every cell anew for every read."""
+    torch.manual_seed(0)
+    layer, x = nn.Conv2d(2, 1, 3), torch.rand(1, 2, 3, 3)
+    mapping, sigma = Mapping("differential", 4, 1, on_off=10.0), 0.03
+    gain = mapping.noise_gain(mapping.range_of(layer.weight))
+    hook = trials_module._add_noise(layer, sigma * gain, 0, "conv")
+    with torch.no_grad():
+        fast = layer(x.expand(20_000, -1, -1, -1)).flatten()
+        hook.remove()
+        scale = mapping.range_of(layer.weight)
+        cells = mapping.encode(layer.weight, scale)
+        reads = torch.stack([mapping.decode(cells + sigma * torch.randn_like(cells), scale) for _ in range(4000)])
+        slow = (reads * x).sum((1, 2, 3, 4)) + layer.bias
+        steady = (mapping.decode(cells, scale) * x).sum() + layer.bias
+    assert float(fast.std()) == pytest.approx(float(slow.std()), rel=0.05)
+    assert float(slow.mean()) == pytest.approx(float(steady), abs=5 * float(slow.std()) / sqrt(4000))
+
+
+def test_read_noise_is_new_for_every_chip_and_the_same_for_the_same(trained, images):
+    found = sweep(trained, "differential", [0.0, 0.05], [0, 1], images.test, faults=ReadNoise)["accuracy"]
+    os.environ["CACHE_ROOT"] += "-other"
+    assert sweep(trained, "differential", [0.0, 0.05], [0, 1], images.test, faults=ReadNoise)["accuracy"].equals(found)
+    assert found[0] == found[1]
+    assert found[2] != found[3]
+
+
+# --- trials -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(images):
+    """A small real network that knows something."""
+    net = models.build("lenet300", images.shape, images.classes, seed=1)
+    training.fit(net, images, epochs=4, lr=0.05, batch_size=32)
+    return net
+
+
+def test_a_sweep_is_what_one_would_measure_by_hand(trained, images):
+    found = sweep(trained, "two_column", [0.0, 0.02], 2, images.test)
+    assert found.columns.tolist() == ["rate", "chip", "accuracy"]
+    assert found["chip"].tolist() == [0, 1, 0, 1]
+    for row in found.itertuples():
+        net = on_chip(trained, "two_column", StuckAt(row.rate), row.chip)
+        assert row.accuracy == training.evaluate(net, images.test)
+    assert found["accuracy"][0] == pytest.approx(training.evaluate(trained, images.test), abs=0.004)
+
+
+def test_faults_hurt_and_the_differential_mapping_hurts_less(trained, images):
+    mean = {s: sweep(trained, s, [0.03], 6, images.test)["accuracy"].mean() for s in ("two_column", "differential")}
+    reverse = partial(StuckAt, ratio=1 / 5.2)
+    swapped = {
+        s: sweep(trained, s, [0.03], 6, images.test, faults=reverse)["accuracy"].mean()
+        for s in ("two_column", "differential")
+    }
+    assert mean["differential"] > mean["two_column"] + 0.02
+    assert swapped["two_column"] > swapped["differential"] + 0.02
+
+
+def test_compressed_models_of_any_kind_go_in(trained, images):
+    net = deepcopy(trained)
+    attach_masks(net, recipes.one_shot(net, {"fc1": pruning.Unstructured(0.9), "fc2": pruning.Column(0.5)}))
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    mapping = {"fc1": Mapping("differential", 4, 2), "fc2": "offset"}  # fc3 stays digital
+    assert len(sweep(net, mapping, [0.01], 1, images.test)) == 1
+    assert all(torch.equal(v, net.state_dict()[k]) for k, v in before.items())
+    assert set(masks(net)) == {"fc1", "fc2"}
+
+
+def test_batch_norm_and_biases_stay_healthy(images):
+    net = models.build("resnet8", images.shape, images.classes)
+    broken = on_chip(net, "offset", StuckAt(0.3), 0)
+    weights = {f"{n}.weight" for n in models.prunable(net)}
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, broken.state_dict()[name]) == (name not in weights)
+
+
+def test_processes_and_side_by_side_give_the_same_numbers(trained, images):
+    alone = sweep(trained, "differential", [0.01, 0.05], 4, images.test)
+    os.environ["CACHE_ROOT"] += "-other"
+    both = sweep(trained, "differential", [0.01, 0.05], 4, images.test, processes=2)
+    assert both.equals(alone)
+    bench = trials_module._Bench(trained, "differential", images.test, 200)
+    assert bench.together(StuckAt(0.05), [0, 1, 2, 3]) == pytest.approx(alone["accuracy"][4:].tolist(), abs=0.0021)
+
+
+def test_finished_trials_are_not_run_again(trained, images, monkeypatch):
+    first = sweep(trained, "offset", [0.01], 3, images.test)
+    ran = []
+    write = trials_module._Journal.write
+    monkeypatch.setattr(trials_module._Journal, "write", lambda self, *row: ran.append(row) or write(self, *row))
+    again = sweep(trained, "offset", [0.01, 0.02], 4, images.test)
+    assert len(ran) == 1 + 4  # the new chip at the old rate, all chips at the new rate
+    assert again[(again["rate"] == 0.01) & (again["chip"] < 3)].equals(first)
+    sweep(trained, "offset", [0.01], 3, images.test, batch_size=100)  # another batch size may round otherwise
+    assert len(ran) == 5 + 3
+
+
+KILLED = """
+import sys
+from lib import data, models
+from lib.faults import sweep
+images = data.load(train_size=100, test_size=300, validation_size=100)
+net = models.build("lenet300", images.shape, images.classes, seed=1)
+sweep(net, "differential", [0.01, 0.02], 40, images.test, progress=lambda done, text: print(done, flush=True))
+"""
+
+
+def test_a_killed_sweep_resumes_to_the_same_result(tmp_path, monkeypatch):
+    monkeypatch.setenv("CACHE_ROOT", str(tmp_path / "killed"))
+    process = subprocess.Popen([sys.executable, "-c", KILLED], stdout=subprocess.PIPE, text=True)
+    for _ in range(25):
+        process.stdout.readline()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    from lib import data
+
+    images = data.load(train_size=100, test_size=300, validation_size=100)
+    net = models.build("lenet300", images.shape, images.classes, seed=1)
+    base = trials_module._Journal(trials_module._Bench(net, "differential", images.test, 200))
+    left = sum(len(base.read(StuckAt(r))) for r in (0.01, 0.02))
+    assert 25 <= left < 80
+    resumed = sweep(net, "differential", [0.01, 0.02], 40, images.test)
+    monkeypatch.setenv("CACHE_ROOT", str(tmp_path / "whole"))
+    assert resumed.equals(sweep(net, "differential", [0.01, 0.02], 40, images.test))
+
+
+def test_a_damaged_journal_is_set_aside(trained, images, tmp_path, monkeypatch):
+    monkeypatch.setenv("CACHE_ROOT", str(tmp_path))
+    (tmp_path / "trials.sqlite").write_bytes(b"not a data base" * 100)
+    with pytest.warns(UserWarning, match="damaged"):
+        assert len(sweep(trained, "offset", [0.01], 1, images.test)) == 1
+    assert (tmp_path / "trials.damaged").exists()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sweep(trained, "offset", [0.01], 1, images.test)
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(trained, images, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("CACHE_ROOT", str(tmp_path / "file"))
+    with pytest.raises(OSError, match="cannot write the cache"):
+        sweep(trained, "offset", [0.01], 1, images.test)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rates": [1.5]}, "rate = 1.5: allowed are shares of all cells, 0 to 1"),
+        ({"rates": [-0.1]}, "rate = -0.1"),
+        ({"chips": -1}, "chips = -1"),
+        ({"chips": [3, -1]}, "allowed is a number of chips"),
+        ({"chips": 0}, "chips = 0"),
+        ({"mapping": "sideways"}, "'sideways' is unknown"),
+        ({"mapping": {}}, "empty; it may name fc1, fc2, fc3"),
+        ({"mapping": {"fc9": "offset"}}, "layer 'fc9'; the model has fc1, fc2, fc3"),
+        ({"model": nn.ReLU()}, "no convolution and no linear layer"),
+    ],
+)
+def test_bad_input_is_named(trained, images, change, message):
+    given = {"model": trained, "mapping": "offset", "rates": [0.1], "chips": 1, "split": images.test} | change
+    with pytest.raises(CrossbarError, match=message.replace("(", r"\(")):
+        sweep(**given)
+
+
+def test_bad_models_and_faults_are_named(trained, images):
+    ill = deepcopy(trained)
+    with torch.no_grad():
+        ill.fc2.weight[0, 0] = float("nan")
+    with pytest.raises(CrossbarError, match="'fc2' has weights that are not finite"):
+        sweep(ill, "offset", [0.1], 1, images.test)
+    with pytest.raises(CrossbarError, match="add up to at most 1"):
+        StuckAt.of(on=0.7, off=0.4)
+    with pytest.raises(CrossbarError, match="allowed are 'cells', 'rows'"):
+        StuckAt(0.1, where="corners")
+    with pytest.raises(CrossbarError, match="drop=0"):
+        tolerated_rate(trained, "offset", 0, 1, images.test)
+
+
+# --- tolerated rate ---------------------------------------------------------------------------------------------------
+
+
+def test_tolerated_rate_agrees_with_a_fine_grid(trained, images):
+    found = tolerated_rate(trained, "differential", 3, 8, images.test, lowest=1e-3, highest=0.3)
+    rates = np.geomspace(1e-3, 0.3, 32)  # 20 % apart
+    grid = sweep(trained, "differential", rates.tolist(), 8, images.test).groupby("rate")["accuracy"].mean()
+    floor = sweep(trained, "differential", [0.0], 1, images.test)["accuracy"].item() - 0.03
+    last = grid.index[(grid < floor).argmax() - 1]
+    assert last / 1.25 < found.rate < last * 1.5
+    assert found.low <= found.rate <= found.high
+    assert found.bound == ""
+    assert 5 * found.trials <= len(rates) * 8
+
+
+def test_a_drop_outside_the_bounds_is_flagged(trained, images):
+    assert tolerated_rate(trained, "offset", 3, 2, images.test, lowest=0.2, highest=0.4).bound == "<"
+    assert tolerated_rate(trained, "differential", 30, 2, images.test, lowest=1e-6, highest=1e-5).bound == ">"
+
+
+# --- training under faults --------------------------------------------------------------------------------------------
+
+
+def test_gradients_go_straight_through_the_broken_weights(images):
+    net = models.build("lenet300", images.shape, images.classes, seed=1)
+    mask = recipes.one_shot(net, {"fc2": pruning.Unstructured(0.5)})
+    attach_masks(net, mask)
+    hook = UnderFaults("differential", StuckAt(0.1), seed=3)
+    seen = {}
+
+    class Look(training.Hook):
+        def after_backward(self, model, step):
+            if not seen:
+                seen.update({n: layer.weight.detach().clone() for n, layer in models.prunable(model).items()})
+                seen.update({f"grad {n}": leaf(m).grad.clone() for n, m in models.prunable(model).items()})
+
+    start = deepcopy(net)
+    training.fit(net, images, epochs=1, lr=1e-6, batch_size=1000, hooks=(hook, Look()))
+    other = recipes.rewind(models.build("lenet300", images.shape, images.classes), recipes.state_of(start))
+    with torch.no_grad():
+        for name, layer in models.prunable(other).items():
+            chip = (1 << 40) + (3 << 24)
+            expected = read_back(layer.weight, Mapping("differential"), StuckAt(0.1), chip, name)
+            torch.testing.assert_close(seen[name], expected, rtol=0, atol=1e-6)
+            layer.weight.copy_(expected)
+    assert (seen["fc2"] != 0)[~mask["fc2"]].any()  # cells of removed weights fail too
+    x, y = next(training.batches(images.train, 1000, 0, 0))
+    nn.functional.cross_entropy(other(x), y).backward()
+    for name, layer in models.prunable(other).items():
+        keep = mask.get(name, torch.ones_like(layer.weight, dtype=torch.bool))
+        torch.testing.assert_close(seen[f"grad {name}"], layer.weight.grad * keep, rtol=1e-3, atol=1e-7)
+
+
+def test_training_under_faults_leaves_an_ordinary_healthy_network(images):
+    net = models.build("lenet300", images.shape, images.classes, seed=1)
+    attach_masks(net, recipes.one_shot(net, {"fc1": pruning.Unstructured(0.5)}))
+    keys = {*net.state_dict()}
+    hook = UnderFaults({"fc1": "two_column", "fc2": Mapping("differential", clip=0.5)}, StuckAt(0.1))
+    log = training.cached(training.fit, net, images, epochs=1, lr=0.05, hooks=(hook,))
+    assert {*net.state_dict()} == keys
+    assert set(masks(net)) == {"fc1"}
+    again = models.build("lenet300", images.shape, images.classes, seed=1)
+    attach_masks(again, recipes.one_shot(again, {"fc1": pruning.Unstructured(0.5)}))
+    assert training.cached(training.fit, again, images, epochs=1, lr=0.05, hooks=(hook,)).equals(log)
+    other = (replace(hook, devices=StuckAt(0.2)),)
+    assert not training.fit(again, images, epochs=1, lr=0.05, hooks=other).equals(log)
+
+
+def test_a_network_learns_to_live_with_faults(trained, images):
+    plain, hardy = deepcopy(trained), deepcopy(trained)
+    mapping = Mapping("differential", clip=0.5)
+    options = {"epochs": 6, "lr": 0.02, "batch_size": 32}
+    training.fit(plain, images, **options)
+    training.fit(hardy, images, **options, hooks=(UnderFaults(mapping, StuckAt(0.1)),))
+    mean = [sweep(net, mapping, [0.1], 6, images.test)["accuracy"].mean() for net in (plain, hardy)]
+    assert mean[1] > mean[0] + 0.02
+
+
+@pytest.mark.parametrize("recipe", ["admm", "progressive", "reweighted", "iterative"])
+def test_every_recipe_trains_under_faults(recipe, trained, images):
+    net = deepcopy(trained)
+    plan = {"fc1": pruning.Column(0.5)}
+    options = {"lr": 0.01, "hooks": (UnderFaults("differential", StuckAt(0.05)),)}
+    if recipe == "admm":
+        recipes.admm(net, plan, images, epochs=2, **options)
+    elif recipe == "progressive":
+        recipes.progressive(net, [plan], images, search={"epochs": 1}, retrain={"epochs": 1}, **options)
+    elif recipe == "reweighted":
+        recipes.reweighted(net, plan, images, strength=1e-3, epochs=1, **options)
+    else:
+        recipes.iterative(net, [plan, {"fc1": pruning.Column(0.8)}], images, recipes.state_of(net), epochs=1, **options)
+    assert {*net.state_dict()} == {*trained.state_dict()}
+    if recipe != "iterative":
+        assert plan["fc1"].member(net.fc1.weight.detach())
