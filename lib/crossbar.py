@@ -44,6 +44,7 @@ class Mapping:
         cell_bits: bits that one cell holds; None: all of them.
         on_off: G_max / G_min of the cells, above 1.
         clip: the range of a layer in shares of its largest absolute weight; what is larger saturates.
+        copies: how often every weight is stored; it reads back as their mean.
     """
 
     scheme: Scheme = "differential"
@@ -51,6 +52,7 @@ class Mapping:
     cell_bits: int | None = None
     on_off: float = inf
     clip: float = 1.0
+    copies: int = 1
 
     def __post_init__(self) -> None:
         if self.scheme not in SCHEMES:
@@ -63,6 +65,8 @@ class Mapping:
             raise CrossbarError(f"cell_bits = {self.cell_bits}: allowed are 1 to weight_bits = {self.weight_bits}")
         if not self.on_off > 1 or not 0 < self.clip <= 1:
             raise CrossbarError(f"on_off = {self.on_off}, clip = {self.clip}: allowed are on_off > 1, 0 < clip <= 1")
+        if self.copies < 1:
+            raise CrossbarError(f"copies = {self.copies}: allowed are whole numbers from 1")
 
     @property
     def columns(self) -> int:
@@ -70,11 +74,16 @@ class Mapping:
         return 1 if self.scheme == "offset" else 2
 
     @property
-    def slices(self) -> int:
-        """Cells over which the digits of a number are spread."""
+    def digits(self) -> int:
+        """Cells over which a number is spread."""
         if self.cell_bits is None:
             return 1
         return ceil((self.weight_bits - (self.columns == 2)) / self.cell_bits)
+
+    @property
+    def slices(self) -> int:
+        """Cells that a column has for a weight: its digits, in every copy."""
+        return self.digits * self.copies
 
     @property
     def _digit(self) -> int:
@@ -83,8 +92,8 @@ class Mapping:
 
     @property
     def _top(self) -> int:
-        """The largest number that the slices of one column hold."""
-        return 1 if self.weight_bits is None else 2 ** (self._digit * self.slices) - 1
+        """The largest number that the digits of one column hold."""
+        return 1 if self.weight_bits is None else 2 ** (self._digit * self.digits) - 1
 
     @property
     def _unit(self) -> float:
@@ -115,7 +124,7 @@ class Mapping:
         return torch.where(largest > 0, self.clip * largest, 1.0)
 
     def encode(self, weight: Tensor, scale: Tensor | float) -> Tensor:
-        """Conductances in shares of G_max, ``(slices, columns, *weight.shape)``, the lowest digit first."""
+        """Conductances in shares of G_max, ``(slices, columns, *weight.shape)``, lowest digit first, copy by copy."""
         w = (weight / scale).contiguous().clamp_(-1, 1).mul_(self._unit)
         if self.weight_bits is not None:
             w.round_()
@@ -129,8 +138,10 @@ class Mapping:
             levels = numbers[None]
         else:
             whole, step = numbers.int(), 2**self._digit
-            levels = torch.stack([(whole >> k * self._digit) & (step - 1) for k in range(self.slices)]) / (step - 1)
-        return levels if self.g_min == 0 else levels.mul_(1 - self.g_min).add_(self.g_min)
+            levels = torch.stack([(whole >> k * self._digit) & (step - 1) for k in range(self.digits)]) / (step - 1)
+        if self.g_min > 0:
+            levels = levels * (1 - self.g_min) + self.g_min
+        return levels.repeat(self.copies, *[1] * (levels.ndim - 1))
 
     def decode(self, cells: Tensor, scale: Tensor | float) -> Tensor:
         """The weights that conductances read back as; the constant current of G_min is taken off, as in 1.6."""
@@ -141,8 +152,9 @@ class Mapping:
     def coefficients(self, like: Tensor) -> Tensor:
         """What a full cell adds to a weight, in shares of the layer's range: ``(slices, columns)``, as in `encode`."""
         digit = self._digit if self.weight_bits else 1
-        one = [(2**digit - 1) * 2 ** (digit * k) / self._unit for k in range(self.slices)]
-        return torch.tensor([[c, -c][: self.columns] for c in one], dtype=like.dtype, device=like.device)
+        one = [(2**digit - 1) * 2 ** (digit * k) / self._unit for k in range(self.digits)]
+        pairs = [[c / self.copies, -c / self.copies][: self.columns] for c in one * self.copies]
+        return torch.tensor(pairs, dtype=like.dtype, device=like.device)
 
     def noise_gain(self, scale: Tensor | float) -> Tensor | float:
         """Standard deviation of a weight for one unit of it, independent, in each of its cells' conductances."""

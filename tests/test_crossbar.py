@@ -103,11 +103,22 @@ def test_a_clipped_range_saturates_and_a_zero_layer_stays_zero():
         ({"weight_bits": 4, "cell_bits": 5}, "allowed are 1 to weight_bits = 4"),
         ({"on_off": 1.0}, "on_off > 1"),
         ({"clip": 0.0}, "0 < clip <= 1"),
+        ({"copies": 0}, "whole numbers from 1"),
     ],
 )
 def test_impossible_mappings_are_refused(options, message):
     with pytest.raises(CrossbarError, match=message):
         Mapping(**options)
+
+
+def test_copies_are_independent_cells_and_read_back_as_their_mean():
+    mapping, w = Mapping("differential", copies=3), torch.tensor([0.5, -0.2])
+    cells = mapping.encode(w, 1.0)
+    assert cells.shape == (3, 2, 2)
+    torch.testing.assert_close(mapping.decode(cells, 1.0), w)
+    cells[1, 1, 0] = 1  # one of three copies of +0.5 is lost
+    torch.testing.assert_close(mapping.decode(cells, 1.0), torch.tensor([0.5 * 2 / 3, -0.2]))
+    assert float(mapping.noise_gain(1.0)) == pytest.approx((2 / 3) ** 0.5)
 
 
 def test_weights_that_are_not_finite_are_refused():
