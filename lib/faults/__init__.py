@@ -7,7 +7,7 @@ Devices disturb the conductances that a `lib.crossbar.Mapping` writes: `StuckAt`
 
 from lib.faults.chips import Device
 from lib.faults.moments import moments
-from lib.faults.stuck import RATIO, StuckAt
+from lib.faults.stuck import RATIO, InSlice, StuckAt
 from lib.faults.training import UnderFaults
 from lib.faults.trials import Tolerated, on_chip, on_crossbars, read_back, sweep, tolerated_rate
 from lib.faults.variation import (
@@ -23,6 +23,7 @@ from lib.faults.variation import (
 __all__ = [
     "RATIO",
     "Device",
+    "InSlice",
     "PhaseChange",
     "PowerLaw",
     "Published",

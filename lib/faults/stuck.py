@@ -118,3 +118,23 @@ class StuckAt(Device):
         inside = (hit < self.fill) & (row >= 0) & (row < height) & (column >= 0) & (column < width)
         index, first = np.unique(mapping.index(row[inside], column[inside], shape[2:]), return_index=True)
         return index, own[inside][first]
+
+
+@dataclass(frozen=True)
+class InSlice(Device):
+    """A device that disturbs the cells of one slice alone, the lowest digit first: which digit hurts most?"""
+
+    device: Device
+    slice: int
+
+    def disturb(self, cells: Tensor, mapping: Mapping, chip: int, layer: str) -> Tensor:
+        """The other slices stay as they are.
+
+        Raises:
+            CrossbarError: the mapping has no such slice.
+        """
+        if not 0 <= self.slice < len(cells):
+            raise CrossbarError(f"slice = {self.slice}: the mapping has slices 0 to {len(cells) - 1}")
+        broken = self.device.disturb(cells.clone(), mapping, chip, layer)
+        cells[self.slice] = broken[self.slice]
+        return cells

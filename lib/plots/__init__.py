@@ -1,5 +1,13 @@
 """The house style and the recurring figures. The only room that draws."""
 
+from lib.plots.faults import (
+    SCHEME_COLOURS,
+    accuracy_against_faults,
+    broken_layer,
+    error_against_weight,
+    tolerated_against_density,
+    tolerated_bars,
+)
 from lib.plots.retraining import (
     accuracy_against_budget,
     accuracy_against_sparsity,
@@ -41,14 +49,18 @@ __all__ = [
     "ORANGE",
     "PURPLE",
     "RED",
+    "SCHEME_COLOURS",
     "VERDICT_COLOURS",
     "accuracy_against_budget",
     "accuracy_against_choice",
+    "accuracy_against_faults",
     "accuracy_against_sparsity",
     "accuracy_by_structure",
     "admm_convergence",
+    "broken_layer",
     "correlation_against_p",
     "correlation_by_mode",
+    "error_against_weight",
     "house_style",
     "ledger_table",
     "matched_compression",
@@ -58,4 +70,6 @@ __all__ = [
     "storage_against_rate",
     "structure_gallery",
     "table",
+    "tolerated_against_density",
+    "tolerated_bars",
 ]

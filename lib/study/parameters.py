@@ -107,6 +107,19 @@ CHECKS: dict[str, Check] = {
     "lenet_datasets": (lambda v: len(v) >= 1, "one or more data sets"),
     "lenet_train_sizes": (lambda v: all(n >= 0 for n in v), "whole numbers from 0"),
     "lenet_epochs": (lambda v: len(v) == 3 and min(v) >= 1, "three whole numbers from 1"),
+    "rates": _each(lambda v: 0 < v <= 1, "in (0, 1]"),
+    "densities": _each(lambda v: 0 < v < 1, "in (0, 1)"),
+    "search_sparsities": _each(lambda v: 0 < v < 1, "in (0, 1)", least=2),
+    "sigmas": _each(lambda v: v > 0, "above 0"),
+    "drops": _each(lambda v: 0 < v < 100, "points in (0, 100)"),
+    "ratio": _POSITIVE,
+    "search_rate": (lambda v: 0 < v <= 1, "numbers in (0, 1]"),
+    "hardening_rate": (lambda v: 0 < v <= 1, "numbers in (0, 1]"),
+    "hardening_clip": (lambda v: 0 < v <= 1, "numbers in (0, 1]"),
+    "hardening_epochs": _COUNT,
+    "hardening_lr": _POSITIVE,
+    "chips": (lambda v: v >= 2, "whole numbers from 2"),
+    "processes": _COUNT,
     "retrain_epochs": _COUNT,
     "search_epochs": _COUNT,
     "lambda_trials": _COUNT,
@@ -158,10 +171,10 @@ def check_parameters(study: str, given: dict[str, Any]) -> dict[str, Any]:
     if len(datasets) != len(train_sizes):
         raise ParameterError(f"lenet_train_sizes = {train_sizes!r}: one for each of lenet_datasets = {datasets!r}")
     try:
-        for name in datasets:
+        for name in [*datasets, *values.get("single_layer_datasets", [])]:
             data.check_name(name)
-        if "model" in values:
-            models.builder(values["model"])
+        for name in filter(None, (values.get("model"), values.get("second_model"))):
+            models.builder(name)
         if "dataset" in values:
             data.check_name(values["dataset"])
         if "data_root" in values:
