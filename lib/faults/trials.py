@@ -239,7 +239,7 @@ def sweep(
     split: Split,
     *,
     faults: Callable[[float], Devices] = StuckAt,
-    batch_size: int = 200,
+    batch_size: int = 100,
     processes: int = 1,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
@@ -299,7 +299,7 @@ def tolerated_rate(
     lowest: float = 1e-5,
     highest: float = 0.5,
     precision: float = 0.1,
-    batch_size: int = 200,
+    batch_size: int = 100,
     processes: int = 1,
     progress: Progress | None = None,
 ) -> Tolerated:

@@ -46,7 +46,10 @@ def accuracy_against_faults(
     palette = _palette(lines)
     for ax in axes.flat[len(panels) :]:
         ax.axis("off")
+    values = results.loc[results[panel].isin(panels), x]
     for ax, name in zip(axes.flat, panels, strict=False):
+        if log:  # before a line is drawn: a single rate has no scale of its own
+            ax.set(xscale="log", xlim=(values.min() / 1.3, values.max() * 1.3))
         ax.axhline(dense, color=GREY, ls="--", lw=1.2)
         for label in lines:
             part = results[(results[panel] == name) & (results[line] == label)]
@@ -55,8 +58,6 @@ def accuracy_against_faults(
             for value, accuracy, text in (marks or {}).get(label, ()):
                 ax.plot(value, accuracy, "x", color=palette[label], ms=8, mew=2, label=text)
         ax.set(title=name, xlabel=xlabel, ylabel="test accuracy (%)")
-        if log:
-            ax.set_xscale("log")
     legend_beside(figure, axes[0][0])
     return figure
 
@@ -91,7 +92,9 @@ def tolerated_bars(
             ax.errorbar(place, height, ends, color="0.25", lw=0.9, ls="")
             for x, y, n in zip(place, height + ends[1], names, strict=True):
                 ax.text(x, y * 1.06, f"{mean[n, mapping] / mean[reference]:.2g}x", ha="center", fontsize="x-small")
-        ax.set_xticks(range(len(networks)), [n.replace(" ", "\n", 1) for n in networks], fontsize="small")
+        ax.set_xticks(
+            range(len(networks)), [n.replace(" ", "\n", 1) if len(n) > 8 else n for n in networks], fontsize="small"
+        )
         ax.set(
             title=f"drop of {drop:g} point{'s' * (drop != 1)}", yscale="log", ylabel="tolerated share of broken cells"
         )
