@@ -141,7 +141,7 @@ class Mapping:
             levels = torch.stack([(whole >> k * self._digit) & (step - 1) for k in range(self.digits)]) / (step - 1)
         if self.g_min > 0:
             levels = levels * (1 - self.g_min) + self.g_min
-        return levels.repeat(self.copies, *[1] * (levels.ndim - 1))
+        return levels if self.copies == 1 else levels.repeat(self.copies, *[1] * (levels.ndim - 1))
 
     def decode(self, cells: Tensor, scale: Tensor | float) -> Tensor:
         """The weights that conductances read back as; the constant current of G_min is taken off, as in 1.6."""

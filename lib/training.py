@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -313,6 +314,7 @@ def _references(function: Any) -> Iterator[tuple[str, Any]]:
                 yield name, item
 
 
+@cache
 def _normal_source(item: Any) -> str:
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(item))))

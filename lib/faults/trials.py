@@ -148,6 +148,7 @@ class _Journal:
         parts += [fingerprint(bench.model), fingerprint(bench.mapping), fingerprint(bench.split), bench.batch_size]
         parts += [torch.__version__.split("+")[0], bench.split.y.device.type]
         self.key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
+        self.names: dict[Devices, str] = {}
         self.path = Path(os.environ.get("CACHE_ROOT") or CACHE_ROOT) / "trials.sqlite"
         try:
             self._open()
@@ -164,6 +165,8 @@ class _Journal:
         except OSError as error:
             raise OSError(error.errno, f"cannot write the cache {self.path.parent}: {error.strerror}") from None
         self.base = sqlite3.connect(self.path, timeout=60, isolation_level=None)
+        self.base.execute("PRAGMA journal_mode = WAL")  # a killed process loses nothing, and a write costs no disk sync
+        self.base.execute("PRAGMA synchronous = NORMAL")
         columns = "network TEXT, devices TEXT, chip INTEGER, accuracy REAL, PRIMARY KEY (network, devices, chip)"
         self.base.execute(f"CREATE TABLE IF NOT EXISTS trials ({columns}) WITHOUT ROWID")
 
@@ -176,7 +179,9 @@ class _Journal:
         self.base.execute("INSERT OR REPLACE INTO trials VALUES (?, ?, ?, ?)", row)
 
     def _name(self, devices: Devices) -> str:
-        return json.dumps(fingerprint(devices), sort_keys=True)
+        if devices not in self.names:
+            self.names[devices] = json.dumps(fingerprint(devices), sort_keys=True)
+        return self.names[devices]
 
 
 def accuracies(
