@@ -19,6 +19,7 @@ from lib import models, pruning, recipes, training
 from lib.constraint import attach_masks, leaf, masks
 from lib.crossbar import CrossbarError, Mapping
 from lib.faults import (
+    InSlice,
     PhaseChange,
     PowerLaw,
     Published,
@@ -108,6 +109,16 @@ def test_lines_are_whole_segments_of_an_array():
         plane = broken[place]
         lines = plane[:128].T if where == "columns" else plane
         assert {abs(int(s)) for s in lines.sum(1)} == {0, length}
+
+
+def test_faults_in_one_slice_leave_the_others():
+    mapping = Mapping("differential", 9, 2)
+    cells = mapping.encode(torch.rand(20, 30), 1.0)
+    broken = InSlice(StuckAt(0.3), 2).disturb(cells.clone(), mapping, 0, "fc")
+    changed = (broken != cells).flatten(1).any(1)
+    assert changed.tolist() == [False, False, True, False]
+    with pytest.raises(CrossbarError, match="slices 0 to 3"):
+        InSlice(StuckAt(0.3), 4).disturb(cells, mapping, 0, "fc")
 
 
 def test_clusters_are_clustered():
@@ -309,7 +320,7 @@ def test_finished_trials_are_not_run_again(trained, images, monkeypatch):
     again = sweep(trained, "offset", [0.01, 0.02], 4, images.test)
     assert len(ran) == 1 + 4  # the new chip at the old rate, all chips at the new rate
     assert again[(again["rate"] == 0.01) & (again["chip"] < 3)].equals(first)
-    sweep(trained, "offset", [0.01], 3, images.test, batch_size=100)  # another batch size may round otherwise
+    sweep(trained, "offset", [0.01], 3, images.test, batch_size=50)  # another batch size may round otherwise
     assert len(ran) == 5 + 3
 
 
@@ -334,7 +345,7 @@ def test_a_killed_sweep_resumes_to_the_same_result(tmp_path, monkeypatch):
 
     images = data.load(train_size=100, test_size=300, validation_size=100)
     net = models.build("lenet300", images.shape, images.classes, seed=1)
-    base = trials_module._Journal(trials_module._Bench(net, "differential", images.test, 200))
+    base = trials_module._Journal(trials_module._Bench(net, "differential", images.test, 100))
     left = sum(len(base.read(StuckAt(r))) for r in (0.01, 0.02))
     assert 25 <= left < 80
     resumed = sweep(net, "differential", [0.01, 0.02], 40, images.test)
