@@ -5,6 +5,7 @@ from lib.plots.faults import (
     accuracy_against_faults,
     broken_layer,
     error_against_weight,
+    gain_bars,
     tolerated_against_density,
     tolerated_bars,
 )
@@ -61,6 +62,7 @@ __all__ = [
     "correlation_against_p",
     "correlation_by_mode",
     "error_against_weight",
+    "gain_bars",
     "house_style",
     "ledger_table",
     "matched_compression",

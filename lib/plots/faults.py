@@ -124,6 +124,25 @@ def tolerated_against_density(
     return figure
 
 
+def gain_bars(gains: pd.DataFrame, *, label: str, goals: Mapping[str, float]) -> Figure:
+    """Horizontal bars of a column ``gain`` on a logarithmic axis, in the order of the rows; goals as dashed lines."""
+    names = list(dict.fromkeys(gains[label]))
+    groups = gains.groupby(label)["gain"]
+    mean = groups.agg(lambda v: np.exp(np.log(v).mean())).reindex(names)
+    ends = [mean - groups.min().reindex(names), groups.max().reindex(names) - mean]
+    figure, ax = plt.subplots(figsize=(8, 0.36 * len(names) + 1))
+    ax.barh(names, mean, color=BLUE)
+    ax.errorbar(mean, names, xerr=np.clip(ends, 0, None), color="0.25", lw=0.9, ls="")
+    for text, value in goals.items():
+        ax.axvline(value, color=GREY, ls="--", lw=1.2)
+        ax.annotate(text, (value, 1), xycoords=("data", "axes fraction"), fontsize="small", ha="center", va="bottom")
+    ax.set(xscale="log", xlabel="tolerated share of broken cells / that of dense two-column")
+    ax.invert_yaxis()
+    ax.grid(axis="y", visible=False)
+    figure.tight_layout()
+    return figure
+
+
 def error_against_weight(curves: pd.DataFrame, points: pd.DataFrame) -> Figure:
     """Mean squared and mean error of a weight against its value: closed form as lines, broken cells as points.
 
