@@ -71,12 +71,12 @@ def main() -> None:
 
     def timed_sweep(processes: int) -> float:
         with tempfile.TemporaryDirectory() as os.environ["CACHE_ROOT"]:
-            return seconds(lambda: sweep(net, "differential", [0.01, 0.02], 40, images.test, processes=processes))
+            return seconds(lambda: sweep(net, "differential", [0.01, 0.02], 20, images.test, processes=processes))
 
     timed_sweep(2)  # starts the workers, which stay
     timed = [[timed_sweep(p) for p in (1, 2)] for _ in range(3)]
     one, two = (statistics.median(t[i] for t in timed) for i in (0, 1))
-    print(f"\nsweep of 80 trials: 1 process {one:.1f} s, 2 processes {two:.1f} s, ratio {one / two:.2f}")
+    print(f"\nsweep of 40 trials: 1 process {one:.1f} s, 2 processes {two:.1f} s, ratio {one / two:.2f}")
 
     with tempfile.TemporaryDirectory() as os.environ["CACHE_ROOT"]:
         found = tolerated_rate(net, "differential", 1.0, 30, images.test, lowest=1e-4, highest=0.3, processes=2)
