@@ -1,10 +1,11 @@
-"""Training schemes toward a plan: one-shot, iterative with rewinding, ADMM, progressive, reweighted.
+"""Training schemes toward a plan: one-shot, iterative, ADMM, progressive, reweighted, straight-through, hardening.
 
 Each recipe works on a model in place, for any plan whose constraints it makes sense for, and leaves the masks or
 the weights that training goes on from. The loop is always `lib.training.fit`; recipes only hook into it.
 """
 
 from lib.recipes.admm import admm, progressive, split
+from lib.recipes.quantizing import partial_hardening, straight_through
 from lib.recipes.reweighted import reweighted, search_strength
 from lib.recipes.rewinding import State, iterative, layer_weights, one_shot, rewind, state_of
 
@@ -14,10 +15,12 @@ __all__ = [
     "iterative",
     "layer_weights",
     "one_shot",
+    "partial_hardening",
     "progressive",
     "reweighted",
     "rewind",
     "search_strength",
     "split",
     "state_of",
+    "straight_through",
 ]

@@ -1,0 +1,208 @@
+"""Value sets: the levels that a layer's weights may take, alone or on what a sparsity set keeps.
+
+Pruning comes first and quantization after it, so a weight that is exactly zero is off the support: it takes no part in
+the choice of levels and stays zero. A mask that is attached, or a network pruned before, is a frozen support
+(papers/pruning.md A.2, 5, 6).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import ceil, isfinite, log2
+
+import torch
+from torch import Tensor
+
+from lib.constraint import Constraint, ConstraintError, Storage, SupportConstraint
+from lib.costs.storage import irregular
+
+STEP_BITS = 32
+"""What a layer's step takes in a table."""
+
+
+def best_step(weight: Tensor, per_side: int, zero: bool = False) -> float:
+    """The step ``q`` of the levels ``{+-1 .. +-per_side} * q`` (and 0, if ``zero``) with the least squared error.
+
+    One level a side has closed forms: the mean magnitude; with zero, the mean of the ``k`` largest that maximize
+    ``(sum of them)^2 / k``. Otherwise many first steps are improved by turns of the nearest levels and the best step
+    for these (Lloyd's iteration), and the best of all is taken. Exact zeros don't count.
+
+    Args:
+        weight: any shape; finite.
+
+    Returns:
+        The step, 0 for a weight without nonzeros.
+    """
+    a = weight[weight != 0].abs().double().sort().values
+    if not len(a):
+        return 0.0
+    sums = torch.cat([a.new_zeros(1), a.cumsum(0)])
+    if per_side == 1:
+        count = torch.arange(1, len(a) + 1, device=a.device) if zero else torch.tensor([len(a)], device=a.device)
+        top = sums[-1] - sums[len(a) - count]
+        best = (top.square() / count).argmax()
+        return float(top[best] / count[best])
+    level = torch.arange(1, per_side + 1, device=a.device).double()
+    lower = level - 0.5
+    lower[0] = 0.5 if zero else 0.0  # without zero all small weights go to the first level
+
+    def fit(step: Tensor) -> tuple[Tensor, Tensor]:
+        """For every step (Q,): the sums of ``level * |w|`` and of ``level^2`` over all weights."""
+        edge = torch.searchsorted(a, step[:, None] * lower)  # (Q, per_side): where each level begins
+        edge = torch.cat([edge, edge.new_full((len(step), 1), len(a))], dim=1)
+        return (sums[edge].diff(dim=1) * level).sum(1), (edge.diff(dim=1) * level.square()).sum(1)
+
+    step = a[-1] / per_side * torch.logspace(-2, 0.3, 512, dtype=a.dtype, device=a.device)
+    for _ in range(20):
+        product, square = fit(step)
+        step = torch.where(square > 0, product / square.clamp(min=1), step)
+    product, square = fit(step)
+    return float(step[(2 * step * product - step.square() * square).argmax()])
+
+
+@dataclass(frozen=True)
+class Levels(Constraint):
+    """Equal-distance levels ``{+-1 .. +-per_side} * step``, of which zero is one only if asked for.
+
+    Without a step the set is free in it, and every projection takes the one with the least error (`best_step`); `fit`
+    freezes the one that suits the weights as they are, as ADMM-NN does before its iterations (papers/pruning.md 5).
+
+    Raises:
+        ConstraintError: ``per_side`` is not a whole number from 1, or the step is not a positive number.
+    """
+
+    per_side: int
+    zero: bool = False
+    step: float | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.per_side, int) or self.per_side < 1:
+            raise ConstraintError(f"per_side = {self.per_side!r}: allowed are whole numbers from 1")
+        if self.step is not None and not (isfinite(self.step) and self.step > 0):
+            raise ConstraintError(f"step = {self.step}: allowed are positive numbers, or None for the best")
+
+    @property
+    def exact(self) -> bool:
+        """Whether the step is given or has a closed form; otherwise it is as good as the search for it."""
+        return self.step is not None or self.per_side == 1
+
+    @property
+    def cone(self) -> bool:
+        """A free step scales with the weights."""
+        return self.step is None
+
+    @property
+    def bits(self) -> int:
+        """Bits that name a nonzero level."""
+        return ceil(log2(2 * self.per_side))
+
+    def fit(self, weights: Mapping[str, Tensor]) -> dict[str, "Levels"]:
+        """For each layer: the levels with a step that stays.
+
+        Raises:
+            ConstraintError: a layer has no weight left, so that no step is better than another.
+        """
+        steps = {n: self.step or best_step(w, self.per_side, self.zero) for n, w in weights.items()}
+        if empty := [n for n, step in steps.items() if not step]:
+            raise ConstraintError(f"{empty[0]} has no weight that is not zero: no step to choose")
+        return {n: replace(self, step=step) for n, step in steps.items()}
+
+    def project(self, weight: Tensor) -> Tensor:
+        """Each weight at its nearest level; exact zeros stay."""
+        step = self.step or best_step(weight, self.per_side, self.zero)
+        if not step:
+            return torch.zeros_like(weight)
+        level = (weight / step).abs_().round_().clamp_(0 if self.zero else 1, self.per_side)
+        return level.mul_(step).mul_(weight.sign())
+
+    def tangent(self, z: Tensor, gradient: Tensor) -> Tensor:
+        """A fixed grid cannot move; with a free step all weights grow or shrink together."""
+        if self.step is not None:
+            return torch.zeros_like(gradient)
+        return z * ((z * gradient).sum() / z.square().sum().clamp(min=1e-30))
+
+    def storage_bits(self, z: Tensor, bits: int) -> Storage:
+        """Level numbers, positions where there are zeros, and the step; ``bits`` is not used.
+
+        Levels with zero may also name the zeros along with the rest, if that takes less.
+        """
+        mask = z != 0
+        if mask.all():
+            return Storage(z.numel() * self.bits, table=STEP_BITS)
+        sparse = irregular(mask, self.bits)._replace(table=STEP_BITS)
+        named = Storage(z.numel() * ceil(log2(2 * self.per_side + 1)), table=STEP_BITS)
+        return min(sparse, named, key=lambda s: s.total) if self.zero else sparse
+
+
+def binary() -> Levels:
+    """``{-a, +a}`` with ``a`` free: the mean magnitude, of what is not zero (Rastegari et al. 2016)."""
+    return Levels(1)
+
+
+def ternary() -> Levels:
+    """``{-a, 0, +a}`` with ``a`` free: the exact projection, not the usual threshold rule."""
+    return Levels(1, zero=True)
+
+
+@dataclass(frozen=True)
+class Quantized(Constraint):
+    """What a sparsity set keeps, at levels: the exact joint projection of papers/pruning.md A.2, for any support set.
+
+    Keeping a weight at its level saves ``g = w^2 - (w - q(w))^2`` of squared error against removing it. A support's
+    projection keeps the most energy, so that of ``sqrt(g)`` saves the most; a weight that saves nothing is removed.
+    This is exact for given levels and an exact support projection; a free step is found by turns with the support.
+
+    Raises:
+        ConstraintError: a support that couples layers, whose steps could not be told apart.
+    """
+
+    support: SupportConstraint
+    values: Levels
+
+    def __post_init__(self) -> None:
+        if not self.support.per_layer:
+            raise ConstraintError(f"{self.support} couples layers; levels belong to one layer")
+
+    @property
+    def exact(self) -> bool:
+        """Whether both parts are, and the step is given."""
+        return self.support.exact and self.values.step is not None
+
+    @property
+    def cone(self) -> bool:
+        """Whether both parts are."""
+        return self.support.cone and self.values.cone
+
+    def fit(self, weights: Mapping[str, Tensor]) -> dict[str, "Quantized"]:
+        """The support's adaptive part, then the step that suits what it keeps."""
+        supports = self.support.fit(weights)
+        kept = {n: supports[n].project(w) for n, w in weights.items()}
+        values = self.values.fit(kept)
+        return {n: Quantized(supports[n], values[n]) for n in weights}
+
+    def project(self, weight: Tensor) -> Tensor:
+        """Levels where they save the most, zero elsewhere."""
+        if self.values.step is not None:
+            return self._joint(weight, self.values)
+        kept, z = self.support.project(weight), None
+        for _ in range(10):
+            if not kept.any():
+                return kept
+            before, z = z, self._joint(weight, self.values.fit({"": kept})[""])
+            if before is not None and torch.equal(before, z):
+                break
+            kept = torch.where(z != 0, weight, 0.0)
+        return z
+
+    def _joint(self, weight: Tensor, values: Levels) -> Tensor:
+        z = values.project(weight)
+        saved = (weight.square() - (weight - z).square()).clamp_(min=0)
+        return torch.where(self.support.select(saved.sqrt()) & (saved > 0), z, 0.0)
+
+    def tangent(self, z: Tensor, gradient: Tensor) -> Tensor:
+        """As of the levels: removed weights don't move."""
+        return self.values.tangent(z, gradient)
+
+    def storage_bits(self, z: Tensor, bits: int) -> Storage:
+        """The support's account at the width of a level, and the step; ``bits`` is not used."""
+        bill = self.support.storage_bits(z, self.values.bits)
+        return bill._replace(table=bill.table + STEP_BITS)

@@ -1,0 +1,143 @@
+"""Training onto value sets: straight through the projection, and by freezing a growing share of weights at levels."""
+
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from lib.constraint import ConstraintError, Mask, Plan, attach_masks, fitted, harden, masks, project, weights
+from lib.data import Data
+from lib.models import prunable
+from lib.pruning.selection import keep_largest
+from lib.training import Hook, Progress, evaluate, fit
+
+
+class _Projected(nn.Module):
+    """Parametrization ``W -> W + (P_S(W) - W)``, the difference a constant: gradients go straight through."""
+
+    def __init__(self, constraint) -> None:
+        super().__init__()
+        self.constraint = constraint
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The projection of ``weight``, with the gradient of the identity."""
+        return weight + (self.constraint.project(weight.detach()) - weight.detach())
+
+
+def straight_through(
+    model: nn.Module,
+    plan: Plan,
+    data: Data,
+    *,
+    hooks: tuple[Hook, ...] = (),
+    progress: Progress | None = None,
+    **fit_options: Any,
+) -> pd.DataFrame:
+    """Train latent weights through their projection, in place, from a trained model. Leaves ``W <- P_S(W)``.
+
+    Every forward pass sees ``P_S(W)``, and the gradient there moves ``W`` (papers/pruning.md A.3). Masks that are
+    attached stay, and what they removed is off the support. Sets that adapt (`fitted`) keep what they have; levels
+    with a free step find it anew at every pass.
+
+    Returns:
+        As `fit`; loss and accuracy are those of the projected network.
+
+    Raises:
+        ConstraintError: a plan that couples layers, or cannot be.
+    """
+    layers = prunable(model)
+    weights(model, plan)  # says what is wrong with a plan before training
+    for name, constraint in plan.items():
+        if not constraint.per_layer:
+            raise ConstraintError(f"{name}: {constraint} couples layers; straight-through training takes one at a time")
+        parametrize.register_parametrization(layers[name], "weight", _Projected(constraint))
+    try:
+        log = fit(model, data, hooks=hooks, progress=progress, **fit_options)
+    finally:
+        for name in plan:
+            chain = layers[name].parametrizations["weight"]
+            if len(chain) == 1:
+                parametrize.remove_parametrizations(layers[name], "weight", leave_parametrized=False)
+            else:
+                del chain[-1]
+    harden(model, plan)
+    return log
+
+
+class _Frozen(Mask):
+    """Parametrization that moves what ``mask`` says and holds all else at ``value``, where that is zero as well."""
+
+    def __init__(self, mask: Tensor, value: Tensor) -> None:
+        super().__init__(mask)
+        self.register_buffer("value", torch.where(mask, 0.0, value))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """``weight`` where it is free."""
+        return weight * self.mask + self.value
+
+
+def partial_hardening(
+    model: nn.Module,
+    plan: Plan,
+    data: Data,
+    *,
+    shares: Sequence[float] = (0.3, 0.5, 0.8),
+    progress: Progress | None = None,
+    **fit_options: Any,
+) -> pd.DataFrame:
+    """Snap the weights nearest to their levels, freeze them, let the others make up for it (papers/pruning.md 5).
+
+    Each round freezes, in every layer and at every level, the given share of the weights that are still free, nearest
+    first, and retrains the rest with `fit`; at last all are snapped: ``W <- P_S(W)``. What is free by then has moved
+    away from its levels, so little of it should be left. Levels are those of the weights at the start. Zeros, pruned
+    before, stay. Masks that are attached stay attached.
+
+    Args:
+        shares: ADMM-NN freezes 30 % at first; of the later rounds the papers don't tell.
+
+    Returns:
+        One row per round: ``round``, ``frozen`` (share of the nonzero planned weights), validation ``accuracy`` after
+        retraining, and ``hardened_accuracy`` of the network as it would be with all weights snapped.
+
+    Raises:
+        ConstraintError: a plan that cannot be. ValueError: a share outside [0, 1].
+    """
+    if not shares or min(shares) < 0 or max(shares) > 1:
+        raise ValueError(f"partial_hardening: {shares=}: allowed are shares in [0, 1], at least one")
+    plan = fitted(model, plan)
+    layers, before = prunable(model), masks(model)
+    free = {n: w != 0 for n, w in weights(model, plan).items()}
+    total = sum(int(f.sum()) for f in free.values())
+    rows = []
+    for i, share in enumerate(shares):
+        w = weights(model, plan)
+        levels = project(plan, w)
+        for name, level in levels.items():
+            free[name] &= ~_nearest(w[name], level, free[name], share)
+        attach_masks(model, {n: m for n, m in before.items() if n not in plan})
+        for name, level in levels.items():
+            parametrize.register_parametrization(layers[name], "weight", _Frozen(free[name], level))
+        report = None
+        if progress:
+            report = lambda done, text, i=i: progress((i + done) / len(shares), f"round {i + 1}: {text}")  # noqa: E731
+        fit(model, data, progress=report, **fit_options)
+        frozen = 1 - sum(int(f.sum()) for f in free.values()) / max(1, total)
+        hardened = evaluate(harden(deepcopy(model), plan), data.validation)
+        rows.append((i + 1, frozen, evaluate(model, data.validation), hardened))
+    harden(model, plan)
+    attach_masks(model, before)
+    return pd.DataFrame(rows, columns=["round", "frozen", "accuracy", "hardened_accuracy"])
+
+
+def _nearest(weight: Tensor, level: Tensor, free: Tensor, share: float) -> Tensor:
+    """Of the free weights at each level, the mask of the share that lies nearest to it."""
+    chosen = torch.zeros_like(free)
+    for value in level[free].unique():
+        at = free & (level == value)
+        near = keep_largest(-(weight[at] - value).abs(), round(share * int(at.sum())))
+        chosen[at] = near
+    return chosen
