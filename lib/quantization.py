@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from lib.constraint import Constraint, ConstraintError, Storage, SupportConstraint
-from lib.costs.storage import irregular
+from lib.costs.storage import irregular_levels
+from lib.pruning.groups import Unstructured
 
 STEP_BITS = 32
 """What a layer's step takes in a table."""
@@ -128,7 +129,7 @@ class Levels(Constraint):
         mask = z != 0
         if mask.all():
             return Storage(z.numel() * self.bits, table=STEP_BITS)
-        sparse = irregular(mask, self.bits)._replace(table=STEP_BITS)
+        sparse = irregular_levels(mask, self.bits)._replace(table=STEP_BITS)
         named = Storage(z.numel() * ceil(log2(2 * self.per_side + 1)), table=STEP_BITS)
         return min(sparse, named, key=lambda s: s.total) if self.zero else sparse
 
@@ -203,6 +204,13 @@ class Quantized(Constraint):
         return self.values.tangent(z, gradient)
 
     def storage_bits(self, z: Tensor, bits: int) -> Storage:
-        """The support's account at the width of a level, and the step; ``bits`` is not used."""
-        bill = self.support.storage_bits(z, self.values.bits)
-        return bill._replace(table=bill.table + STEP_BITS)
+        """In the support's format, with a level number for zero if zeros lie among what it stores, or in none at all.
+
+        The step comes on top; ``bits`` is not used.
+        """
+        anywhere = irregular_levels(z != 0, self.values.bits)
+        stored = self.support.storage_bits(z, 1).data
+        zeros = stored > int(z.count_nonzero())
+        bill = self.support.storage_bits(z, ceil(log2(2 * self.values.per_side + zeros)))
+        best = anywhere if isinstance(self.support, Unstructured) else min(bill, anywhere, key=lambda s: s.total)
+        return best._replace(table=best.table + STEP_BITS)

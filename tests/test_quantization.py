@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lib.constraint import ConstraintError, Storage
+from lib.costs.storage import escaped_runs
 from lib.pruning import NATURAL, Block, Column, Filter, Patterns, Unstructured
 from lib.quantization import STEP_BITS, Levels, Quantized, best_step, binary, ternary
 
@@ -155,9 +156,16 @@ class TestStorage:
         assert dense.storage_bits(few, 32).total < 1000
 
     def test_joint_takes_the_account_of_its_support(self):
-        c = Quantized(Filter(0.5), Levels(4, step=0.1))
-        z = c.project(random(8, 10))
-        assert c.storage_bits(z, 32) == Storage(4 * 10 * 3, 8, STEP_BITS)  # 4 filters of 10 weights, one bit a filter
+        z = torch.zeros(8, 100)
+        z[:4] = 0.1
+        c = Quantized(Filter(0.5), Levels(2, step=0.1))
+        assert c.storage_bits(z, 32) == Storage(400 * 2, 8 + 0, STEP_BITS)  # 4 filters of 100 weights, one bit a filter
+        z[0, :30] = 0  # a fifth number
+        assert c.storage_bits(z, 32) == Storage(400 * 3, 8, STEP_BITS)
+        z = torch.where(random(500, seed=5) > 2, 1.0, 0.0)
+        assert Quantized(Unstructured(0.9), Levels(2, step=1.0)).storage_bits(z, 32) == escaped_runs(
+            z != 0, 2
+        )._replace(table=STEP_BITS)
 
 
 @pytest.mark.parametrize(

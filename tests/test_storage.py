@@ -6,7 +6,17 @@ import torch
 from lib import models, pruning
 from lib.constraint import fitted, harden
 from lib.costs import compression, formats, network_storage
-from lib.costs.storage import bitmask, csr, dense, index_width, irregular, relative_index, submatrix, which
+from lib.costs.storage import (
+    bitmask,
+    csr,
+    dense,
+    escaped_runs,
+    index_width,
+    irregular,
+    relative_index,
+    submatrix,
+    which,
+)
 
 
 def at(positions, size):
@@ -28,6 +38,17 @@ def test_relative_index_by_hand():
     assert relative_index(mask, 8) == relative_index(mask, 8, width=4)
     assert relative_index(at([3], 4), 8).total == 10  # a run of 3 takes two bits
     assert relative_index(at([], 4), 8).total == 0
+
+
+def test_escaped_runs_by_hand():
+    mask = at([0, 2, 9, 10], 20)  # runs of 0, 1, 6, 0
+    assert escaped_runs(mask, 8) == (
+        32,
+        (4 + 2) * 2,
+        0,
+    )  # two bits: 6 is twice "three zeros" and 0; one or three: 11, 12
+    assert escaped_runs(at([3], 4), 8) == (8, 4, 0)  # a bit each: three zeros, then the weight
+    assert escaped_runs(at([], 4), 8).total == 0
 
 
 @pytest.mark.parametrize(

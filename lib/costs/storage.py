@@ -43,6 +43,20 @@ def relative_index(mask: Tensor, bits: int, width: int | None = None) -> Storage
     return Storage(data, min((len(positions) + int((runs >> k).sum())) * (bits + k) for k in widths) - data)
 
 
+def escaped_runs(mask: Tensor, bits: int) -> Storage:
+    """The same without filler zeros: the largest number of a run's width means so many zeros and no weight yet.
+
+    Needed where no code is left for a zero, as with ``2^bits`` levels of which none is zero; the best width is taken.
+    """
+    positions = mask.reshape(-1).nonzero().reshape(-1)
+    if not len(positions):
+        return Storage(0.0)
+    runs = positions.diff(prepend=positions.new_tensor([-1])) - 1
+    widths = range(1, int(runs.max() + 1).bit_length() + 1)
+    index = min((len(runs) + int((runs // (2**k - 1)).sum())) * k for k in widths)
+    return Storage(len(runs) * bits, index)
+
+
 def submatrix(z: Tensor, bits: int) -> Storage:
     """The rows and columns of the GEMM matrix that are not all zero, as one dense matrix, and which they are.
 
@@ -77,6 +91,11 @@ def formats(mask: Tensor, bits: int) -> dict[str, Storage]:
 def irregular(mask: Tensor, bits: int) -> Storage:
     """The cheapest of the formats that take nonzeros anywhere, the dense one left out so that data is what is kept."""
     return min((f(mask, bits) for f in (bitmask, relative_index, csr)), key=lambda s: s.total)
+
+
+def irregular_levels(mask: Tensor, bits: int) -> Storage:
+    """The same for nonzeros that are level numbers, none of them free for a filler."""
+    return min((f(mask, bits) for f in (bitmask, escaped_runs, csr)), key=lambda s: s.total)
 
 
 def network_storage(model: nn.Module, plan: Plan, bits: int) -> pd.DataFrame:

@@ -1,0 +1,230 @@
+"""A compressed network as a file to carry away: packed positions and levels in safetensors, restored bit for bit.
+
+Nothing has to be known of how a network was compressed: a layer's weights are looked at, and stored in the cheapest
+of the ways below. ``lib.costs.network_storage`` accounts for the same bits from the constraints' side.
+
+A layer is one tensor of bytes, a stream of bits, lowest first: positions, numbers of levels, levels.
+
+- Positions. ``all``: every weight is stored. ``bitmask``: a bit a weight. ``runs``: for each nonzero the zeros before
+  it in ``width`` bits, of which the largest number means so many zeros and no weight yet. ``submatrix``: a bit for each
+  row and each column of the GEMM matrix that is not all zero; what lies on both is stored.
+- Values. ``step``: of the levels ``n * step``, with ``n`` from ``-K`` to ``K``, 0 only where zeros are stored.
+  ``table``: of levels that are listed. ``raw``: 32 bits a weight.
+
+The file's metadata hold a `Packed` for each such tensor, as a JSON list. All other entries of the ``state_dict`` are
+stored as they are.
+"""
+
+import json
+from collections.abc import Iterator
+from math import ceil, log2
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import nn
+
+from lib.files import write_whole
+from lib.models import prunable
+from lib.recipes.rewinding import State, state_of
+
+
+class Packed(NamedTuple):
+    """How a layer's weight lies in its bytes."""
+
+    shape: list[int]
+    positions: str
+    width: int
+    """Bits of one run."""
+    runs: int
+    values: str
+    bits: int
+    """Bits of one value."""
+    count: int
+    """Values stored."""
+    levels: int
+    """How many are listed, or ``K``; negative if 0 is one of the levels ``n * step``."""
+
+
+def save(model: nn.Module, path: str | Path) -> pd.DataFrame:
+    """Write a network, its masks baked in, to ``path`` (usually ``*.safetensors``), whole or not at all.
+
+    Returns:
+        One row per layer: ``layer``, ``positions``, ``values``, ``kept`` (nonzero), ``data_bits``, ``index_bits``,
+        ``table_bits``, as in `lib.costs.network_storage`; the rest of the file is biases, batch norm and its header.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    state, metadata, rows = state_of(model), {}, []
+    for layer in prunable(model):
+        name = f"{layer}.weight"
+        if state[name].dtype != torch.float32:
+            continue
+        weight = state[name].cpu().contiguous().numpy()
+        packed, (index, data, table) = min(_ways(weight), key=lambda way: sum(len(part) for part in way[1]))
+        state[name] = torch.from_numpy(np.packbits(np.concatenate([index, data, table]), bitorder="little"))
+        metadata[name] = json.dumps(packed, separators=(",", ":"))
+        kept = int(np.count_nonzero(weight))
+        rows.append((layer, packed.positions, packed.values, kept, len(data), len(index), len(table)))
+    write_whole(Path(path), to_bytes({n: t.cpu().contiguous() for n, t in state.items()}, metadata))
+    return pd.DataFrame(rows, columns=["layer", "positions", "values", "kept", "data_bits", "index_bits", "table_bits"])
+
+
+def read(path: str | Path) -> State:
+    """The ``state_dict`` of a file that `save` has written, weights unpacked (any safetensors file will do).
+
+    Raises:
+        FileNotFoundError: there is no such file. ValueError: it is damaged.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            packed = {name: Packed(*json.loads(text)) for name, text in (file.metadata() or {}).items()}
+            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
+        return {n: torch.from_numpy(_unpack(t.numpy(), packed[n])) if n in packed else t for n, t in stored.items()}
+    except (SafetensorError, TypeError, IndexError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged, or was not written by lib.export.save: {error}") from None
+
+
+def restore(model: nn.Module, path: str | Path) -> nn.Module:
+    """Set a network of the same structure to what a file holds, in place. Returns the model.
+
+    Raises:
+        ValueError: the file is of another structure, or damaged.
+    """
+    try:
+        model.load_state_dict(read(path))
+    except RuntimeError as error:
+        raise ValueError(f"{path} holds another network: {str(error).splitlines()[-1].strip()}") from None
+    return model
+
+
+# --- numbers as bits --------------------------------------------------------------------------------------------------
+
+
+def _to_bits(numbers: np.ndarray, width: int) -> np.ndarray:
+    return ((numbers[:, None] >> np.arange(width)) & 1).astype(np.uint8).reshape(-1)
+
+
+def _to_numbers(bits: np.ndarray, width: int) -> np.ndarray:
+    return bits.reshape(-1, width).astype(np.int64) @ (1 << np.arange(width)) if width else np.zeros(0, np.int64)
+
+
+def _width(choices: int) -> int:
+    return ceil(log2(choices)) if choices > 1 else 0
+
+
+# --- ways to store a layer --------------------------------------------------------------------------------------------
+
+Streams = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Bits of the positions, of the values and of the levels."""
+
+
+def _ways(weight: np.ndarray) -> Iterator[tuple[Packed, Streams]]:
+    flat = weight.reshape(-1)
+    nonzero = flat != 0
+    values = [*_values(flat[nonzero])]
+    for kind, bits, count, levels, *streams in values:
+        value = (kind, bits, count, levels)
+        yield Packed([*weight.shape], "bitmask", 0, 0, *value), (nonzero.astype(np.uint8), *streams)
+        runs, width = _runs(nonzero)
+        yield Packed([*weight.shape], "runs", width, len(runs), *value), (_to_bits(runs, width), *streams)
+    matrix = weight.reshape(len(weight), -1)
+    rows, columns = matrix.any(1), matrix.any(0)
+    for kind, bits, count, levels, *streams in _values(matrix[rows][:, columns].reshape(-1)):
+        lines = np.concatenate([rows, columns]).astype(np.uint8)
+        yield Packed([*weight.shape], "submatrix", 0, 0, kind, bits, count, levels), (lines, *streams)
+    for kind, bits, count, levels, *streams in _values(flat):
+        yield Packed([*weight.shape], "all", 0, 0, kind, bits, count, levels), (np.zeros(0, np.uint8), *streams)
+
+
+def _runs(nonzero: np.ndarray) -> tuple[np.ndarray, int]:
+    """Runs of zeros with their escapes, at the width that takes the fewest bits."""
+    gaps = np.diff(nonzero.nonzero()[0], prepend=-1) - 1
+    if not len(gaps):
+        return gaps, 1
+    top = (1 << np.arange(1, int(gaps.max() + 1).bit_length() + 1)) - 1
+    sizes = [(len(gaps) + int((gaps // t).sum())) * k for k, t in enumerate(top, start=1)]
+    width = int(np.argmin(sizes)) + 1
+    escapes = gaps // top[width - 1]
+    runs = np.full(len(gaps) + int(escapes.sum()), top[width - 1])
+    runs[np.cumsum(escapes + 1) - 1] = gaps % top[width - 1]
+    return runs, width
+
+
+def _values(stored: np.ndarray) -> Iterator[tuple]:
+    """Kind, bits, count, levels, and the streams of the values and of the levels."""
+    raw = np.ascontiguousarray(stored).view(np.uint32).astype(np.int64)
+    yield "raw", 32, len(stored), 0, _to_bits(raw, 32), np.zeros(0, np.uint8)
+    levels, numbers = np.unique(stored, return_inverse=True)
+    if not 0 < len(levels) <= 256:
+        return
+    listed = _to_bits(levels.view(np.uint32).astype(np.int64), 32)
+    bits = _width(len(levels))
+    yield "table", bits, len(stored), len(levels), _to_bits(numbers, bits), listed
+    if found := _step(levels):
+        step, n = found
+        k, zero = int(np.abs(n).max()), bool((n == 0).any())
+        bits = _width(2 * k + zero)
+        numbers = np.searchsorted(_multiples(-k if zero else k), n)[numbers]
+        yield (
+            "step",
+            bits,
+            len(stored),
+            -k if zero else k,
+            _to_bits(numbers, bits),
+            _to_bits(step.view(np.uint32)[None].astype(np.int64), 32),
+        )
+
+
+def _multiples(levels: int) -> np.ndarray:
+    k = abs(levels)
+    return np.array([n for n in range(-k, k + 1) if n or levels < 0])
+
+
+def _step(levels: np.ndarray) -> tuple[np.float32, np.ndarray] | None:
+    """A step of which all levels are whole multiples to the last bit, and the multiples."""
+    smallest = np.abs(levels[levels != 0]).min(initial=np.inf)
+    for n in range(1, 128) if np.isfinite(smallest) else ():
+        near = np.float32(smallest / n)
+        for step in (near, np.nextafter(near, np.float32(0)), np.nextafter(near, np.float32(np.inf))):
+            multiples = np.rint(levels / step)
+            if np.abs(multiples).max() < 128 and np.array_equal(multiples.astype(np.float32) * step, levels):
+                return step, multiples.astype(np.int64)
+    return None
+
+
+def _unpack(stream: np.ndarray, packed: Packed) -> np.ndarray:
+    """The weight, ``packed.shape``."""
+    bits = np.unpackbits(stream, bitorder="little")
+    size, taken = int(np.prod(packed.shape)), 0
+
+    def take(count: int, width: int) -> np.ndarray:
+        nonlocal taken
+        taken += count * width
+        return _to_numbers(bits[taken - count * width : taken], width) if width else np.zeros(count, np.int64)
+
+    place = np.zeros(packed.shape, bool)
+    if packed.positions == "runs":
+        runs = take(packed.runs, packed.width)
+        escape = runs == (1 << packed.width) - 1
+        place.reshape(-1)[(np.cumsum(np.where(escape, runs, runs + 1)) - 1)[~escape]] = True
+    elif packed.positions == "submatrix":
+        matrix = place.reshape(len(place), -1)
+        matrix[np.ix_(take(len(matrix), 1) == 1, take(matrix.shape[1], 1) == 1)] = True
+    else:
+        place.reshape(-1)[:] = take(size, 1) == 1 if packed.positions == "bitmask" else True
+    numbers = take(packed.count, packed.bits)
+    if packed.values == "raw":
+        values = numbers.astype(np.uint32).view(np.float32)
+    else:
+        listed = take(1 if packed.values == "step" else packed.levels, 32).astype(np.uint32).view(np.float32)
+        listed = _multiples(packed.levels).astype(np.float32) * listed if packed.values == "step" else listed
+        values = listed[numbers]
+    weight = np.zeros(packed.shape, np.float32)
+    weight[place] = values
+    return weight
