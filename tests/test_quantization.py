@@ -157,10 +157,10 @@ class TestStorage:
 
     def test_joint_takes_the_account_of_its_support(self):
         z = torch.zeros(8, 100)
-        z[:4] = 0.1
+        z[::2] = 0.1
         c = Quantized(Filter(0.5), Levels(2, step=0.1))
-        assert c.storage_bits(z, 32) == Storage(400 * 2, 8 + 0, STEP_BITS)  # 4 filters of 100 weights, one bit a filter
-        z[0, :30] = 0  # a fifth number
+        assert c.storage_bits(z, 32) == Storage(400 * 2, 8, STEP_BITS)  # 4 filters of 100 weights, one bit a filter
+        z[0, 7] = 0  # a fifth number
         assert c.storage_bits(z, 32) == Storage(400 * 3, 8, STEP_BITS)
         z = torch.where(random(500, seed=5) > 2, 1.0, 0.0)
         assert Quantized(Unstructured(0.9), Levels(2, step=1.0)).storage_bits(z, 32) == escaped_runs(

@@ -42,11 +42,7 @@ def test_relative_index_by_hand():
 
 def test_escaped_runs_by_hand():
     mask = at([0, 2, 9, 10], 20)  # runs of 0, 1, 6, 0
-    assert escaped_runs(mask, 8) == (
-        32,
-        (4 + 2) * 2,
-        0,
-    )  # two bits: 6 is twice "three zeros" and 0; one or three: 11, 12
+    assert escaped_runs(mask, 8) == (32, 11, 0)  # a bit each: 7 zeros and 4 ends; two bits: 12
     assert escaped_runs(at([3], 4), 8) == (8, 4, 0)  # a bit each: three zeros, then the weight
     assert escaped_runs(at([], 4), 8).total == 0
 
