@@ -43,7 +43,7 @@ def test_relative_index_by_hand():
 def test_escaped_runs_by_hand():
     mask = at([0, 2, 9, 10], 20)  # runs of 0, 1, 6, 0
     assert escaped_runs(mask, 8) == (32, 11, 0)  # a bit each: 7 zeros and 4 ends; two bits: 12
-    assert escaped_runs(at([3], 4), 8) == (8, 4, 0)  # a bit each: three zeros, then the weight
+    assert escaped_runs(at([3], 4), 8) == (8, 3, 0)  # three bits hold runs up to 6
     assert escaped_runs(at([], 4), 8).total == 0
 
 
