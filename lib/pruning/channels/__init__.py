@@ -11,5 +11,6 @@ a sigmoid on the way that makes a constant of it keeps it alive: dropping a cons
 
 from lib.pruning.channels.cutting import compact
 from lib.pruning.channels.paths import coupled, follow, residual_groups
+from lib.pruning.channels.purification import purify
 
-__all__ = ["compact", "coupled", "follow", "residual_groups"]
+__all__ = ["compact", "coupled", "follow", "purify", "residual_groups"]

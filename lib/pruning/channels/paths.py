@@ -209,13 +209,13 @@ def follow(model: nn.Module, masks: Masks, example: Tensor) -> Masks:
     groups = {name: groups_of(layer) for name, layer in layers.items()}
     keep, alive = settle(spaces, given, groups, arriving(_silent(model), spaces, example))
     extra = _constants(detach_masks(deepcopy(model)), spaces, own_norms(graph), keep, alive)
-    check_same(_zeroed(model, given | extra), _zeroed(model, keep | extra), example, "unused-path removal")
+    check_same(zeroed(model, given | extra), zeroed(model, keep | extra), example, "unused-path removal")
     found = {n: m for n, m in (keep | extra).items() if n in masks or not m.all()}
     return {n: m & masks[n].to(m.device) if n in masks else m for n, m in (masks | found).items()}
 
 
 @torch.no_grad()
-def _zeroed(model: nn.Module, masks: Masks) -> nn.Module:
+def zeroed(model: nn.Module, masks: Masks) -> nn.Module:
     """An ordinary copy with the masked-out parameters at zero."""
     copy = detach_masks(deepcopy(model))
     parameters, layers = dict(copy.named_parameters()), prunable(copy)
