@@ -36,6 +36,7 @@ from lib.pruning import (
     Filter,
     FilterColumn,
     Kernel,
+    LayerAdaptive,
     PatternKernels,
     Patterns,
     PETile,
@@ -48,6 +49,7 @@ from lib.pruning import (
     rounds,
     uniform_plan,
 )
+from lib.pruning.adaptive import _lamp
 
 GROUPS = {  # constraint: height and width of a group, then of the region that has the budget, on the GEMM matrix
     Unstructured(0.0): lambda f, k, a: ((1, 1), (f, k)),
@@ -544,3 +546,42 @@ def test_a_users_own_idea_needs_only_select(net, images):
     assert isinstance(plan["fc1"], Constraint)
     assert not net.fc1.weight[1::2].any()
     assert plan["fc1"].storage_bits(net.fc1.weight, 8).data == 150 * 784 * 8
+
+
+class TestLayerAdaptive:
+    def net(self):
+        return build("lenet5", (1, 28, 28), 10, seed=2)
+
+    def test_scores_by_hand(self):
+        weight = torch.tensor([3.0, -1.0, 2.0, 0.0])
+        assert torch.allclose(_lamp(weight), torch.tensor([1.0, 1 / 14, 4 / 13, 0.0]).double())
+
+    @pytest.mark.parametrize("rate", [1, 2, 85, 348, 430_500 / 4])
+    def test_the_total_is_met(self, rate):
+        net = self.net()
+        plan = fitted(net, uniform_plan(net, LayerAdaptive(rate)))
+        left = {n: int(m.sum()) for n, m in select(plan, weights(net, plan)).items()}
+        assert sum(left.values()) == pytest.approx(430_500 / rate, abs=3)
+        assert min(left.values()) >= 1
+
+    def test_the_scale_of_a_layer_does_not_matter(self):
+        net = self.net()
+        before = fitted(net, uniform_plan(net, LayerAdaptive(20)))
+        with torch.no_grad():
+            net.fc1.weight.mul_(100)
+        assert fitted(net, uniform_plan(net, LayerAdaptive(20))) == before
+
+    def test_removed_weights_get_no_part(self):
+        net = self.net()
+        with torch.no_grad():
+            net.conv2.weight[1:] = 0
+        assert kept(fitted(net, uniform_plan(net, LayerAdaptive(5)))["conv2"].sparsity, 25_000) <= 500
+
+    def test_refusals(self):
+        net = self.net()
+        with pytest.raises(ConstraintError, match="rate"):
+            LayerAdaptive(0.5)
+        with pytest.raises(ConstraintError, match="leaves 2 of 430500"):
+            fitted(net, uniform_plan(net, LayerAdaptive(200_000)))
+        with pytest.raises(ConstraintError, match="fitted"):
+            harden(net, uniform_plan(net, LayerAdaptive(2)))

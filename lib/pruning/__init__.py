@@ -1,5 +1,6 @@
 """Sparsity sets and their projections (papers/pruning.md section A.2), and plans made of them."""
 
+from lib.pruning.adaptive import LayerAdaptive
 from lib.pruning.composed import DARB, BlockStructured, FilterColumn
 from lib.pruning.groups import (
     NM,
@@ -35,6 +36,7 @@ __all__ = [
     "FilterColumn",
     "Groups",
     "Kernel",
+    "LayerAdaptive",
     "PETile",
     "PatternKernels",
     "Patterns",
