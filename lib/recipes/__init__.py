@@ -5,6 +5,7 @@ the weights that training goes on from. The loop is always `lib.training.fit`; r
 """
 
 from lib.recipes.admm import admm, progressive, split
+from lib.recipes.budgets import search_budgets, search_rate
 from lib.recipes.quantizing import partial_hardening, straight_through
 from lib.recipes.reweighted import reweighted, search_strength
 from lib.recipes.rewinding import State, iterative, layer_weights, one_shot, rewind, state_of
@@ -19,6 +20,8 @@ __all__ = [
     "progressive",
     "reweighted",
     "rewind",
+    "search_budgets",
+    "search_rate",
     "search_strength",
     "split",
     "state_of",

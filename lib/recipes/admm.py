@@ -2,15 +2,28 @@
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from functools import partial
 from typing import Any, Literal
 
 import pandas as pd
 import torch
 from torch import nn
 
-from lib.constraint import ConstraintError, Masks, Plan, attach_masks, detach_masks, harden, leaf, project, weights
+from lib.constraint import (
+    ConstraintError,
+    Masks,
+    Plan,
+    attach_masks,
+    detach_masks,
+    fitted,
+    harden,
+    leaf,
+    project,
+    weights,
+)
 from lib.data import Data
 from lib.models import prunable
+from lib.recipes.quantizing import straight_through
 from lib.recipes.rewinding import State, one_shot
 from lib.training import Hook, Progress, evaluate, fit
 
@@ -171,34 +184,49 @@ def progressive(
     progress: Progress | None = None,
     **fit_options: Any,
 ) -> pd.DataFrame:
-    """Progressive ADMM: plans of tightening budgets, each inside the support of the one before (papers/pruning.md 6).
+    """Progressive ADMM: plans that tighten, each inside the support of the one before (papers/pruning.md 6).
 
-    ``model`` comes in trained. Each step runs `admm` toward its plan with all weights that are already zero held there,
-    hardens, and retrains inside the mask. Budgets are absolute. The model is left unmasked, a member of the last plan:
-    ``attach_masks(model, one_shot(model, plans[-1]))`` holds it there.
+    ``model`` comes in trained; weights that are zero in it stay so. Each step fits its plan to the weights as they are,
+    runs `admm` toward it with the zeros held, and retrains inside the support: sets of values straight through their
+    projection (`straight_through`), the others freely. So rates can rise, bits can fall, or both. Budgets are absolute.
+    The model is left unmasked, a member of the last plan; a chain goes on where the last call left it.
 
     Args:
+        plans: of tightening rates, of falling bits, ...; adaptive sets (`LayerAdaptive`, levels without a step) are
+            fitted at their step.
         search: options of `admm` for each step (``epochs``, ``lr``, ``rho``, ...); ``retrain``: of `fit`.
 
     Returns:
         The rows of `admm` with a column ``step``, from 1.
 
     Raises:
-        ConstraintError: no plan, or a constraint that has no mask.
+        ConstraintError: no plan, or one that cannot be.
     """
     if not plans:
         raise ConstraintError("progressive: at least one plan is needed")
-    inside: Masks = {}
+    inside = {name: w != 0 for name, w in weights(model, dict.fromkeys(prunable(model))).items()}
+    attach_masks(model, {name: m for name, m in inside.items() if not m.all()})
     logs = []
     for step, plan in enumerate(plans, start=1):
+        plan = fitted(model, plan)
         log = admm(model, plan, data, **fit_options | search)
         logs.append(log.assign(step=step))
-        inside = {name: m & inside.get(name, m) for name, m in one_shot(model, plan).items()}
-        attach_masks(model, inside)
+        inside |= {name: m & inside[name] for name, m in _support(model, plan).items()}
+        attach_masks(model, {name: m for name, m in inside.items() if not m.all()})
         if progress:
             progress((step - 0.5) / len(plans), f"step {step} of {len(plans)}, retraining")
-        fit(model, data, **fit_options | retrain)
+        values = {name: c for name, c in plan.items() if not c.masklike}
+        train = partial(straight_through, plan=values) if values else fit
+        train(model, data=data, **fit_options | retrain)
         if progress:
             progress(step / len(plans), f"step {step} of {len(plans)}")
     detach_masks(model)
     return pd.concat(logs, ignore_index=True)
+
+
+def _support(model: nn.Module, plan: Plan) -> Masks:
+    """What a network in its plan's sets may still move: the masks of supports, the nonzeros of values."""
+    supports = {name: c for name, c in plan.items() if c.masklike}
+    values = {name: c for name, c in plan.items() if not c.masklike}
+    found = one_shot(model, supports) if supports else {}
+    return found | ({name: w != 0 for name, w in weights(model, values).items()} if values else {})

@@ -1,0 +1,151 @@
+"""How much to keep, in each layer and in all: searched on validation images, as papers don't tell at extreme rates."""
+
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from lib.constraint import attach_masks, fitted
+from lib.data import Data, Split
+from lib.models import prunable
+from lib.pruning.adaptive import LayerAdaptive
+from lib.pruning.groups import Unstructured
+from lib.recipes.rewinding import one_shot
+from lib.training import Progress, evaluate, fit
+
+Kept = dict[str, float]
+"""Weights to keep, by layer."""
+
+
+def search_budgets(
+    model: nn.Module,
+    data: Data,
+    rate: float,
+    *,
+    trials: int = 24,
+    step: float = 2.0,
+    progress: Progress | None = None,
+    **train: Any,
+) -> dict[str, float]:
+    """The sparsity of every layer at a total rate, by coordinate descent on the validation loss.
+
+    Starts from LAMP's budgets (`LayerAdaptive`). Layer by layer, ``step`` times as many weights are kept in it, or as
+    many times fewer, and the others give or take in proportion; what lowers the loss after a short training stays.
+    When no layer gains any more, the step becomes its square root, until it is below 1.1 or the trials are used up.
+
+    Args:
+        model: trained; it is not changed. Weights that are zero in it are the first to go.
+        trials: at most so many short trainings, each of a copy, inside the masks of its budgets.
+        train: options of `fit` for a trial (``epochs``, ``lr``, ...).
+
+    Returns:
+        Sparsity by layer: ``{name: Unstructured(s)}`` is the plan.
+
+    Raises:
+        ValueError: no trial, or a step below 1.1. ConstraintError: as `LayerAdaptive`.
+    """
+    if trials < 1 or step < 1.1:
+        raise ValueError(f"search_budgets: {trials=}, {step=}: allowed are trials >= 1, step >= 1.1")
+    attempt = _Trials(model, data, train, trials, progress)
+    kept = attempt.lamp(rate)
+    least = attempt(kept)[0]
+    while step >= 1.1:
+        gained = False
+        for layer in kept:
+            for factor in (step, 1 / step):
+                if attempt.left == 0:
+                    return attempt.sparsities(kept)
+                other = _moved(kept, layer, factor, attempt.sizes)
+                loss = attempt(other)[0]
+                if loss < least:
+                    kept, least, gained = other, loss, True
+                    break
+        step = step if gained else step**0.5
+    return attempt.sparsities(kept)
+
+
+def search_rate(
+    model: nn.Module,
+    data: Data,
+    accuracy: float,
+    *,
+    trials: int = 8,
+    highest: float = 1000.0,
+    progress: Progress | None = None,
+    **train: Any,
+) -> float:
+    """The highest total rate that reaches a validation accuracy after a short training, with LAMP's budgets.
+
+    Bisection of the rate's logarithm, from 1 to ``highest``. `search_budgets` may then find better budgets for it, and
+    a real training more accuracy: a rate to start from, on the safe side.
+
+    Args:
+        accuracy: in [0, 1]. train: options of `fit` for a trial.
+
+    Returns:
+        The rate; 1 if every trial stays below the accuracy.
+
+    Raises:
+        ValueError: an accuracy outside (0, 1), no trial, or a highest rate below 1.
+    """
+    if not 0 < accuracy < 1 or trials < 1 or highest < 1:
+        raise ValueError(f"search_rate: {accuracy=}, {trials=}, {highest=}: allowed are 0 to 1, >= 1 and >= 1")
+    attempt = _Trials(model, data, train, trials, progress)
+    low, high = 1.0, highest
+    for _ in range(trials):
+        middle = (low * high) ** 0.5
+        low, high = (middle, high) if attempt(attempt.lamp(middle))[1] >= accuracy else (low, middle)
+    return low
+
+
+class _Trials:
+    """Short trainings of copies of one network inside the masks of budgets; equal ones run once."""
+
+    def __init__(
+        self, model: nn.Module, data: Data, train: Mapping[str, Any], most: int, progress: Progress | None
+    ) -> None:
+        self.model, self.data, self.train, self.most, self.progress = model, data, train, most, progress
+        self.sizes = {name: layer.weight.numel() for name, layer in prunable(model).items()}
+        self.done: dict[tuple[int, ...], tuple[float, float]] = {}
+
+    @property
+    def left(self) -> int:
+        return self.most - len(self.done)
+
+    def lamp(self, rate: float) -> Kept:
+        plan = fitted(self.model, dict.fromkeys(self.sizes, LayerAdaptive(rate)))
+        return {n: (1 - c.sparsity) * self.sizes[n] for n, c in plan.items()}
+
+    def sparsities(self, kept: Kept) -> dict[str, float]:
+        return {n: 1 - max(1, round(k)) / self.sizes[n] for n, k in kept.items()}
+
+    def __call__(self, kept: Kept) -> tuple[float, float]:
+        """Mean validation loss and accuracy."""
+        key = tuple(round(k) for k in kept.values())
+        if key not in self.done:
+            net = deepcopy(self.model)
+            attach_masks(net, one_shot(net, {n: Unstructured(s) for n, s in self.sparsities(kept).items()}))
+            fit(net, self.data, **self.train)
+            self.done[key] = loss, accuracy = _loss(net, self.data.validation), evaluate(net, self.data.validation)
+            if self.progress:
+                text = f"trial {len(self.done)} of at most {self.most}: loss {loss:.4f}, {accuracy:.2%}"
+                self.progress(len(self.done) / self.most, text)
+        return self.done[key]
+
+
+def _moved(kept: Kept, layer: str, factor: float, sizes: Mapping[str, int]) -> Kept:
+    """Budgets with ``factor`` times as many weights in one layer and equally many in all."""
+    total = sum(kept.values())
+    own = min(factor * kept[layer], sizes[layer], total - len(kept) + 1)  # a weight at least is left for the others
+    scale = (total - own) / (total - kept[layer]) if len(kept) > 1 else 1.0
+    return {n: own if n == layer else min(max(1.0, scale * k), sizes[n]) for n, k in kept.items()}
+
+
+@torch.no_grad()
+def _loss(model: nn.Module, split: Split, batch_size: int = 500) -> float:
+    model.eval()
+    pairs = zip(split.x.split(batch_size), split.y.split(batch_size), strict=True)
+    return sum(float(cross_entropy(model(x), y, reduction="sum")) for x, y in pairs) / len(split)
