@@ -5,7 +5,7 @@ from copy import deepcopy
 import pytest
 import torch
 
-from lib import data, models, pruning, recipes
+from lib import data, models, pruning, quantization, recipes
 from lib.constraint import ConstraintError, attach_masks, fitted, select, weights
 from lib.training import fit
 
@@ -118,3 +118,45 @@ def test_progressive_stays_inside_the_step_before(name, trained, few):
     assert list(log["step"]) == [1, 2]
     inner = weights(net, plans[-1])
     assert all(not (inner[n] != 0)[~outer[n]].any() for n in inner)
+
+
+VALUES = {  # sets of values, alone and on what a set of supports keeps
+    "binary": quantization.binary(),
+    "ternary": quantization.ternary(),
+    "4 levels a side": quantization.Levels(4),
+    "uniform with zero": quantization.Levels(3, zero=True),
+    **{
+        f"{name}, 2 levels a side": quantization.Quantized(CONSTRAINTS[name][0], quantization.Levels(2))
+        for name in CONSTRAINTS
+        if CONSTRAINTS[name][0].per_layer
+    },
+}
+ONTO_VALUES = ("ADMM", "progressive", "straight-through", "partial hardening")
+
+
+@pytest.mark.parametrize("recipe", ONTO_VALUES)
+@pytest.mark.parametrize("name", VALUES)
+def test_product_with_values(name, recipe, trained, few):
+    net = deepcopy(trained)
+    plan = fitted(net, dict.fromkeys(LAYERS, VALUES[name]))
+    if recipe == "ADMM":
+        recipes.admm(net, plan, few, **OPTIONS, rho=0.1)
+    elif recipe == "progressive":
+        recipes.progressive(net, [plan], few, search=OPTIONS, retrain=OPTIONS)
+    elif recipe == "straight-through":
+        recipes.straight_through(net, plan, few, **OPTIONS)
+    else:
+        recipes.partial_hardening(net, plan, few, shares=(0.5,), **OPTIONS)
+    after = weights(net, plan)
+    assert all(plan[n].member(w, 1e-6) for n, w in after.items())
+    assert all(w.any() for w in after.values())
+    most = 2 * getattr(VALUES[name], "values", VALUES[name]).per_side + 1
+    assert all(len(w.unique()) <= most for w in after.values())
+
+
+@pytest.mark.parametrize("name", VALUES)
+@pytest.mark.parametrize("recipe", ["one-shot", "iterative", "reweighted"])
+def test_values_have_no_masks_and_no_groups(name, recipe, trained, few):
+    plans = [fitted(trained, dict.fromkeys(LAYERS, VALUES[name]))]
+    with pytest.raises(ConstraintError, match=r"has no mask|no fixed groups"):
+        run(recipe, deepcopy(trained), plans, few)

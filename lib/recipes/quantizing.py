@@ -13,6 +13,7 @@ from lib.constraint import ConstraintError, Mask, Plan, attach_masks, fitted, ha
 from lib.data import Data
 from lib.models import prunable
 from lib.pruning.selection import keep_largest
+from lib.quantization import Quantized
 from lib.training import Hook, Progress, evaluate, fit
 
 
@@ -93,8 +94,8 @@ def partial_hardening(
 
     Each round freezes, in every layer and at every level, the given share of the weights that are still free, nearest
     first, and retrains the rest with `fit`; at last all are snapped: ``W <- P_S(W)``. What is free by then has moved
-    away from its levels, so little of it should be left. Levels are those of the weights at the start. Zeros, pruned
-    before, stay. Masks that are attached stay attached.
+    away from its levels, so little of it should be left. Levels are those of the weights at the start, and so is the
+    support of a joint set: what it removes goes before the first round. Masks that are attached stay attached.
 
     Args:
         shares: ADMM-NN freezes 30 % at first; of the later rounds the papers don't tell.
@@ -110,7 +111,9 @@ def partial_hardening(
         raise ValueError(f"partial_hardening: {shares=}: allowed are shares in [0, 1], at least one")
     plan = fitted(model, plan)
     layers, before = prunable(model), masks(model)
-    free = {n: w != 0 for n, w in weights(model, plan).items()}
+    levels = project(plan, weights(model, plan))
+    support = {n: z != 0 for n, z in levels.items() if isinstance(plan[n], Quantized)}  # chosen once: joint sets prune
+    free = {n: support.get(n, w != 0) for n, w in weights(model, plan).items()}
     total = sum(int(f.sum()) for f in free.values())
     rows = []
     for i, share in enumerate(shares):
