@@ -101,6 +101,15 @@ def test_results_contract(opened, tmp_path):
     assert list(pd.read_csv(tmp_path / "paper" / "results" / f"{NAME}.csv").columns)[:2] == ["seed", "trial"]
 
 
+def test_ratios_are_averaged_as_logarithms(opened):
+    opened.expect("r", "ratio", source="paper", published="1", criterion=Criterion(">=", 0.4))
+    opened.settle("r", [0.5, 1.0, 2.0], geometric=True)
+    row = opened.ledger().iloc[-1]
+    assert row["measured"] == pytest.approx(1.0)
+    assert 0.5 <= row["low"] < 1 < row["high"] <= 2
+    assert row["verdict"] == "reproduced"
+
+
 def test_claims_are_stated_once_and_before_they_are_settled(opened):
     opened.expect("1", "a", source="", published="", criterion=Criterion(">=", 0))
     with pytest.raises(ValueError, match="stated twice"):

@@ -60,14 +60,17 @@ class Study:
             raise ValueError(f"claim {id!r} is stated twice")
         self.claims[id] = Claim(id, statement, source, published, criterion, unit, dataset, model)
 
-    def settle(self, id: str, values: Sequence[float]) -> None:
+    def settle(self, id: str, values: Sequence[float], *, geometric: bool = False) -> None:
         """Give a claim its measurements, one per independent run; the verdict follows from them.
+
+        Args:
+            geometric: average their logarithms, as ratios ask for: 2 and 1/2 then have the mean 1.
 
         Raises:
             KeyError: the claim was never stated.
         """
         claim = self.claims[id]
-        mean, low, high = interval(values)
+        mean, low, high = np.exp(interval(np.log(values))) if geometric else interval(values)
         self.verdicts[id] = {
             "measured": mean,
             "low": low,
