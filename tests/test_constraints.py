@@ -40,6 +40,7 @@ from lib.pruning import (
     PatternKernels,
     Patterns,
     PETile,
+    SubmatrixAdaptive,
     Unstructured,
     block_max,
     correlation,
@@ -554,7 +555,7 @@ class TestLayerAdaptive:
 
     def test_scores_by_hand(self):
         weight = torch.tensor([3.0, -1.0, 2.0, 0.0])
-        assert torch.allclose(_lamp(weight), torch.tensor([1.0, 1 / 14, 4 / 13, 0.0]).double())
+        assert torch.allclose(_lamp(weight), torch.tensor([0.0, 1 / 14, 4 / 13, 1.0]).double())
 
     @pytest.mark.parametrize("rate", [1, 2, 85, 348, 430_500 / 4])
     def test_the_total_is_met(self, rate):
@@ -585,3 +586,33 @@ class TestLayerAdaptive:
             fitted(net, uniform_plan(net, LayerAdaptive(200_000)))
         with pytest.raises(ConstraintError, match="fitted"):
             harden(net, uniform_plan(net, LayerAdaptive(2)))
+
+
+def budgets(c, rows, columns):
+    return kept(c.filter_sparsity, rows), kept(c.column_sparsity, columns)
+
+
+class TestSubmatrixAdaptive:
+    def test_the_cheapest_line_goes_first(self):
+        weight = torch.tensor([[3.0, 3.0, 0.1], [3.0, 3.0, 0.1], [2.0, 0.0, 0.0]])
+        rows, columns = budgets(SubmatrixAdaptive(9 / 6).fit({"a": weight})["a"], 3, 3)
+        assert (rows, columns) == (3, 2)
+        rows, columns = budgets(SubmatrixAdaptive(9 / 4).fit({"a": weight})["a"], 3, 3)
+        assert (rows, columns) == (2, 2)
+
+    @pytest.mark.parametrize("rate", [2, 20, 232])
+    def test_the_total_is_met_and_every_layer_keeps_something(self, rate):
+        net = build("lenet5", (1, 28, 28), 10, seed=2)
+        plan = fitted(net, uniform_plan(net, SubmatrixAdaptive(rate)))
+        left = {n: int(m.sum()) for n, m in select(plan, weights(net, plan)).items()}
+        assert 430_500 / rate - 500 <= sum(left.values()) <= 430_500 / rate + 1
+        assert min(left.values()) >= 1
+
+    def test_removed_lines_go_first(self):
+        net = build("lenet5", (1, 28, 28), 10, seed=2)
+        with torch.no_grad():
+            net.fc1.weight[100:] = 0
+            net.fc1.weight[:, 200:] = 0
+        plan = fitted(net, uniform_plan(net, SubmatrixAdaptive(430_500 / 50_500)))
+        assert budgets(plan["fc1"], 500, 800) == (100, 200)
+        assert plan["conv2"] == FilterColumn(0.0, 0.0)

@@ -1,6 +1,6 @@
 """Sparsity sets and their projections (papers/pruning.md section A.2), and plans made of them."""
 
-from lib.pruning.adaptive import LayerAdaptive
+from lib.pruning.adaptive import LayerAdaptive, SubmatrixAdaptive
 from lib.pruning.composed import DARB, BlockStructured, FilterColumn
 from lib.pruning.groups import (
     NM,
@@ -40,6 +40,7 @@ __all__ = [
     "PETile",
     "PatternKernels",
     "Patterns",
+    "SubmatrixAdaptive",
     "Unstructured",
     "block_max",
     "correlation",

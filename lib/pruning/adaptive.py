@@ -1,4 +1,4 @@
-"""A budget for a whole network that `fit` shares out among its layers."""
+"""Budgets for a whole network that `fit` shares out among its layers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,17 +7,14 @@ import torch
 from torch import Tensor
 
 from lib.constraint import ConstraintError, SupportConstraint
-from lib.pruning.groups import Unstructured
+from lib.pruning.composed import FilterColumn
+from lib.pruning.groups import Unstructured, gemm
 from lib.pruning.selection import keep_largest
 
 
 @dataclass(frozen=True)
-class LayerAdaptive(SupportConstraint):
-    """Total over kept weights of all layers that share it, each layer's part chosen by LAMP (Lee et al., ICLR 2021).
-
-    A weight's score is its square over the sum of all squares in its layer that are not smaller: what removing it
-    distorts, relative to what would be left of the layer. The largest scores of the network are kept, so that no layer
-    is emptied, whatever the scale of its weights. `fit` makes `Unstructured` sets of it; there is no other projection.
+class NetworkBudget(SupportConstraint):
+    """What the budgets below share: total over kept weights of all the layers that hold an equal one.
 
     Raises:
         ConstraintError: a rate below 1.
@@ -29,6 +26,32 @@ class LayerAdaptive(SupportConstraint):
         if not self.rate >= 1:
             raise ConstraintError(f"rate = {self.rate}: allowed are numbers from 1")
 
+    def count(self, weights: Mapping[str, Tensor]) -> int:
+        """How many weights the rate leaves.
+
+        Raises:
+            ConstraintError: fewer than there are layers.
+        """
+        size = sum(w.numel() for w in weights.values())
+        if (count := round(size / self.rate)) < len(weights):
+            raise ConstraintError(f"rate = {self.rate} leaves {count} of {size} weights for {len(weights)} layers")
+        return count
+
+    def select(self, weight: Tensor) -> Tensor:
+        """Refused: a layer's part is not chosen yet."""
+        kind = type(self).__name__
+        raise ConstraintError(f"{kind} has to be fitted to a network first: lib.constraint.fitted(model, plan)")
+
+
+@dataclass(frozen=True)
+class LayerAdaptive(NetworkBudget):
+    """Single weights, each layer's part chosen by LAMP (Lee et al., ICLR 2021).
+
+    A weight's score is its square over the sum of all squares in its layer that are not smaller: what removing it
+    distorts, relative to what would be left of the layer. The largest scores of the network are kept, so that no layer
+    is emptied, whatever the scale of its weights. `fit` makes `Unstructured` sets of it; there is no other projection.
+    """
+
     def fit(self, weights: Mapping[str, Tensor]) -> dict[str, Unstructured]:
         """For each layer its own budget; at least one weight each.
 
@@ -37,19 +60,77 @@ class LayerAdaptive(SupportConstraint):
         """
         scores = [_lamp(w) for w in weights.values()]
         sizes = [len(s) for s in scores]
-        count = round(sum(sizes) / self.rate)
-        if count < len(sizes):
-            raise ConstraintError(f"rate = {self.rate} leaves {count} of {sum(sizes)} weights for {len(sizes)} layers")
-        kept = [max(1, int(k.sum())) for k in keep_largest(torch.cat(scores), count).split(sizes)]
+        kept = [max(1, int(k.sum())) for k in keep_largest(torch.cat(scores), self.count(weights)).split(sizes)]
         return {name: Unstructured(1 - k / n) for name, k, n in zip(weights, kept, sizes, strict=True)}
-
-    def select(self, weight: Tensor) -> Tensor:
-        """Refused: a layer's part is not chosen yet."""
-        raise ConstraintError("LayerAdaptive has to be fitted to a network first: lib.constraint.fitted(model, plan)")
 
 
 def _lamp(weight: Tensor) -> Tensor:
-    """The scores of a layer's weights, ``(N,)``, in their order."""
-    square, order = weight.detach().double().reshape(-1).square().sort()
+    """The scores of a layer's weights, ``(N,)``, the smallest first."""
+    square = weight.detach().reshape(-1).abs().sort().values.double().square()
     not_smaller = square.flip(0).cumsum(0).flip(0)
-    return torch.empty_like(square).scatter_(0, order, square / not_smaller.clamp(min=1e-300))
+    return square / not_smaller.clamp(min=1e-300)
+
+
+@dataclass(frozen=True)
+class SubmatrixAdaptive(NetworkBudget):
+    """Whole filters and columns, each layer's parts chosen by what they distort.
+
+    Greedy: again and again the row or column of a layer's GEMM matrix goes whose share of the energy that is left in
+    its layer is smallest for each weight that goes with it, until the rate is reached. `fit` makes `FilterColumn` sets
+    of what is left. The same ground as LAMP's, for lines instead of weights; ours, not from a paper.
+    """
+
+    def fit(self, weights: Mapping[str, Tensor]) -> dict[str, FilterColumn]:
+        """For each layer its own budgets; at least one row and one column each.
+
+        Raises:
+            ConstraintError: the rate leaves fewer weights than there are layers.
+        """
+        layers = {name: _Lines(w) for name, w in weights.items()}
+        left, most = sum(layer.size for layer in layers.values()), self.count(weights)
+        while left > most:
+            layer = min(layers.values(), key=lambda line: line.price)
+            if layer.price == float("inf"):
+                break
+            left -= layer.drop()
+        return {name: layer.budgets() for name, layer in layers.items()}
+
+
+class _Lines:
+    """The rows and columns that are left of one layer's GEMM matrix, and what the cheapest of them costs."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.energy = gemm(weight.detach()).double().square().cpu()
+        self.alive = [torch.ones(n, dtype=torch.bool) for n in self.energy.shape]
+        self.sums = [self.energy.sum(1), self.energy.sum(0)]
+        self._look()
+
+    @property
+    def size(self) -> int:
+        return int(self.alive[0].sum() * self.alive[1].sum())
+
+    def _look(self) -> None:
+        """Find the line whose removal costs the least energy per weight, in shares of what is left."""
+        total = self.sums[0][self.alive[0]].sum().clamp(min=1e-300)
+        counts = [int(a.sum()) for a in self.alive]
+        self.price, self.line = float("inf"), None
+        for side in (0, 1):
+            if counts[side] > 1:
+                sums = torch.where(self.alive[side], self.sums[side], torch.inf)
+                i = int(sums.argmin())
+                price = float(sums[i] / total) / counts[1 - side]
+                if price < self.price:
+                    self.price, self.line = price, (side, i)
+
+    def drop(self) -> int:
+        """Remove that line; returns how many weights go with it."""
+        side, i = self.line
+        self.alive[side][i] = False
+        self.sums[1 - side] -= self.energy[i] if side == 0 else self.energy[:, i]
+        gone = int(self.alive[1 - side].sum())
+        self.energy.select(side, i).zero_()
+        self._look()
+        return gone
+
+    def budgets(self) -> FilterColumn:
+        return FilterColumn(*(1 - int(a.sum()) / len(a) for a in self.alive))
