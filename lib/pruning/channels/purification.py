@@ -11,12 +11,17 @@ from lib.data import Split
 from lib.models import prunable
 from lib.pruning.channels.paths import follow, zeroed
 from lib.pruning.channels.spaces import groups_of, spaces_of, trace
-from lib.training import evaluate
+from lib.training import Progress, evaluate
 
 
 @torch.no_grad()
 def purify(
-    model: nn.Module, example: Tensor, split: Split, drop: float, emptiness: Sequence[float] = (0.75, 0.5, 0.25)
+    model: nn.Module,
+    example: Tensor,
+    split: Split,
+    drop: float,
+    emptiness: Sequence[float] = (0.75, 0.5, 0.25),
+    progress: Progress | None = None,
 ) -> Masks:
     """Masks without the input channels that column pruning has nearly emptied (P-RM, papers/pruning.md 7).
 
@@ -43,7 +48,10 @@ def purify(
     plain = detach_masks(deepcopy(model))
     best = follow(plain, {name: layer.weight != 0 for name, layer in prunable(plain).items()}, example)
     floor = evaluate(zeroed(plain, best), split) - drop / 100
-    for layer, channel in _input_channels(plain, example):
+    readers = [*_input_channels(plain, example)]
+    for done, (layer, channel) in enumerate(readers):
+        if progress:
+            progress(done / len(readers), f"{layer}: {_weights(best)} weights left")
         start = best
         empty, importance = _scores(prunable(zeroed(plain, start))[layer].weight, channel)
         by_importance = importance.argsort()
