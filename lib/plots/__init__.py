@@ -1,5 +1,12 @@
 """The house style and the recurring figures. The only room that draws."""
 
+from lib.plots.compression import (
+    convergence_of_steps,
+    drop_against,
+    drop_against_compression,
+    storage_bars,
+    survivors,
+)
 from lib.plots.faults import (
     SCHEME_COLOURS,
     accuracy_against_faults,
@@ -59,8 +66,11 @@ __all__ = [
     "accuracy_by_structure",
     "admm_convergence",
     "broken_layer",
+    "convergence_of_steps",
     "correlation_against_p",
     "correlation_by_mode",
+    "drop_against",
+    "drop_against_compression",
     "error_against_weight",
     "gain_bars",
     "house_style",
@@ -70,7 +80,9 @@ __all__ = [
     "show",
     "speedup_against_rate",
     "storage_against_rate",
+    "storage_bars",
     "structure_gallery",
+    "survivors",
     "table",
     "tolerated_against_density",
     "tolerated_bars",

@@ -111,6 +111,17 @@ CHECKS: dict[str, Check] = {
     "densities": _each(lambda v: 0 < v < 1, "in (0, 1)"),
     "search_sparsities": _each(lambda v: 0 < v < 1, "in (0, 1)", least=2),
     "sigmas": _each(lambda v: v > 0, "above 0"),
+    "chain_rates": _each(lambda v: v > 1, "above 1"),
+    "single_rates": _each(lambda v: v > 1, "above 1", least=0),
+    "level_rates": _each(lambda v: v > 1, "above 1"),
+    "structured_rates": _each(lambda v: v > 1, "above 1"),
+    "levels": _each(lambda v: 1 <= v <= 127, "from 1 to 127"),
+    "purify_drops": _each(lambda v: 0 <= v < 100, "points in [0, 100)"),
+    "budget_rate": (lambda v: v == 0 or v > 1, "0, or numbers above 1"),
+    "budget_trials": _COUNT,
+    "datasets": (lambda v: len(v) >= 1 and len(set(v)) == len(v), "one or more different data sets"),
+    "train_sizes": (lambda v: all(n >= 0 for n in v), "whole numbers from 0"),
+    "level_lr": _POSITIVE,
     "drops": _each(lambda v: 0 < v < 100, "points in (0, 100)"),
     "ratio": _POSITIVE,
     "search_rate": (lambda v: 0 < v <= 1, "numbers in (0, 1]"),
@@ -167,12 +178,16 @@ def check_parameters(study: str, given: dict[str, Any]) -> dict[str, Any]:
         raise ParameterError(
             f"rewind_epoch = {values['rewind_epoch']}: allowed are whole numbers up to epochs = {values['epochs']}"
         )
-    datasets, train_sizes = values.get("lenet_datasets", []), values.get("lenet_train_sizes", [])
-    if len(datasets) != len(train_sizes):
-        raise ParameterError(f"lenet_train_sizes = {train_sizes!r}: one for each of lenet_datasets = {datasets!r}")
+    for several, sizes in (("lenet_datasets", "lenet_train_sizes"), ("datasets", "train_sizes")):
+        if len(values.get(several, [])) != len(values.get(sizes, [])):
+            raise ParameterError(f"{sizes} = {values[sizes]!r}: one for each of {several} = {values[several]!r}")
+    for inner in ("single_rates", "level_rates"):
+        if not set(values.get(inner, [])) <= set(values.get("chain_rates", [])):
+            raise ParameterError(f"{inner} = {values[inner]!r}: allowed are members of {values['chain_rates']!r}")
     try:
-        for name in [*datasets, *values.get("single_layer_datasets", [])]:
-            data.check_name(name)
+        for several in ("lenet_datasets", "datasets", "single_layer_datasets"):
+            for name in values.get(several, []):
+                data.check_name(name)
         for name in filter(None, (values.get("model"), values.get("second_model"))):
             models.builder(name)
         if "dataset" in values:

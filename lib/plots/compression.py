@@ -1,0 +1,160 @@
+"""Figures about extreme compression: what it costs, where weights survive, and what their storage is made of."""
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from lib.plots.structures import MARKERS
+from lib.plots.style import GREY, legend_beside
+
+
+def _log_axis(ax: Axes, label: str) -> None:
+    ax.set_xscale("log")
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.set_xlabel(label)
+
+
+def _arm(ax: Axes, runs: pd.DataFrame, x: str, label: str, colour: tuple, marker: str, **style) -> None:
+    """Means over seeds of one arm, joined along its steps; bars from the best network to the worst."""
+    groups = runs.groupby("nominal")
+    place, lost = groups[x].mean(), groups["drop"]
+    spread = [(lost.mean() - lost.min()).clip(0), (lost.max() - lost.mean()).clip(0)]
+    style = {"color": colour, "marker": marker, "ms": 5, "lw": 1.4, "elinewidth": 0.8, "label": label} | style
+    ax.errorbar(place, lost.mean(), spread, **style)
+
+
+def _lost_axis(ax: Axes, shown: pd.DataFrame, most: float) -> None:
+    ax.axhline(0, color=GREY, ls="--", lw=1.2)
+    ax.set_ylim(min(most, shown["drop"].max() + 0.2), min(-0.2, shown["drop"].min() - 0.2))  # better is higher
+    ax.set_ylabel("points of accuracy lost")
+
+
+def drop_against(
+    results: pd.DataFrame,
+    arms: Sequence[str],
+    *,
+    x: str,
+    xlabel: str,
+    marks: Mapping[float, str],
+    published_drop: float = 0.0,
+    most: float = 5.0,
+) -> Figure:
+    """Accuracy lost against a rate or compression, a panel for each data set, a line for each arm.
+
+    Args:
+        results: columns ``dataset``, ``arm``, ``nominal`` (the step), ``drop`` (points) and ``x``; a row per network.
+        marks: published rates and their labels, drawn as crosses at ``published_drop``.
+        most: points lost at which the axis ends; a line may leave it.
+    """
+    shown = results[results["arm"].isin(arms)]
+    names = list(dict.fromkeys(shown["dataset"]))
+    figure, axes = plt.subplots(1, len(names), figsize=(6.2 * len(names), 4.2), squeeze=False, sharey=True)
+    for ax, name in zip(axes[0], names, strict=True):
+        for arm, colour, marker in zip(arms, sns.color_palette("deep"), MARKERS, strict=False):
+            part = shown[(shown["dataset"] == name) & (shown["arm"] == arm)]
+            if len(part):
+                _arm(ax, part, x, arm, colour, marker)
+        _log_axis(ax, xlabel)
+        inside = {rate: text for rate, text in marks.items() if rate <= 1.5 * shown[x].max()}
+        ax.plot([*inside], [published_drop] * len(inside), "kx", ms=7, mew=1.5, label="published", ls="")
+        for rate, text in inside.items():
+            ax.annotate(
+                text, (rate, published_drop), (0, 6), textcoords="offset points", fontsize="x-small", ha="center"
+            )
+        ax.set_title(name)
+        _lost_axis(ax, shown, most)
+    legend_beside(figure, axes[0][0])
+    return figure
+
+
+def drop_against_compression(
+    results: pd.DataFrame, arms: Sequence[str], *, marks: Mapping[float, str], most: float = 3.0
+) -> Figure:
+    """Accuracy lost against compression in data only (solid) and with index (dashed), a panel for each data set."""
+    shown = results[results["arm"].isin(arms)]
+    names = list(dict.fromkeys(shown["dataset"]))
+    figure, axes = plt.subplots(1, len(names), figsize=(6.2 * len(names), 4.2), squeeze=False, sharey=True)
+    for ax, name in zip(axes[0], names, strict=True):
+        for arm, colour, marker in zip(arms, sns.color_palette("deep"), MARKERS, strict=False):
+            part = shown[(shown["dataset"] == name) & (shown["arm"] == arm)]
+            _arm(ax, part, "data_only", f"{arm}, data only", colour, marker)
+            _arm(ax, part, "with_index", f"{arm}, with index", colour, marker, ls="--", mfc="white")
+        _log_axis(ax, "compression: bits of 32-bit dense weights / bits stored")
+        for value, text in marks.items():
+            ax.axvline(value, color=GREY, lw=1, ls=":")
+            ax.annotate(text, (value, 1.01), xycoords=("data", "axes fraction"), fontsize="x-small", ha="center")
+        ax.set_title(name, pad=16)
+        _lost_axis(ax, shown, most)
+    legend_beside(figure, axes[0][0])
+    return figure
+
+
+def survivors(results: pd.DataFrame) -> Figure:
+    """Kept weights of each layer against the rate of the network, a panel for each data set.
+
+    Args:
+        results: columns ``dataset``, ``nominal`` and ``kept/<layer>``; a row per network and step.
+    """
+    layers = [c for c in results if c.startswith("kept/") and results[c].notna().any()]
+    names = list(dict.fromkeys(results["dataset"]))
+    figure, axes = plt.subplots(1, len(names), figsize=(6.2 * len(names), 4), squeeze=False, sharey=True)
+    for ax, name in zip(axes[0], names, strict=True):
+        mean = results[results["dataset"] == name].groupby("nominal")[["rate", *layers]].mean()
+        for layer, colour, marker in zip(layers, sns.color_palette("deep", len(layers)), MARKERS * 9, strict=False):
+            ax.plot(mean["rate"], mean[layer], color=colour, marker=marker, ms=5, label=layer.partition("/")[2])
+        _log_axis(ax, "rate: weights / kept weights")
+        ax.set(title=name, yscale="log", ylabel="weights kept")
+    legend_beside(figure, axes[0][0])
+    return figure
+
+
+def convergence_of_steps(log: pd.DataFrame) -> Figure:
+    """ADMM's distance to the set, and validation accuracy of ``W`` and of ``P_S(W)``, over all steps of a chain.
+
+    Args:
+        log: rows of `lib.recipes.admm`, with ``nominal`` (the step's rate) and ``start`` (epochs before the step).
+    """
+    figure, (above, below) = plt.subplots(2, 1, figsize=(9, 5.4), sharex=True)
+    log = log.assign(at=log["start"] + log["epoch"])
+    rates = sorted(log["nominal"].unique())
+    for rate, colour in zip(rates, sns.color_palette("viridis", len(rates)), strict=True):
+        mean = log[log["nominal"] == rate].groupby("at")[["distance", "accuracy", "hardened_accuracy"]].mean()
+        above.plot(mean.index, mean["distance"], color=colour, marker=".")
+        below.plot(mean.index, 100 * mean["accuracy"], color=colour, marker=".", label=f"{rate:g}x, $W$")
+        below.plot(mean.index, 100 * mean["hardened_accuracy"], color=colour, marker=".", ls="--")
+    above.set(ylabel="distance to the set\n$||W-Z|| / ||W||$", ylim=(0, None))
+    below.set(xlabel="epochs in all", ylabel="validation accuracy (%)")
+    below.plot([], [], color=GREY, ls="--", label="$P_S(W)$")
+    legend_beside(figure, below)
+    return figure
+
+
+def storage_bars(results: pd.DataFrame) -> Figure:
+    """Kilobytes by arm and rate, stacked: data, index, tables.
+
+    Args:
+        results: columns ``dataset``, ``arm``, ``nominal``, ``data_bits``, ``index_bits``, ``table_bits``.
+    """
+    parts = {"data_bits": "data", "index_bits": "index", "table_bits": "tables"}
+    mean = results.groupby(["nominal", "arm"], sort=False)[[*parts]].mean() / 8e3
+    figure, ax = plt.subplots(figsize=(max(5.0, 0.9 * len(mean)), 3.8))
+    base = np.zeros(len(mean))
+    for (column, label), colour in zip(parts.items(), sns.color_palette("deep"), strict=False):
+        ax.bar(range(len(mean)), mean[column], 0.7, base, color=colour, label=label)
+        base += mean[column].to_numpy()
+    for x, total in enumerate(base):
+        ax.annotate(f"{total:.3g}", (x, total), (0, 2), textcoords="offset points", ha="center", fontsize="x-small")
+    ax.set_xticks(range(len(mean)), [f"{arm}\n{rate:g}x" for rate, arm in mean.index], fontsize="x-small")
+    ax.set_ylabel("kilobytes of weights")
+    ax.grid(axis="x", visible=False)
+    ax.legend()
+    figure.tight_layout()
+    return figure
