@@ -74,7 +74,8 @@ def tolerated_bars(
 
     Args:
         tolerated: columns ``network``, ``mapping``, ``drop``, ``seed``, ``tolerated_rate`` and its interval
-            ``low``, ``high`` over chips. Bars are geometric means over seeds, lines from the lowest end to the highest.
+            ``low``, ``high`` over chips; ``bound``, "<" or ">" where the drop lies outside the rates looked at. Bars
+            are geometric means over seeds, lines from the lowest end to the highest.
         reference: network and mapping that the ratios refer to.
     """
     figure, axes = plt.subplots(1, len(drops), figsize=(6.2 * len(drops), 4), squeeze=False, sharey=True)
@@ -83,6 +84,7 @@ def tolerated_bars(
         groups = part.groupby(["network", "mapping"])
         mean = groups["tolerated_rate"].agg(lambda v: np.exp(np.log(v).mean()))
         low, high = groups["low"].min(), groups["high"].max()
+        flag = groups["bound"].agg(lambda b: "".join(sorted(set(b) - {""})))
         for i, mapping in enumerate(mappings):
             names = [n for n in networks if (n, mapping) in mean.index]
             place = np.array([networks.index(n) for n in names]) + (i - (len(mappings) - 1) / 2) * 0.8 / len(mappings)
@@ -91,7 +93,8 @@ def tolerated_bars(
             ax.bar(place, height, 0.76 / len(mappings), color=SCHEME_COLOURS.get(mapping), label=mapping)
             ax.errorbar(place, height, ends, color="0.25", lw=0.9, ls="")
             for x, y, n in zip(place, height + ends[1], names, strict=True):
-                ax.text(x, y * 1.06, f"{mean[n, mapping] / mean[reference]:.2g}x", ha="center", fontsize="x-small")
+                times = f"{flag[n, mapping]}{mean[n, mapping] / mean[reference]:.2g}x"
+                ax.text(x, y * 1.06, times, ha="center", fontsize="xx-small")
         ax.set_xticks(
             range(len(networks)), [n.replace(" ", "\n", 1) if len(n) > 8 else n for n in networks], fontsize="small"
         )
