@@ -115,6 +115,8 @@ CHECKS: dict[str, Check] = {
     "single_rates": _each(lambda v: v > 1, "above 1", least=0),
     "level_rates": _each(lambda v: v > 1, "above 1"),
     "structured_rates": _each(lambda v: v > 1, "above 1"),
+    "second_rates": _each(lambda v: v > 1, "above 1"),
+    "second_structured_rates": _each(lambda v: v > 1, "above 1"),
     "levels": _each(lambda v: 1 <= v <= 127, "from 1 to 127"),
     "purify_drops": _each(lambda v: 0 <= v < 100, "points in [0, 100)"),
     "budget_rate": (lambda v: v == 0 or v > 1, "0, or numbers above 1"),
