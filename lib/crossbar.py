@@ -5,12 +5,13 @@ its highest G_max (papers/pruning.md 1, papers/hardware.md 1.4 and 1.6). A weigh
 convolution slides: a broken cell is broken at every position of the image.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from math import ceil, inf
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 Scheme = Literal["offset", "two_column", "differential"]
 SCHEMES: tuple[Scheme, ...] = ("offset", "two_column", "differential")
@@ -169,6 +170,80 @@ class Mapping:
         f, cell = column // (self.columns * self.slices), column % (self.columns * self.slices)
         side, digit = cell // self.slices, cell % self.slices
         return ((digit * self.columns + side) * shape[0] + f) * shape[1:].numel() + row
+
+
+@dataclass(frozen=True)
+class Polarized(Mapping):
+    """Magnitudes in one cell each, and one sign for every ``fragment`` rows of a column, kept digitally (FORMS).
+
+    The rows of a fragment are read together, so that their sum takes the fragment's sign after conversion. ``of`` looks
+    the signs of a layer up; without them the mapping says what a layer takes, and nothing can be written.
+
+    Attributes:
+        fragment: rows, ``F`` of a fragment share a sign; a layer's last fragment may be shorter.
+        signs: +1 and -1 in the shape of the layer's weight; None: not known yet.
+
+    Raises:
+        CrossbarError: as `Mapping`, or a fragment below one row.
+    """
+
+    scheme: Literal["polarized"] = "polarized"
+    fragment: int = 8
+    signs: Tensor | None = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.scheme != "polarized":
+            raise CrossbarError(f"scheme = {self.scheme!r}: Polarized has no other than 'polarized'")
+        if self.fragment < 1:
+            raise CrossbarError(f"fragment = {self.fragment}: allowed are whole numbers from 1")
+        Mapping("two_column", self.weight_bits, self.cell_bits, self.on_off, self.clip, self.copies)
+
+    def of(self, weight: Tensor) -> "Polarized":
+        """The mapping of one layer.
+
+        Raises:
+            CrossbarError: a fragment has weights of both signs.
+        """
+        rows = weight.detach().flatten(1)
+        parts = pad(rows, (0, -rows.shape[1] % self.fragment)).unflatten(1, (-1, self.fragment))
+        positive, negative = (parts > 0).any(-1), (parts < 0).any(-1)
+        if (positive & negative).any():
+            mixed = int((positive & negative).sum())
+            raise CrossbarError(
+                f"{mixed} of {positive.numel()} fragments of {self.fragment} rows have weights of both signs: "
+                "train toward lib.pruning.PolarizedFragments first"
+            )
+        signs = torch.where(negative, -1.0, 1.0).to(weight).repeat_interleave(self.fragment, 1)
+        return replace(self, signs=signs[:, : rows.shape[1]].reshape(weight.shape))
+
+    @property
+    def columns(self) -> int:
+        """One cell a weight, slices aside."""
+        return 1
+
+    @property
+    def digits(self) -> int:
+        """Cells over which a magnitude is spread; its sign takes none."""
+        return 1 if self.cell_bits is None else ceil((self.weight_bits - 1) / self.cell_bits)
+
+    @property
+    def _digit(self) -> int:
+        return self.cell_bits or self.weight_bits - 1
+
+    def _known(self) -> Tensor:
+        if self.signs is None:
+            raise CrossbarError("a polarized mapping needs the signs of a layer's fragments: Polarized.of(weight)")
+        return self.signs
+
+    def encode(self, weight: Tensor, scale: Tensor | float) -> Tensor:
+        """Conductances as in `Mapping.encode`; what has the other sign than its fragment is written as zero."""
+        both = Mapping("two_column", self.weight_bits, self.cell_bits, self.on_off, self.clip, self.copies)
+        return both.encode(weight * self._known(), scale)[:, :1]
+
+    def decode(self, cells: Tensor, scale: Tensor | float) -> Tensor:
+        """The weights that conductances read back as, each with its fragment's sign."""
+        levels = cells if self.g_min == 0 else (cells - self.g_min) / (1 - self.g_min)
+        return torch.einsum("sc,sc...->...", self.coefficients(cells), levels) * scale * self._known()
 
 
 def as_mapping(mapping: Mapping | str) -> Mapping:

@@ -27,8 +27,10 @@ from lib.pruning import (
     NM,
     PCNN,
     PUBLISHED,
+    AlignedLines,
     Block,
     BlockColumns,
+    BlockLines,
     BlockRows,
     BlockStructured,
     Channel,
@@ -40,6 +42,7 @@ from lib.pruning import (
     PatternKernels,
     Patterns,
     PETile,
+    SharedShapes,
     SubmatrixAdaptive,
     Unstructured,
     block_max,
@@ -81,7 +84,15 @@ PATTERNED = [
     PCNN(3),
     PCNN(2, patterns=5),
 ]
-COMPOSED = [FilterColumn(0.5, 0.6), BlockStructured(0.5, 0.5, 4, 5), DARB(0.8), DARB(0.5, menu=(2, 8))]
+COMPOSED = [
+    FilterColumn(0.5, 0.6),
+    BlockStructured(0.5, 0.5, 4, 5),
+    DARB(0.8),
+    DARB(0.5, menu=(2, 8)),
+    BlockLines(0.5, 0.4, 3, 5),
+    AlignedLines(0.5, 0.6, rows=4, filters=2),
+    SharedShapes(0.5, rows=4, shapes=2),
+]
 SHAPES = [(7, 5), (20, 13), (6, 4, 3, 3), (50,)]
 CASES = [(c, s) for c in [*GROUPS, *PATTERNED, *COMPOSED] for s in SHAPES if len(s) == 4 or c not in PATTERNED]
 

@@ -33,10 +33,17 @@ CONSTRAINTS = {  # name: the set at a loose and at a tight budget
     "patterns + kernels": (pruning.PatternKernels(4, sparsity=0.3), pruning.PatternKernels(4, sparsity=0.6)),
     "PCNN": (pruning.PCNN(4), pruning.PCNN(2)),
     "PCNN, 4 patterns": (pruning.PCNN(3, patterns=4), pruning.PCNN(3, patterns=4)),
+    "TinyADC": (pruning.tiny_adc(8, 16), pruning.tiny_adc(4, 16)),
+    "block lines (PIM-Prune)": (pruning.BlockLines(0.25, 0.25, 4, 9), pruning.BlockLines(0.5, 0.5, 4, 9)),
+    "shared shapes (SegPrune)": (pruning.SharedShapes(0.5, 8, 2), pruning.SharedShapes(0.5, 8, 2)),
+    "aligned lines": (pruning.AlignedLines(0.25, 0.3, 6, 2), pruning.AlignedLines(0.5, 0.6, 6, 2)),
 }
 RECIPES = ("one-shot", "iterative", "ADMM", "ADMM, split pairs", "progressive", "reweighted", "group lasso")
-INTERSECTIONS = ("filter + column", "block-structured (BSP)", "patterns + kernels")
-NO_GROUPS = ("DARB", "patterns", "patterns + kernels", "PCNN", "PCNN, 4 patterns")
+INTERSECTIONS = (
+    *("filter + column", "block-structured (BSP)", "patterns + kernels"),
+    *("block lines (PIM-Prune)", "aligned lines"),
+)
+NO_GROUPS = ("DARB", "patterns", "patterns + kernels", "PCNN", "PCNN, 4 patterns", "shared shapes (SegPrune)")
 OPTIONS = {"epochs": 1, "lr": 0.02}
 
 

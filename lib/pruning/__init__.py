@@ -2,6 +2,7 @@
 
 from lib.pruning.adaptive import LayerAdaptive, SubmatrixAdaptive
 from lib.pruning.composed import DARB, BlockStructured, FilterColumn
+from lib.pruning.crossbars import AlignedLines, BlockLines, PolarizedFragments, SharedShapes, tiny_adc
 from lib.pruning.groups import (
     NM,
     Block,
@@ -26,8 +27,10 @@ __all__ = [
     "NM",
     "PCNN",
     "PUBLISHED",
+    "AlignedLines",
     "Block",
     "BlockColumns",
+    "BlockLines",
     "BlockRows",
     "BlockStructured",
     "Channel",
@@ -40,6 +43,8 @@ __all__ = [
     "PETile",
     "PatternKernels",
     "Patterns",
+    "PolarizedFragments",
+    "SharedShapes",
     "SubmatrixAdaptive",
     "Unstructured",
     "block_max",
@@ -49,5 +54,6 @@ __all__ = [
     "keep_largest_in_rows",
     "kept",
     "rounds",
+    "tiny_adc",
     "uniform_plan",
 ]

@@ -1,0 +1,30 @@
+"""Arrays of cells: where a network lies in them, what its layers compute there, and what a pruned one occupies.
+
+`layer_shapes` and `tile` count from shapes alone; `Programmed` is the product of one matrix, bit by bit, and
+`on_arrays` a whole network; `occupied` leaves zeros out.
+"""
+
+from lib.arrays.converters import Converter, calibrated, exact_bits
+from lib.arrays.inference import ArrayLayer, on_arrays
+from lib.arrays.occupied import occupied
+from lib.arrays.product import Programmed
+from lib.arrays.tiling import Array, balanced, layer_shapes, network_total, tile
+from lib.arrays.wires import Wires, effective, line_loss
+
+__all__ = [
+    "Array",
+    "ArrayLayer",
+    "Converter",
+    "Programmed",
+    "Wires",
+    "balanced",
+    "calibrated",
+    "effective",
+    "exact_bits",
+    "layer_shapes",
+    "line_loss",
+    "network_total",
+    "occupied",
+    "on_arrays",
+    "tile",
+]

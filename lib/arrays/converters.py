@@ -1,0 +1,83 @@
+"""Converters at the columns of an array: how many bits they need, and what fewer do (papers/hardware.md 1.3)."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lib.crossbar import CrossbarError
+
+
+def exact_bits(rows: int, cell_bits: int, dac_bits: int = 1, flip: bool = False) -> int:
+    """Bits that tell every possible sum of a column apart: ``ceil(log2(rows * (2^w - 1) * (2^v - 1) + 1))``.
+
+    Args:
+        rows: that are read at once, and hold something other than zero.
+        flip: columns that are more than half full are stored inverted (ISAAC), which halves the largest sum.
+
+    Raises:
+        CrossbarError: a number below one.
+
+    >>> exact_bits(128, 2), exact_bits(128, 2, flip=True)
+    (9, 8)
+    """
+    if rows < 1 or cell_bits < 1 or dac_bits < 1:
+        raise CrossbarError(f"{rows=}, {cell_bits=}, {dac_bits=}: all must be 1 or more")
+    largest = rows * (2**cell_bits - 1) * (2**dac_bits - 1)
+    return max(1, (largest // 2 if flip else largest).bit_length())
+
+
+@dataclass(frozen=True)
+class Converter:
+    """An analog-to-digital converter: ``2^bits`` equal steps from ``low`` on, rounding, saturating beyond.
+
+    Attributes:
+        bits: 1 to 24.
+        low, step: in units of a column's sum, one level of a cell times one of its input.
+
+    Raises:
+        CrossbarError: bits below one, or no step.
+    """
+
+    bits: int
+    low: float = 0.0
+    step: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.bits <= 24:
+            raise CrossbarError(f"adc_bits = {self.bits}: allowed are 1 to 24")
+        if not self.step > 0:
+            raise CrossbarError(f"a converter whose step is {self.step}: it must be above 0")
+
+    @classmethod
+    def up_to(cls, largest: float, bits: int, signed: bool = False, whole: bool = True) -> "Converter":
+        """For sums from 0, or from ``-largest`` if ``signed``; zero is a code, and steps of 1 are small enough.
+
+        Args:
+            whole: no step is below 1, as the sums of whole numbers need none.
+        """
+        codes = max(1, 2 ** (bits - 1) - 1) if signed else 2**bits - 1
+        step = max(1.0, largest / codes) if whole else largest / codes
+        return cls(bits, -(2.0 ** (bits - 1)) * step if signed else 0.0, step)
+
+    @property
+    def codes(self) -> int:
+        """The largest code."""
+        return 2**self.bits - 1
+
+    def convert(self, sums: Tensor) -> Tensor:
+        """The values that sums are read as."""
+        return ((sums - self.low) / self.step).round().clamp(0, self.codes) * self.step + self.low
+
+
+def calibrated(values: Tensor, bits: int, signed: bool, tried: int = 20, most: int = 1 << 18) -> Converter:
+    """The converter of least squared error over some values, its range a share of their largest, in equal parts.
+
+    Args:
+        tried: ranges. most: values that are looked at, evenly spread; the largest of all is known.
+    """
+    values = values.flatten()
+    largest = float(values.abs().max()) or 1.0
+    values = values[:: -(-len(values) // most)]
+    whole = bool((values == values.round()).all())
+    converters = (Converter.up_to(largest * k / tried, bits, signed, whole) for k in range(1, tried + 1))
+    return min(converters, key=lambda c: float((c.convert(values) - values).square().mean()))

@@ -1,0 +1,302 @@
+"""How a network lies in arrays of cells: which arrays it takes, and how often they are read and converted.
+
+All of it follows from shapes alone (papers/hardware.md 1.1 and 1.2): nothing is run.
+"""
+
+import warnings
+from dataclasses import dataclass, replace
+from math import ceil
+from typing import Literal, get_args
+
+import pandas as pd
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from lib.crossbar import CrossbarError, Mapping, Polarized
+from lib.models import prunable
+
+Tiling = Literal["dense", "channel_aligned"]
+Pair = Literal["columns", "arrays"]
+Strip = tuple[int, int]
+"""Rows and filters whose weights lie side by side and are read together."""
+
+
+ISAAC_WEIGHTS = Mapping("offset", weight_bits=8, cell_bits=2)
+"""ISAAC's signed weights, at 8 bits."""
+
+
+@dataclass(frozen=True)
+class Array:
+    """An array of cells, what lies in it, and what goes in and out: ISAAC's (ISCA 2016) with 8-bit numbers by default.
+
+    Attributes:
+        rows, columns: of cells.
+        mapping: how a signed weight becomes cells; it needs ``weight_bits``.
+        input_bits: of an activation; ``dac_bits`` of them are applied at once, so that it takes ``steps`` reads.
+        tiling: how a layer's rows are cut: ``dense``, or ``channel_aligned`` (MNSIM 2.0), where no channel's kernel is
+            spread over two arrays.
+        pair: where the second cell of a weight lies: beside the first in the same array, or at its place in a second
+            array (``two_crossbar`` of PRIME).
+        analog_difference: a pair is subtracted before one conversion; otherwise both are converted.
+        active_rows: that are read at once, and converted; the rows of an array take turns (None: all at once).
+        adc_bits: of the converters; None: as many as tell all sums apart.
+        flip: columns that are more than half full are stored inverted (ISAAC), which saves a bit and takes a column of
+            ones in every array.
+        dummy: a column of cells that are off is subtracted from every other, so that a finite ``on_off`` leaves no
+            constant current (it cancels in pairs anyway).
+
+    Raises:
+        CrossbarError: a size or number of bits that cannot be.
+    """
+
+    rows: int = 128
+    columns: int = 128
+    mapping: Mapping = ISAAC_WEIGHTS
+    input_bits: int = 8
+    dac_bits: int = 1
+    tiling: Tiling = "dense"
+    pair: Pair = "columns"
+    analog_difference: bool = False
+    active_rows: int | None = None
+    adc_bits: int | None = None
+    flip: bool = False
+    dummy: bool = True
+
+    def __post_init__(self) -> None:
+        if self.rows < 1 or self.columns < 1:
+            raise CrossbarError(f"an array of {self.rows} rows and {self.columns} columns: both must be 1 or more")
+        if self.mapping.weight_bits is None:
+            raise CrossbarError("an array counts whole cells: its mapping needs weight_bits")
+        if not 1 <= self.dac_bits <= self.input_bits <= 32:
+            given = f"input_bits = {self.input_bits}, dac_bits = {self.dac_bits}"
+            raise CrossbarError(f"{given}: allowed are 1 <= dac_bits <= input_bits <= 32")
+        for name, value, allowed in (("tiling", self.tiling, Tiling), ("pair", self.pair, Pair)):
+            if value not in get_args(allowed):
+                raise CrossbarError(f"{name} = {value!r}: allowed are {', '.join(get_args(allowed))}")
+        if self.mapping.columns == 1 and (self.pair == "arrays" or self.analog_difference):
+            raise CrossbarError(f"mapping {self.mapping.scheme!r} has one cell a weight: there is no pair to place")
+        if not 1 <= self.height <= self.rows or self.rows % self.height:
+            raise CrossbarError(f"active_rows = {self.active_rows}: allowed are divisors of rows = {self.rows}")
+        if self.adc_bits is not None and not 1 <= self.adc_bits <= 24:
+            raise CrossbarError(f"adc_bits = {self.adc_bits}: allowed are 1 to 24, or None for as many as it takes")
+        if isinstance(self.mapping, Polarized) and self.height != self.mapping.fragment:
+            raise CrossbarError(
+                f"active_rows = {self.height}, fragments of {self.mapping.fragment} rows: a fragment is read at once"
+            )
+        if self.flip and self.analog_difference:
+            raise CrossbarError("flip inverts single columns: it goes without analog_difference")
+
+    @property
+    def height(self) -> int:
+        """Rows that are read at once."""
+        return self.rows if self.active_rows is None else self.active_rows
+
+    def usable_rows(self, kernel: int) -> int:
+        """Rows that the tiling can fill with a layer whose channels have ``kernel`` weights.
+
+        Raises:
+            CrossbarError: ``channel_aligned``, and a channel does not fit.
+        """
+        if self.tiling == "dense":
+            return self.rows
+        if kernel > self.rows:
+            raise CrossbarError(f"channel_aligned: kernels of {kernel} weights, and arrays of {self.rows} rows")
+        return self.rows // kernel * kernel
+
+    @property
+    def steps(self) -> int:
+        """Reads that an activation takes, ``T``."""
+        return ceil(self.input_bits / self.dac_bits)
+
+    @property
+    def cell_bits(self) -> int:
+        """Bits of a cell; without slices it holds a whole number."""
+        mapping = self.mapping
+        return mapping.cell_bits or mapping.weight_bits - (mapping.scheme != "offset")
+
+    @property
+    def cell_top(self) -> int:
+        """The largest number in a cell."""
+        return 2**self.cell_bits - 1
+
+    @property
+    def input_top(self) -> int:
+        """The largest number on a row in one step."""
+        return 2**self.dac_bits - 1
+
+
+def layer_shapes(model: nn.Module, shape: tuple[int, ...], skip: bool = False) -> pd.DataFrame:
+    """The matrices of a network's layers and how many vectors meet each, for one input of ``shape``, without a batch.
+
+    A convolution is ``groups`` matrices of ``C/groups * Kh * Kw`` rows (inputs) and ``F/groups`` columns (filters), and
+    as many vectors as it has output positions; a linear layer is one, with a vector for every token. Works on ``meta``
+    tensors: it takes neither the time nor the memory of the network.
+
+    Args:
+        skip: leave layers out that have weights but no such matrix, with a warning that names them.
+
+    Returns:
+        One row per layer: ``layer``, ``groups``, ``channels`` and ``kernel`` (weights of a channel, ``Kh * Kw``) of one
+        group, ``rows``, ``filters`` of one group, ``vectors``, ``weights``, ``macs``.
+
+    Raises:
+        CrossbarError: a layer of another kind (transposed, recurrent, embedding, attention with a joint projection),
+            unless ``skip``; or no layer at all.
+    """
+    layers = prunable(model)
+    _only_known(model, layers, skip)
+    vectors: dict[str, int] = {}
+
+    def met(name):
+        def hook(layer, _, output):
+            outputs = layer.out_channels if isinstance(layer, nn.Conv2d) else layer.out_features
+            vectors[name] = vectors.get(name, 0) + output.numel() // outputs
+
+        return hook
+
+    handles = [layer.register_forward_hook(met(name)) for name, layer in layers.items()]
+    training = model.training
+    try:
+        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        metas = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
+        with torch.no_grad():
+            functional_call(model.eval(), metas, torch.empty(1, *shape, device="meta"))
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    rows = []
+    for name, layer in layers.items():
+        groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
+        size = layer.weight.shape
+        kernel = size[2:].numel()
+        rows.append((name, groups, size[1], kernel, size[1:].numel(), size[0] // groups, vectors.get(name, 0)))
+    columns = ["layer", "groups", "channels", "kernel", "rows", "filters", "vectors"]
+    found = pd.DataFrame(rows, columns=columns)
+    found["weights"] = found["groups"] * found["rows"] * found["filters"]
+    found["macs"] = found["weights"] * found["vectors"]
+    return found
+
+
+def _only_known(model: nn.Module, layers: dict[str, nn.Module], skip: bool) -> None:
+    if not layers:
+        raise CrossbarError("the model has no convolution and no linear layer that arrays could hold")
+    own = {id(p) for layer in layers.values() for p in layer.parameters()}
+    others = {
+        f"{name} ({type(module).__name__})"
+        for name, module in model.named_modules()
+        for p in module.parameters(recurse=False)
+        if p.ndim > 1 and id(p) not in own
+    }
+    if others and not skip:
+        raise CrossbarError(f"arrays hold Conv2d and Linear layers; the model also has {', '.join(sorted(others))}")
+    if others:
+        warnings.warn(f"left out, as arrays do not hold them: {', '.join(sorted(others))}", stacklevel=3)
+
+
+def tile(shapes: pd.DataFrame, array: Array) -> pd.DataFrame:
+    """Arrays and events of every layer for one input (papers/hardware.md 1.2), all weights included.
+
+    Args:
+        shapes: rows of `layer_shapes`.
+
+    Returns:
+        The shapes with, by layer: ``arrays``; ``cells`` that hold something, and ``utilization``, these over the cells
+        there; ``steps``, reads one after the other; conversions from analog (``adc_used`` of columns that hold
+        something, ``adc_full`` of all columns of the arrays) and to it (``dac_used``, ``dac_full``; each array has its
+        own row drivers); ``cell_reads`` and ``array_reads``.
+
+    Raises:
+        CrossbarError: ``channel_aligned`` and a kernel that is larger than an array has rows.
+    """
+    counts = []
+    for layer in shapes.itertuples():
+        height = array.usable_rows(layer.kernel)
+        whole, rest = divmod(layer.rows, height)
+        strips = [(height, layer.filters)] * whole + [(rest, layer.filters)] * bool(rest)
+        counts.append(count(strips * layer.groups, layer.vectors, array))
+    return pd.concat([shapes, pd.DataFrame(counts, index=shapes.index)], axis=1)
+
+
+def count(strips: list[Strip], vectors: int, array: Array, stacked: bool = False) -> dict[str, float]:
+    """What `tile` says of one layer, whose weights lie in strips that are read on their own.
+
+    Args:
+        strips: each of so many rows and so many filters.
+        stacked: strips lie above each other in an array, where they fit, and are read one after the other; otherwise
+            each starts an array of its own.
+    """
+    cells_a_weight = array.mapping.slices * array.mapping.columns
+    halves = 2 if array.pair == "arrays" else 1
+    reads, share = vectors * array.steps, 2 if array.analog_difference else 1
+    pieces = [halves * ceil(filters * cells_a_weight / halves / array.columns) for _, filters in strips]
+    turns = [ceil(rows / array.height) for rows, _ in strips]
+    cells = [rows * filters * cells_a_weight for rows, filters in strips]
+    arrays, longest = sum(pieces), max(turns, default=0)
+    if stacked:
+        tall = ((rows, t, p) for (rows, _), t, p in zip(strips, turns, pieces, strict=True))
+        arrays, longest = _stack([(rows, t) for rows, t, p in tall for _ in range(p)], array.rows)
+    converted = sum(t * filters * cells_a_weight for t, (_, filters) in zip(turns, strips, strict=True))
+    array_reads = sum(t * p for t, p in zip(turns, pieces, strict=True))
+    return {
+        "arrays": arrays,
+        "cells": sum(cells),
+        "utilization": sum(cells) / max(1, arrays * array.rows * array.columns),
+        "steps": reads * longest,
+        "adc_used": reads * converted // share,
+        "adc_full": reads * array_reads * array.columns // share,
+        "dac_used": reads * sum(rows * p for (rows, _), p in zip(strips, pieces, strict=True)),
+        "dac_full": reads * arrays * array.rows,
+        "cell_reads": reads * sum(cells),
+        "array_reads": reads * array_reads,
+    }
+
+
+def _stack(pieces: list[tuple[int, int]], rows: int) -> tuple[int, int]:
+    """Arrays that pieces of (rows, turns) fill, the tallest first, each where there is room; and the most turns."""
+    free: list[int] = []
+    turns: list[int] = []
+    for height, turn in sorted(pieces, reverse=True):
+        place = next((i for i, room in enumerate(free) if room >= height), None)
+        if place is None:
+            place = len(free)
+            free.append(rows)
+            turns.append(0)
+        free[place] -= height
+        turns[place] += turn
+    return len(free), max(turns, default=0)
+
+
+def balanced(tiles: pd.DataFrame, arrays: int) -> pd.DataFrame:
+    """The tiles with ``replication``: how often each layer's arrays are there, so that the slowest layer is fastest.
+
+    Layers are copied in proportion to their vectors, as ISAAC does, as far as that many arrays allow.
+
+    Raises:
+        CrossbarError: fewer arrays than one copy of each layer takes.
+    """
+    need, vectors = tiles["arrays"].to_numpy(), tiles["vectors"].to_numpy()
+    if need.sum() > arrays:
+        raise CrossbarError(f"{arrays} arrays: one copy of the network takes {need.sum()}")
+    copies = [1] * len(need)
+    while True:  # the slowest layer gets a copy, as long as there is room
+        slowest = max(range(len(need)), key=lambda i: vectors[i] / copies[i])
+        used = sum(n * c for n, c in zip(need, copies, strict=True))
+        if used + need[slowest] > arrays or copies[slowest] >= vectors[slowest]:
+            return tiles.assign(replication=copies)
+        copies[slowest] += 1
+
+
+def network_total(tiles: pd.DataFrame) -> pd.Series:
+    """Sums over the layers of what adds up; ``utilization`` is that of all cells together."""
+    own = ["groups", "channels", "kernel", "rows", "filters", "utilization"]
+    total = tiles.select_dtypes("number").drop(columns=own).sum().astype(float)
+    there = (tiles["cells"] / tiles["utilization"].where(tiles["utilization"] > 0)).sum()
+    total["utilization"] = total["cells"] / there if there else 0.0
+    return total
+
+
+def with_bits(array: Array, weight_bits: int, input_bits: int) -> Array:
+    """The array for numbers of other widths."""
+    return replace(array, mapping=replace(array.mapping, weight_bits=weight_bits), input_bits=input_bits)

@@ -1,0 +1,67 @@
+"""Published figures of devices, converters and chips: ``data/technology/*.csv``, with a source for every row."""
+
+from functools import cache
+from pathlib import Path
+
+import pandas as pd
+
+from lib.data import SHIPPED_ROOT
+
+
+class TechnologyError(ValueError):
+    """A technology table or a row of it that cannot be used: the message names it and what there is."""
+
+
+class Table:
+    """Rows of published figures by name.
+
+    Rows whose status is not ``verified`` are there but refused: nobody has seen where they come from. Asking for them
+    by ``unverified=True`` is a decision that a report has to state.
+    """
+
+    def __init__(self, frame: pd.DataFrame, name: str, unverified: bool = False) -> None:
+        self.name, self.unverified = name, unverified
+        for column in ("status", "source"):
+            if column not in frame or frame[column].isna().any():
+                raise TechnologyError(f"technology table {name}: every row needs a {column}")
+        if twice := frame.index[frame.index.duplicated()].tolist():
+            raise TechnologyError(f"technology table {name}: {twice[0]!r} is there twice")
+        numbers = frame.select_dtypes("number")
+        if (negative := numbers.lt(0)).any(axis=None):
+            row, column = negative.stack().idxmax()
+            raise TechnologyError(f"technology table {name}: {row!r} has {column} = {numbers.loc[row, column]:g}")
+        self.frame = frame
+
+    def __call__(self, row: str, column: str) -> float:
+        """A number of a row.
+
+        Raises:
+            TechnologyError: no such row or column, a figure that the source does not print, or an unverified row.
+        """
+        if row not in self.frame.index:
+            raise TechnologyError(f"technology table {self.name} has no row {row!r}: {', '.join(self.frame.index)}")
+        if column not in self.frame:
+            raise TechnologyError(f"technology table {self.name} has no column {column!r}")
+        if self.frame.loc[row, "status"] != "verified" and not self.unverified:
+            where = self.frame.loc[row, "source"]
+            raise TechnologyError(
+                f"technology table {self.name}: {row!r} is not verified ({where}); ask for unverified"
+            )
+        value = self.frame.loc[row, column]
+        if pd.isna(value):
+            raise TechnologyError(f"technology table {self.name}: {row!r} has no {column}; its source prints none")
+        return float(value)
+
+
+@cache
+def table(name: str, unverified: bool = False, folder: Path = SHIPPED_ROOT / "technology") -> Table:
+    """The table ``name`` that ships with the project, or lies in another folder; its first column names the rows.
+
+    Raises:
+        TechnologyError: no such table, a row without source or status, a name twice, or a negative number.
+    """
+    path = folder / f"{name}.csv"
+    if not path.is_file():
+        there = sorted(p.stem for p in folder.glob("*.csv"))
+        raise TechnologyError(f"there is no technology table {name!r} in {folder.name}: {', '.join(there)}")
+    return Table(pd.read_csv(path, index_col=0), name, unverified)

@@ -1,0 +1,249 @@
+"""Sets made for arrays of cells: what an array saves is whole rows, whole columns, conversions and sign columns.
+
+On a crossbar a filter is a column and an input a row: the transpose of the GEMM matrix ``(F, K)`` that sets are about.
+So ``rows`` below counts consecutive weights of a filter, and ``filters`` those side by side in an array.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import log2
+
+import torch
+from torch import Tensor
+
+from lib.constraint import Constraint, ConstraintError, Storage, SupportConstraint
+from lib.costs import storage
+from lib.pruning.composed import FilterColumn
+from lib.pruning.groups import NM, BlockColumns, BlockRows, check_count, check_sparsity, gemm, padded
+from lib.pruning.selection import keep_largest_in_rows, kept
+
+
+def tiny_adc(n: int, rows: int = 128) -> NM:
+    """At most ``n`` weights in each column of an array of ``rows``, at free places (TinyADC, DATE 2021).
+
+    A column's sum is then as small as if the array had ``n`` rows, which each halving saves a converter bit by.
+    """
+    return NM(n=n, m=rows)
+
+
+@dataclass(frozen=True)
+class PolarizedFragments(Constraint):
+    """All weights of ``rows`` consecutive rows of a column have one sign (FORMS, ISCA 2021; papers/pruning.md A.2).
+
+    Projection: the sign whose weights have more energy stays, the others become zero; exact. FORMS's own rule goes by
+    the sign of the sum (``by = "sum"``), which is not the nearest point. Zeros stay zeros, so it goes with any mask.
+    """
+
+    rows: int = 8
+    by: str = "energy"
+
+    def __post_init__(self) -> None:
+        check_count(rows=self.rows)
+        if self.by not in ("energy", "sum"):
+            raise ConstraintError(f"by = {self.by!r}: allowed are 'energy' and 'sum'")
+
+    @property
+    def exact(self) -> bool:
+        """Whether the nearest point is taken."""
+        return self.by == "energy"
+
+    def project(self, weight: Tensor) -> Tensor:
+        """``weight`` where it has its fragment's sign, zero elsewhere."""
+        matrix = gemm(weight)
+        parts = padded(matrix, (1, self.rows)).unflatten(1, (-1, self.rows))
+        vote = parts if self.by == "sum" else parts * parts.abs()
+        positive = vote.sum(-1, keepdim=True) >= 0
+        kept = torch.where(positive, parts.clamp(min=0), parts.clamp(max=0))
+        return kept.flatten(1)[:, : matrix.shape[1]].reshape(weight.shape)
+
+    def tangent(self, z: Tensor, gradient: Tensor) -> Tensor:
+        """The gradient of the weights that are not zero; the others lie on the edge of their orthant."""
+        return torch.where(z != 0, gradient, 0.0)
+
+    def storage_bits(self, z: Tensor, bits: int) -> Storage:
+        """Magnitudes of one bit less, in the cheapest format for nonzeros anywhere, and a table of signs."""
+        fragments = len(gemm(z)) * -(-gemm(z).shape[1] // self.rows)
+        return storage.irregular(z, bits - 1)._replace(table=fragments)
+
+
+@dataclass(frozen=True)
+class AlignedLines(FilterColumn):
+    """Filter and column budgets that fill whole arrays of ``rows x filters`` (ISLPED 2019; papers/pruning.md 18).
+
+    What fills a part of an array costs a whole one: `fit` rounds both budgets to the nearest number of full arrays, one
+    at least, or all there is if that is less. ``filters`` is an array's columns over the cells of a weight.
+    """
+
+    rows: int = 128
+    filters: int = 32
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count(rows=self.rows, filters=self.filters)
+
+    def fit(self, weights: Mapping[str, Tensor]) -> dict[str, FilterColumn]:
+        """For each layer the plain budgets that it comes to."""
+
+        def sparsity(wanted: float, total: int, unit: int) -> float:
+            full = max(1, round(kept(wanted, total) / unit)) * unit
+            return max(0.0, 1 - full / total)
+
+        shapes = {n: gemm(w).shape for n, w in weights.items()}
+        pairs = (self.filter_sparsity, self.filters), (self.column_sparsity, self.rows)
+        return {
+            n: FilterColumn(*(sparsity(s, size, unit) for size, (s, unit) in zip(shape, pairs, strict=True)))
+            for n, shape in shapes.items()
+        }
+
+
+@dataclass(frozen=True)
+class BlockLines(SupportConstraint):
+    """Filters and rows removed inside every block of the size of an array, each on its own (PIM-Prune, DAC 2020).
+
+    In each block the same share of its filters and of its rows goes. Like `FilterColumn` in each block, by turns from
+    all rows, so not always the nearest point (``exact = False``). Blocks at the edges keep the same shares.
+    """
+
+    filter_sparsity: float = 0.5
+    row_sparsity: float = 0.0
+    filters: int = 32
+    rows: int = 128
+
+    exact = False
+
+    def __post_init__(self) -> None:
+        check_sparsity(filter_sparsity=self.filter_sparsity, row_sparsity=self.row_sparsity)
+        check_count(filters=self.filters, rows=self.rows)
+
+    @property
+    def parts(self) -> tuple[SupportConstraint, SupportConstraint]:
+        """The set of filters' parts and that of rows' parts."""
+        whole = self.filters, self.rows
+        return BlockRows(self.filter_sparsity, *whole), BlockColumns(self.row_sparsity, *whole)
+
+    def select(self, weight: Tensor) -> Tensor:
+        """Mask of what is left of the blocks."""
+        matrix = gemm(weight)
+        size = min(self.filters, matrix.shape[0]), min(self.rows, matrix.shape[1])
+        energy, there = (_blocks(m, size) for m in (matrix.square(), torch.ones_like(matrix)))
+        sides = [there.amax(2), there.amax(1)]  # (blocks, filters), (blocks, rows)
+        shares = self.filter_sparsity, self.row_sparsity
+        counts = [self._counts(side.sum(1), share) for side, share in zip(sides, shares, strict=True)]
+        rows = sides[1]
+        for _ in range(20):
+            lines = _strongest(torch.einsum("bfr,br->bf", energy, rows), sides[0], counts[0])
+            better = _strongest(torch.einsum("bfr,bf->br", energy, lines), sides[1], counts[1])
+            if torch.equal(better, rows):
+                break
+            rows = better
+        keep = lines[:, :, None] * rows[:, None, :] > 0
+        tall, wide = -(-matrix.shape[0] // size[0]), -(-matrix.shape[1] // size[1])
+        whole = keep.view(tall, wide, *size).transpose(1, 2).reshape(tall * size[0], wide * size[1])
+        return whole[: matrix.shape[0], : matrix.shape[1]].reshape(weight.shape)
+
+    @staticmethod
+    def _counts(totals: Tensor, sparsity: float) -> Tensor:
+        return torch.tensor([kept(sparsity, int(n)) for n in totals.tolist()], device=totals.device)
+
+    def storage_bits(self, z: Tensor, bits: int) -> Storage:
+        """Every block's submatrix, and which rows and filters of it are there."""
+        matrix = gemm(z)
+        size = min(self.filters, matrix.shape[0]), min(self.rows, matrix.shape[1])
+        blocks = _blocks((matrix != 0).float(), size) > 0
+        lines, rows = blocks.any(2), blocks.any(1)
+        data = int((lines.sum(1) * rows.sum(1)).sum()) * bits
+        return Storage(data, sum(storage.which(side) for pair in (lines, rows) for side in pair))
+
+
+def _blocks(matrix: Tensor, size: tuple[int, int]) -> Tensor:
+    """``(blocks, height, width)`` of a matrix, padded with zeros."""
+    whole = padded(matrix, size)
+    tall, wide = whole.shape[0] // size[0], whole.shape[1] // size[1]
+    return whole.view(tall, size[0], wide, size[1]).transpose(1, 2).flatten(0, 1)
+
+
+def _strongest(energy: Tensor, there: Tensor, counts: Tensor) -> Tensor:
+    """1 for the largest lines of each block, as many as ``counts`` says, of those that are there."""
+    return keep_largest_in_rows(torch.where(there > 0, energy, -1.0), counts).to(energy.dtype)
+
+
+@dataclass(frozen=True)
+class SharedShapes(SupportConstraint):
+    """Filters share a few choices of rows: in each group of ``rows``, one of ``shapes`` of them (SegPrune, TCAD 2022).
+
+    A segment is a filter's weights in a group of rows, a shape the rows that it keeps. Segments of one shape are put
+    side by side in one array, where the rows that they lack disappear. Projection, for given shapes: the shape of most
+    kept energy, exact. `fit` finds the shapes of each layer by voting: every segment's own best rows stand for
+    election, and the shape that adds most kept energy is taken, again and again (greedy cover; papers/pruning.md 13,
+    a reconstruction from the abstract).
+
+    Attributes:
+        sparsity: of the rows in each group. library: by group of rows, each shape as a number whose bit ``i`` keeps row
+            ``i``; chosen by `fit`.
+    """
+
+    sparsity: float = 0.5
+    rows: int = 32
+    shapes: int = 4
+    library: tuple[tuple[int, ...], ...] | None = None
+
+    def __post_init__(self) -> None:
+        check_sparsity(sparsity=self.sparsity)
+        check_count(rows=self.rows, shapes=self.shapes)
+
+    def fit(self, weights: Mapping[str, Tensor]) -> dict[str, "SharedShapes"]:
+        """For each layer its own shapes."""
+        return {n: self if self.library else replace(self, library=self._voted(w)) for n, w in weights.items()}
+
+    def _segments(self, weight: Tensor) -> Tensor:
+        """Energies ``(groups, F, rows)``."""
+        energy = gemm(weight).detach().square()
+        return padded(energy, (1, self.rows)).unflatten(1, (-1, self.rows)).transpose(0, 1)
+
+    def _voted(self, weight: Tensor) -> tuple[tuple[int, ...], ...]:
+        length, library = gemm(weight).shape[1], []
+        for i, energy in enumerate(self._segments(weight)):  # (F, rows)
+            real = min(self.rows, length - i * self.rows)
+            own = keep_largest_in_rows(energy[:, :real], kept(self.sparsity, real))
+            candidates = own.unique(dim=0)  # (candidates, real)
+            gains = energy[:, :real] @ candidates.to(energy.dtype).T  # (F, candidates)
+            best, chosen = torch.zeros(len(energy), 1, dtype=energy.dtype, device=energy.device), []
+            for _ in range(min(self.shapes, len(candidates))):
+                chosen.append(int(gains.maximum(best).sum(0).argmax()))
+                best = best.maximum(gains[:, chosen[-1:]])
+            library.append(tuple(dict.fromkeys(_code(candidates[c]) for c in chosen)))
+        return tuple(library)
+
+    def choice(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The shapes ``(groups, shapes, rows)`` as zeros and ones, and which one each segment takes ``(groups, F)``.
+
+        Raises:
+            ConstraintError: before `fit`, or for a layer of another size.
+        """
+        energy = self._segments(weight)
+        if self.library is None:
+            raise ConstraintError("the shapes are not chosen yet: call lib.constraint.fitted(model, plan) first")
+        if len(self.library) != len(energy):
+            raise ConstraintError(f"shapes for {len(self.library)} groups of rows; the weight has {len(energy)}")
+        most = max(map(len, self.library))
+        rows = [[*codes, *codes[:1] * (most - len(codes))] for codes in self.library]  # groups with fewer repeat one
+        bits = [[[code >> i & 1 for i in range(self.rows)] for code in codes] for codes in rows]
+        table = torch.tensor(bits, dtype=energy.dtype, device=energy.device)
+        return table, torch.einsum("gfr,gsr->gfs", energy, table).argmax(-1)
+
+    def select(self, weight: Tensor) -> Tensor:
+        """Mask of each segment's shape."""
+        table, choice = self.choice(weight)
+        keep = torch.take_along_dim(table, choice[..., None], dim=1) > 0  # (groups, F, rows)
+        matrix = gemm(weight)
+        return keep.transpose(0, 1).flatten(1)[:, : matrix.shape[1]].reshape(weight.shape)
+
+    def storage_bits(self, z: Tensor, bits: int) -> Storage:
+        """Weights of the shapes, each segment's choice, and a table of the shapes."""
+        kept_weights = int(self.select(z.float()).sum())
+        choices = sum(log2(len(codes)) for codes in self.library) * len(gemm(z))
+        return Storage(kept_weights * bits, choices, sum(len(codes) for codes in self.library) * self.rows)
+
+
+def _code(mask: Tensor) -> int:
+    return sum(1 << i for i, bit in enumerate(mask.tolist()) if bit)
