@@ -34,22 +34,23 @@ class ArrayLayer(nn.Module):
     def calibrate(self, x: Tensor) -> None:
         """Choose the range of inputs, then that of converters, by least squared error over the inputs ``x``."""
         self.inputs = calibrated(x, self.programmed.array.input_bits, signed=bool((x < 0).any()))
-        self.programmed.calibrate(self._whole(x), self.inputs.low < 0, self._vectors)
+        self.programmed.calibrate(self.whole(x), self.inputs.low < 0, self.vectors)
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output, by way of whole numbers."""
         if self.inputs is None:
             raise CrossbarError("a layer in arrays does not know the range of its inputs: calibrate it")
-        whole, signed = self._whole(x), self.inputs.low < 0
+        whole, signed = self.whole(x), self.inputs.low < 0
         numbers = max(self.programmed.conversions, self.layer.weight[0].numel()) * self.programmed.array.steps
         images = max(1, CHUNK // (self._windows(x) * numbers))
-        y = torch.cat([self._shaped(self.programmed(p, signed, self._vectors), p) for p in whole.split(images)])
+        y = torch.cat([self._shaped(self.programmed(p, signed, self.vectors), p) for p in whole.split(images)])
         y = (y * (self.inputs.step * self.programmed.scale)).to(x.dtype)
         if self.layer.bias is None:
             return y
         return y + (self.layer.bias[:, None, None] if isinstance(self.layer, nn.Conv2d) else self.layer.bias)
 
-    def _whole(self, x: Tensor) -> Tensor:
+    def whole(self, x: Tensor) -> Tensor:
+        """Activations as whole numbers."""
         low, step = self.inputs.low, self.inputs.step
         return ((x - low) / step).round().clamp(0, self.inputs.codes) + round(low / step)
 
@@ -67,7 +68,7 @@ class ArrayLayer(nn.Module):
         high, wide = self._grid(x)
         return high * wide
 
-    def _vectors(self, digits: Tensor) -> Tensor:
+    def vectors(self, digits: Tensor) -> Tensor:
         """``(N, C, H, W, T)`` or ``(N, ..., inputs, T)`` as the vectors that meet the matrix, ``(G * rows, M, T)``."""
         if isinstance(self.layer, nn.Linear):
             return digits.flatten(0, -3).transpose(0, 1)

@@ -138,7 +138,7 @@ def layer_shapes(model: nn.Module, shape: tuple[int, ...], skip: bool = False) -
 
     Returns:
         One row per layer: ``layer``, ``groups``, ``channels`` and ``kernel`` (weights of a channel, ``Kh * Kw``) of one
-        group, ``rows``, ``filters`` of one group, ``vectors``, ``weights``, ``macs``.
+        group, ``rows``, ``filters`` of one group, ``vectors``, ``inputs`` (numbers that go in), ``weights``, ``macs``.
 
     Raises:
         CrossbarError: a layer of another kind (transposed, recurrent, embedding, attention with a joint projection),
@@ -146,12 +146,13 @@ def layer_shapes(model: nn.Module, shape: tuple[int, ...], skip: bool = False) -
     """
     layers = prunable(model)
     _only_known(model, layers, skip)
-    vectors: dict[str, int] = {}
+    vectors, inputs = dict.fromkeys(layers, 0), dict.fromkeys(layers, 0)
 
     def met(name):
-        def hook(layer, _, output):
+        def hook(layer, args, output):
             outputs = layer.out_channels if isinstance(layer, nn.Conv2d) else layer.out_features
-            vectors[name] = vectors.get(name, 0) + output.numel() // outputs
+            vectors[name] += output.numel() // outputs
+            inputs[name] += args[0].numel()
 
         return hook
 
@@ -171,8 +172,9 @@ def layer_shapes(model: nn.Module, shape: tuple[int, ...], skip: bool = False) -
         groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
         size = layer.weight.shape
         kernel = size[2:].numel()
-        rows.append((name, groups, size[1], kernel, size[1:].numel(), size[0] // groups, vectors.get(name, 0)))
-    columns = ["layer", "groups", "channels", "kernel", "rows", "filters", "vectors"]
+        matrix = size[1], kernel, size[1:].numel(), size[0] // groups
+        rows.append((name, groups, *matrix, vectors[name], inputs[name]))
+    columns = ["layer", "groups", "channels", "kernel", "rows", "filters", "vectors", "inputs"]
     found = pd.DataFrame(rows, columns=columns)
     found["weights"] = found["groups"] * found["rows"] * found["filters"]
     found["macs"] = found["weights"] * found["vectors"]

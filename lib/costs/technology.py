@@ -26,7 +26,7 @@ class Table:
                 raise TechnologyError(f"technology table {name}: every row needs a {column}")
         if twice := frame.index[frame.index.duplicated()].tolist():
             raise TechnologyError(f"technology table {name}: {twice[0]!r} is there twice")
-        numbers = frame.select_dtypes("number")
+        numbers = frame.select_dtypes("number").filter(regex=r"^(?!c\d)")  # c0, c1, ...: coefficients, of any sign
         if (negative := numbers.lt(0)).any(axis=None):
             row, column = negative.stack().idxmax()
             raise TechnologyError(f"technology table {name}: {row!r} has {column} = {numbers.loc[row, column]:g}")

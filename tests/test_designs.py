@@ -1,0 +1,265 @@
+"""Technology tables and what designs make of them, against published totals and papers/hardware.md's arithmetic."""
+
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from lib import arrays, models
+from lib.arrays import Array, input_cycles
+from lib.costs import designs, technology
+from lib.costs.designs import Forms, Isaac, Prime, Timely, at_bits
+from lib.costs.technology import TechnologyError, table
+from lib.crossbar import CrossbarError, Mapping
+
+
+@pytest.fixture(scope="module")
+def shapes():
+    return arrays.layer_shapes(models.build("lenet5", (1, 28, 28), 10, seed=0), (1, 28, 28))
+
+
+class TestTables:
+    def test_every_table_has_sources(self):
+        for path in (technology.SHIPPED_ROOT / "technology").glob("*.csv"):
+            frame = table(path.stem).frame
+            assert len(frame) > 0
+            assert set(frame["status"]) <= {"verified", "unverified"}
+
+    def test_unverified_rows_are_refused_unless_asked_for(self):
+        with pytest.raises(TechnologyError, match=r"'dram_32bit' is not verified .*ask for unverified"):
+            table("digital")("dram_32bit", "energy_pJ")
+        assert table("digital", unverified=True)("dram_32bit", "energy_pJ") == 640
+
+    @pytest.mark.parametrize(
+        ("text", "row", "message"),
+        [
+            ("name,x,status,source\na,1,verified,here\n", "b", "has no row 'b': a"),
+            (
+                "name,x,status,source\na,,verified,here\nb,1,verified,here\n",
+                "a",
+                "'a' has no x; its source prints none",
+            ),
+            ("name,x,status,source\na,-1,verified,here\n", "a", "'a' has x = -1"),
+            ("name,x,status,source\na,1,verified,\n", "a", "every row needs a source"),
+            ("name,x,status,source\na,1,verified,here\na,2,verified,here\n", "a", "'a' is there twice"),
+        ],
+    )
+    def test_damaged_tables(self, tmp_path, text, row, message):
+        (tmp_path / "own.csv").write_text(text)
+        with pytest.raises(TechnologyError, match=message):
+            table("own", folder=tmp_path)(row, "x")
+
+    def test_no_such_table(self):
+        with pytest.raises(TechnologyError, match="no technology table 'gold' in technology: adc, "):
+            table("gold")
+
+    def test_wires_follow_from_their_inputs(self):
+        """Resistance of a pitch of 4 F along a row and 12 F along a column, F the width of a wire."""
+        for node, row in table("wires").frame.iterrows():
+            area = (row["wire_nm"] * 1e-9) ** 2 * row["aspect_ratio"]
+            ohm = row["resistivity_ohm_m"] * row["wire_nm"] * 1e-9 / area
+            assert (4 * ohm, 12 * ohm) == pytest.approx((row["row_ohm"], row["column_ohm"]), rel=0.01), node
+
+
+class TestIsaac:
+    def test_chip_closes(self):
+        """Rows 1 to 5 of the validation ledger."""
+        chip, printed = designs.isaac_chip(), table("published")
+        for ours, theirs, tolerance in (
+            ("tile_power_mW", "isaac_tile_power", 0.005),
+            ("tile_area_mm2", "isaac_tile_area", 0.005),
+            ("chip_power_W", "isaac_chip_power", 0.005),
+            ("chip_area_mm2", "isaac_chip_area", 0.005),
+            ("GOPS_per_W", "isaac_power_efficiency", 0.005),
+            ("GOPS_per_mm2", "isaac_compute_density", 0.015),
+            ("MB_per_mm2", "isaac_storage_density", 0.005),
+        ):
+            assert chip[ours] == pytest.approx(printed(theirs, "value"), rel=tolerance), ours
+        assert chip["GOPS"] == pytest.approx(41_288, abs=0.5)
+        assert chip["ima_power_mW"] == pytest.approx(24.08)
+        assert chip["ima_area_mm2"] == pytest.approx(0.013120)
+        shares = chip[["adc_share_tile_power", "adc_share_tile_area", "adc_share_chip_power"]]
+        assert (100 * shares).tolist() == pytest.approx([58, 31, 49], abs=1)
+        density = printed("isaac_compute_density", "value") / printed("dadiannao_compute_density", "value")
+        assert density == pytest.approx(7.5, rel=0.02)
+
+    def test_events(self):
+        """papers/hardware.md 3.2."""
+        events = Isaac(Array(adc_bits=8)).events(full=True)
+        assert {part: pj for part, (_, pj) in events.items()} == pytest.approx(
+            {"adc": 1.5625, "dac": 0.390625, "array": 30.0, "sample_hold": 0.000977, "shift_add": 0.01953}, rel=1e-3
+        )
+        assert Isaac(Array(adc_bits=8)).events(full=False)["array"][1] == pytest.approx(0.00183105, rel=1e-5)
+
+    def test_converter_law(self):
+        """papers/hardware.md 3.3."""
+        (a, b), (c, d) = designs.converter_law()
+        assert (a, b) == pytest.approx((0.19543, 0.000414), rel=1e-3)
+        assert (c, d) == pytest.approx((81.727, 2.13353), rel=1e-5)
+        for bits in range(4, 11):
+            row = f"isaac_scaled_{bits}"
+            assert c * bits + d * 2**bits == pytest.approx(table("adc")(row, "area_um2"), abs=6e-3)
+            assert a * bits + b * 2**bits == pytest.approx(table("adc")(row, "energy_pJ"), rel=2.5e-3)
+
+    def test_tiny_adc_savings(self):
+        """From 9 to 6 bits 1.64x energy and 2.92x area, from 8 to 4 bits 2.11x and 3.32x, nothing approximated."""
+        for (many, few), (energy, area) in {(9, 6): (1.64, 2.92), (8, 4): (2.11, 3.32)}.items():
+            more, less = designs.converter(many), designs.converter(few)
+            assert more[0] / less[0] == pytest.approx(energy, abs=0.01)
+            assert more[1] / less[1] == pytest.approx(area, abs=0.005)
+
+    @pytest.mark.parametrize(("bits", "count", "area", "latency"), [(16, 246, 1.0513, 1027.2), (8, 125, 0.6396, 513.6)])
+    def test_lenet(self, shapes, bits, count, area, latency):
+        """papers/hardware.md 6.1 and 6.2."""
+        design = at_bits(Isaac(), bits, bits)
+        tiles = arrays.tile(shapes, design.array)
+        summary = design.summary(tiles)
+        assert summary["arrays"] == count
+        assert round(summary["area_mm2"], 4) == area
+        assert summary["latency_us"] == pytest.approx(latency)
+        parts = design.energy(tiles)[["adc", "dac", "array"]].sum().sum() / 1000
+        assert parts == pytest.approx({16: 7252.547, 8: 1813.918}[bits], rel=1e-5)
+        full = design.energy(tiles, full=True)[["adc", "dac", "array"]].sum().sum() / 1000
+        assert full == pytest.approx({16: 10769.92, 8: 2696.96}[bits], rel=1e-5)
+        assert design.latency(tiles, pipelined=True) == pytest.approx(576 * bits * 100)
+
+    @pytest.mark.parametrize(("size", "energy"), [(32, 3838.2), (64, 2563.8), (128, 1813.9), (256, 1476.5)])
+    def test_array_sizes(self, shapes, size, energy):
+        """papers/hardware.md 6.3: converters of the flip rule's bits, 6 to 9."""
+        design = Isaac(Array(size, size, flip=True))
+        found = design.energy(arrays.tile(shapes, design.array))[["adc", "dac", "array"]].sum().sum() / 1000
+        assert found == pytest.approx(energy, rel=2e-3)
+
+    def test_replication_costs_area_and_saves_time(self, shapes):
+        design = Isaac()
+        tiles = arrays.tile(shapes, design.array)
+        copied = arrays.balanced(tiles, 250)
+        assert design.latency(copied, pipelined=True) < design.latency(tiles, pipelined=True) / 9
+        assert design.energy(copied)["total"].sum() == design.energy(tiles)["total"].sum()
+
+
+class TestForms:
+    def test_fixture(self, shapes):
+        """papers/hardware.md 6.5, and ISAAC's hardware with the same weights beside it."""
+        design = Forms()
+        tiles = arrays.tile(shapes, design.array)
+        assert design.energy(tiles)["adc"].sum() / 1000 == pytest.approx(4318.4, abs=0.3)
+        isaac = at_bits(Isaac(), 8, 16)
+        assert isaac.energy(arrays.tile(shapes, isaac.array))["adc"].sum() / 1000 == pytest.approx(2786.0, abs=0.1)
+
+    @pytest.mark.parametrize(("fragment", "ns"), [(4, 487.6), (8, 243.8), (16, 121.9)])
+    def test_times(self, fragment, ns):
+        """An array of 128 rows, bit by bit."""
+        design = Forms(designs.forms_array(fragment))
+        assert design.read_ns == pytest.approx(15.24, abs=0.005)
+        assert design.read_ns * 128 / fragment == pytest.approx(ns, abs=0.1)
+
+    def test_converter_is_the_cheaper_point(self, shapes):
+        own, scaled = Forms().conversion()[0], Forms(own_converter=False).conversion()[0]
+        assert own == pytest.approx(0.2262)
+        assert table("adc")("isaac_scaled_4", "energy_pJ") / own == pytest.approx(3.5, abs=0.01)
+        assert scaled == pytest.approx(0.79 * 1.5625 / 1.67, rel=2e-3)
+
+    def test_skipping(self, shapes):
+        design = Forms()
+        tiles = arrays.tile(shapes, design.array)
+        cycles = dict.fromkeys(tiles["layer"], 4.0)
+        assert design.energy(tiles, cycles=cycles)["total"].sum() == pytest.approx(
+            design.energy(tiles)["total"].sum() / 4
+        )
+        assert design.latency(tiles, cycles=cycles) == pytest.approx(design.latency(tiles) / 4)
+        one = {"conv1": 8.0}
+        assert design.latency(tiles, cycles=one) > design.latency(tiles, cycles=cycles)
+
+    def test_published_products(self):
+        """Row 9: 23.18 (pruning) x 4 (32 to 8 bits) x 2 (one column a weight instead of two arrays)."""
+        assert round(23.18 * 4 * 2, 2) == 185.44
+        pair, one = Mapping("two_column", 8, 2), designs.forms_array(8).mapping
+        assert pair.columns * pair.slices / (one.columns * one.slices) == 2
+        assert pytest.approx(0.96645, abs=5e-6) == 1 - 1 / 29.81  # row 12
+        assert pytest.approx(0.95211, abs=5e-6) == 1 - 1 / 20.88
+
+
+class TestCycles:
+    def test_fixture(self):
+        """papers/hardware.md 3.5: inputs 0, 3, 5, 1 of 8 bits take 3 steps."""
+        assert input_cycles(torch.tensor([[0], [3], [5], [1]]), 4, 8).tolist() == [[3]]
+
+    def test_fragments_and_signs(self):
+        x = torch.tensor([[0, 1], [0, -1], [255, 0], [0, 0], [7, 0]])
+        assert input_cycles(x, 2, 8).tolist() == [[0, 8], [8, 0], [3, 0]]
+        assert input_cycles(x, 2, 8, dac_bits=3).tolist() == [[0, 3], [3, 0], [1, 0]]
+
+    def test_by_hand(self):
+        torch.manual_seed(0)
+        layer, x = nn.Conv2d(3, 4, 3, padding=1), torch.rand(2, 3, 6, 6) ** 4
+        net = arrays.on_arrays(nn.Sequential(layer), Array(), x)
+        found = arrays.effective_cycles(net, x, (4, 27)).set_index("fragment")["cycles"]
+        whole = nn.functional.unfold(net[0].whole(x), 3, padding=1).permute(1, 0, 2).flatten(1)  # (27, vectors)
+        for f in (4, 27):
+            parts = [whole[i : i + f].amax(0).int().tolist() for i in range(0, 27, f)]
+            expected = [v.bit_length() for part in parts for v in part]
+            assert found[f] == pytest.approx(sum(expected) / len(expected))
+        assert found[4] < found[27] <= 8
+
+    def test_refusals(self):
+        with pytest.raises(CrossbarError, match="0 layers in arrays"):
+            arrays.effective_cycles(nn.Linear(3, 3), torch.ones(1, 3), (4,))
+
+
+class TestOthers:
+    def test_prime_has_no_absolute_figures(self, shapes):
+        design = Prime()
+        tiles = arrays.tile(shapes, design.array)
+        for ask in (lambda: design.energy(tiles), lambda: design.area(3), lambda: design.latency(tiles)):
+            with pytest.raises(TechnologyError, match="PRIME prints no absolute"):
+                ask()
+        summary = design.summary(tiles)
+        assert summary["arrays"] == tiles["arrays"].sum()
+        assert summary.isna().sum() == 3
+
+    def test_timely_shares_conversions(self):
+        """12 arrays side by side convert their inputs once, 12 below each other their sums once."""
+        shapes = arrays.layer_shapes(nn.Sequential(nn.Linear(12 * 256, 12 * 128)), (12 * 256,))
+        shared, alone = (Timely(across=n, down=n) for n in (12, 1))
+        both = [d.energy(arrays.tile(shapes, d.array)).iloc[0] for d in (shared, alone)]
+        assert both[1]["dtc"] == pytest.approx(12 * both[0]["dtc"])
+        assert both[1]["tdc"] == pytest.approx(12 * both[0]["tdc"])
+        assert both[0]["input_reads"] == pytest.approx(12 * 256 * 12.736)
+
+    def test_timely_reads_inputs_once(self, shapes):
+        """Unfolding reads an input up to 25 times in a 5x5 convolution."""
+        assert shapes.set_index("layer")["inputs"].to_dict() == {"conv1": 784, "conv2": 2880, "fc1": 800, "fc2": 500}
+        again = shapes["rows"] * shapes["vectors"] / shapes["inputs"]
+        assert again.round(2).tolist() == [18.37, 11.11, 1.0, 1.0]
+
+    def test_published_ratios(self):
+        """Row 10: arithmetic on printed figures, before and after ISAAC's erratum."""
+        value = {name: table("published")(name, "value") for name in ("isaac_power_efficiency",)}
+        timely = {bits: table("published")(f"timely_power_efficiency_{bits}bit", "value") for bits in (8, 16)}
+        assert timely[8] / table("published")("prime_power_efficiency_8bit", "value") == pytest.approx(10.0)
+        quoted = table("published")("isaac_power_efficiency_as_timely_quotes", "value")
+        assert timely[16] / quoted == pytest.approx(18.2, abs=0.05)
+        assert timely[16] / value["isaac_power_efficiency"] == pytest.approx(11.0, abs=0.05)
+
+    def test_digital(self):
+        """papers/hardware.md 6.6."""
+        assert designs.digital(2_293_000, "fp32") / 1e6 == pytest.approx(10.548, abs=5e-4)
+        assert designs.digital(2_293_000) / 1e6 == pytest.approx(0.688, abs=5e-4)
+        with pytest.raises(ValueError, match="kind = 'int4'"):
+            designs.digital(1, "int4")
+
+    @pytest.mark.parametrize("design", [Isaac(), Forms(), Prime(), Timely()])
+    def test_each_says_what_it_counts(self, design):
+        assert design.name
+        assert design.counted
+        assert design.left_out
+
+    def test_large_networks(self):
+        with torch.device("meta"):
+            net = models.build("resnet50", (3, 224, 224), 1000)
+        shapes = arrays.layer_shapes(net, (3, 224, 224))
+        for design in (Isaac(), Forms(), Timely()):
+            summary = design.summary(arrays.tile(shapes, design.array))
+            assert isinstance(summary, pd.Series)
+            assert (summary > 0).all()
