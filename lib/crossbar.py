@@ -238,7 +238,7 @@ class Polarized(Mapping):
     def encode(self, weight: Tensor, scale: Tensor | float) -> Tensor:
         """Conductances as in `Mapping.encode`; what has the other sign than its fragment is written as zero."""
         both = Mapping("two_column", self.weight_bits, self.cell_bits, self.on_off, self.clip, self.copies)
-        return both.encode(weight * self._known(), scale)[:, :1]
+        return both.encode(weight * self._known(), scale)[:, :1].contiguous()
 
     def decode(self, cells: Tensor, scale: Tensor | float) -> Tensor:
         """The weights that conductances read back as, each with its fragment's sign."""

@@ -431,11 +431,11 @@ class TestWires:
             matrix = kept.permute(3, 2, 1, 0).flatten(1)
             expected = torch.zeros_like(matrix)
             for i, j in itertools.product(range(0, 11, 8), range(0, matrix.shape[1], 12)):
-                part = torch.zeros(8, 12)
                 inside = matrix[i : i + 8, j : j + 12]
-                part[: inside.shape[0], : inside.shape[1]] = inside
-                weak = arrays.effective(part / 1e4, 2.0, 6.0) * 1e4
-                expected[i : i + 8, j : j + 12] = weak[: inside.shape[0], : inside.shape[1]]
+                whole = torch.zeros(8, 12)  # empty rows on top, far from the ground
+                whole[8 - inside.shape[0] :, : inside.shape[1]] = inside
+                weak = arrays.effective(whole / 1e4, 2.0, 6.0) * 1e4
+                expected[i : i + 8, j : j + 12] = weak[8 - inside.shape[0] :, : inside.shape[1]]
             here = found[:, [side]] if pair == "arrays" else found
             assert here.permute(3, 2, 1, 0).flatten(1) == pytest.approx(expected, rel=1e-5)
 
@@ -558,6 +558,9 @@ class TestPolarizedMapping:
         healthy = faults.on_chip(net, plan, faults.StuckAt(0.0), 0)
         for a, b in zip(net.parameters(), healthy.parameters(), strict=True):
             assert a.detach() == pytest.approx(b.detach(), abs=1e-6)
+        broken = faults.on_chip(net, plan, faults.StuckAt.of(0.0, 0.1), 0).fc1.weight
+        share = float(((net.fc1.weight != 0) & (broken == 0)).double().mean())
+        assert share == pytest.approx(0.1, abs=0.005)
 
 
 def test_sabotage_is_noticed_by_the_worked_example():

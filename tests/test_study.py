@@ -212,3 +212,14 @@ def test_a_claim_may_be_tested_on_its_own_network():
     study.expect("a", "x", source="p", published="1", criterion=criterion)
     study.expect("b", "y", source="p", published="1", criterion=criterion, dataset="mnist", model="lenet5")
     assert study.ledger()[["dataset", "model"]].to_numpy().tolist() == [["fashion_mnist", "vgg"], ["mnist", "lenet5"]]
+
+
+def test_a_claim_without_chance_is_settled_by_one_value(tmp_path):
+    """Sums of a table need no seeds; a measured claim with one value stays inconclusive."""
+    study = Study("01_test", "System", {}, {"commit": "c"})
+    study.expect("a", "sum", source="derived", published="1", criterion=Criterion("<=", 1.0, n=1))
+    study.expect("b", "measured", source="derived", published="1", criterion=Criterion("<=", 1.0))
+    study.settle("a", [0.5])
+    study.settle("b", [0.5])
+    assert [study.verdicts[c]["verdict"] for c in "ab"] == ["reproduced", "inconclusive"]
+    assert study.criteria()["criterion"].tolist() == ["<= 1, arithmetic", "<= 1, from 3 or more seeds"]

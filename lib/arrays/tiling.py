@@ -292,8 +292,8 @@ def balanced(tiles: pd.DataFrame, arrays: int) -> pd.DataFrame:
 
 def network_total(tiles: pd.DataFrame) -> pd.Series:
     """Sums over the layers of what adds up; ``utilization`` is that of all cells together."""
-    own = ["groups", "channels", "kernel", "rows", "filters", "utilization"]
-    total = tiles.select_dtypes("number").drop(columns=own).sum().astype(float)
+    own = ["groups", "channels", "kernel", "rows", "filters", "utilization", "rows_left", "filters_left"]
+    total = tiles.select_dtypes("number").drop(columns=own, errors="ignore").sum().astype(float)
     there = (tiles["cells"] / tiles["utilization"].where(tiles["utilization"] > 0)).sum()
     total["utilization"] = total["cells"] / there if there else 0.0
     return total

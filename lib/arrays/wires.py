@@ -1,15 +1,19 @@
 """Resistance of wires: what of a cell's current is left at the end of its column (papers/hardware.md 2.4)."""
 
+from collections import defaultdict
 from dataclasses import dataclass
+from itertools import product
 from math import sqrt, tanh
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from lib.arrays.tiling import Array
 from lib.crossbar import CrossbarError
+
+BLOCKS = 1 << 24
+"""Numbers in the blocks of column nodes that are held at once."""
 
 Model = Literal["line", "series", "nodal"]
 
@@ -118,8 +122,8 @@ class Wires:
     def weaken(self, cells: Tensor, array: Array, groups: int = 1) -> Tensor:
         """What cells act like behind their wires; conductances in shares of G_max, ``(slices, columns, F, ...)``.
 
-        The cells of a weight lie side by side, as in `lib.crossbar.Mapping.plane`, and rows and columns of an array
-        that a layer does not fill are empty.
+        The cells of a weight lie side by side, as in `lib.crossbar.Mapping.plane`. What does not fill an array lies
+        nearest to its drivers and its ground, so that empty rows and columns carry nothing.
         """
         if array.tiling != "dense":
             raise CrossbarError(f"wires of an array with tiling = {array.tiling!r} are not modelled: use 'dense'")
@@ -132,10 +136,15 @@ class Wires:
         """``(slices, sides, G, F/G, rows)``, cut into arrays and put together again."""
         slices, sides, groups, filters, rows = lines.shape
         matrix = lines.permute(2, 4, 3, 1, 0).reshape(groups, rows, filters * sides * slices)
-        columns = matrix.shape[2]
-        matrix = pad(matrix, (0, -columns % array.columns, 0, -rows % array.rows))
-        arrays = matrix.unflatten(2, (-1, array.columns)).unflatten(1, (-1, array.rows)).transpose(2, 3)
-        rule = {"nodal": effective, "series": in_series, "line": on_lines}[self.model]
-        weak = torch.stack([rule(a / self.r_on, self.row, self.column) * self.r_on for a in arrays.flatten(0, 2)])
-        weak = weak.view(arrays.shape).transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :rows, :columns]
-        return weak.reshape(groups, rows, filters, sides, slices).permute(4, 3, 0, 2, 1)
+        rule, weak = {"nodal": effective, "series": in_series, "line": on_lines}[self.model], torch.empty_like(matrix)
+        by_size = defaultdict(list)  # those of one size at once
+        for i, j in product(range(0, rows, array.rows), range(0, matrix.shape[2], array.columns)):
+            place = slice(None), slice(i, i + array.rows), slice(j, j + array.columns)
+            by_size[matrix[place].shape].append(place)
+        for size, places in by_size.items():
+            most = max(1, BLOCKS // (size.numel() * size[2]))
+            for some in (places[i : i + most] for i in range(0, len(places), most)):
+                cells = torch.stack([matrix[place] for place in some])
+                for place, part in zip(some, rule(cells / self.r_on, self.row, self.column) * self.r_on, strict=True):
+                    weak[place] = part
+        return weak.view(groups, rows, filters, sides, slices).permute(4, 3, 0, 2, 1)

@@ -290,12 +290,12 @@ class Timely(Design):
         timely = table("timely")
         pj = {part: timely(part, "energy_fJ") / 1000 for part in timely.frame.index if part not in UNPRICED}
         mapping, vectors = self.array.mapping, tiles["vectors"]
-        columns = tiles["groups"] * tiles["filters"] * mapping.slices * mapping.columns
-        rows = tiles["groups"] * tiles["rows"]
-        wide = (tiles["filters"] * mapping.slices * mapping.columns / self.array.columns).map(ceil)
-        tall = (tiles["rows"] / self.array.rows).map(ceil)
+        left, filters = (tiles.get(f"{what}_left", tiles[what]) for what in ("rows", "filters"))
+        cells = filters * mapping.slices * mapping.columns
+        rows, columns = tiles["groups"] * left, tiles["groups"] * cells
+        wide, tall = (cells / self.array.columns).map(ceil), (left / self.array.rows).map(ceil)
         to_time, to_number = (wide / self.across).map(ceil), (tall / self.down).map(ceil)
-        outputs = vectors * tiles["groups"] * tiles["filters"]
+        outputs = vectors * tiles["groups"] * filters
         found = pd.DataFrame(
             {
                 "layer": tiles["layer"],

@@ -100,6 +100,8 @@ def measured(row: dict) -> str:
         return "not measured"
     if pd.isna(row["low"]):
         return f"{row['measured']:.3g}, no interval"
+    if row["n"] == 1:
+        return f"{row['measured']:.4g}"
     digits = 3 if abs(row["measured"]) < 1 and row["high"] - row["low"] < 0.1 else 2
     return f"{row['measured']:.{digits}f} [{row['low']:.{digits}f}, {row['high']:.{digits}f}]"
 

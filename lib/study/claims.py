@@ -19,6 +19,8 @@ Verdict = Literal["reproduced", "not reproduced", "inconclusive"]
 class Criterion:
     """``value >= bound`` or ``value <= bound`` for the whole 95 % interval, from at least ``n`` independent runs.
 
+    ``n = 1`` is for what no chance is in, such as sums of a published table: the value is its own interval.
+
     >>> Criterion(">=", 0.0, n=3).verdict(low=0.1, high=0.4, n=5)
     'reproduced'
     """
@@ -67,4 +69,5 @@ class Claim:
     def wording(self) -> str:
         """The criterion as a reader sees it, with its unit."""
         c = self.criterion
-        return f"{c.sign} {c.bound:g}{self.unit and ' ' + self.unit}, from {c.n} or more seeds"
+        runs = f"from {c.n} or more seeds" if c.n > 1 else "arithmetic"
+        return f"{c.sign} {c.bound:g}{self.unit and ' ' + self.unit}, {runs}"

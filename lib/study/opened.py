@@ -71,6 +71,8 @@ class Study:
         """
         claim = self.claims[id]
         mean, low, high = np.exp(interval(np.log(values))) if geometric else interval(values)
+        if claim.criterion.n == len(values) == 1:
+            low = high = mean
         self.verdicts[id] = {
             "measured": mean,
             "low": low,
