@@ -32,10 +32,11 @@ class Converter:
 
     Attributes:
         bits: 1 to 24.
-        low, step: in units of a column's sum, one level of a cell times one of its input.
+        low, step: in units of a column's sum, one level of a cell times one of its input; ``low`` in whole steps, so
+            that zero is a code.
 
     Raises:
-        CrossbarError: bits below one, or no step.
+        CrossbarError: bits below one, no step, or a zero between two codes.
     """
 
     bits: int
@@ -47,6 +48,8 @@ class Converter:
             raise CrossbarError(f"adc_bits = {self.bits}: allowed are 1 to 24")
         if not self.step > 0:
             raise CrossbarError(f"a converter whose step is {self.step}: it must be above 0")
+        if abs(self.low / self.step - round(self.low / self.step)) > 1e-6:
+            raise CrossbarError(f"a converter from {self.low} in steps of {self.step}: zero must be a code")
 
     @classmethod
     def up_to(cls, largest: float, bits: int, signed: bool = False, whole: bool = True) -> "Converter":

@@ -98,26 +98,33 @@ class Programmed:
         return torch.where(full & there, 1 + low - cells, cells), full
 
     def _columns(self, cells: Tensor) -> tuple[Tensor, Tensor]:
-        """What the columns add up, in levels of a cell, ``(B, columns + 1, height)``, and what each column counts for.
+        """What the columns add up, in levels of a cell, ``(B, columns + 1, height)``, and what each slice counts for.
 
-        ``B`` runs over groups and tiles, columns over slices, sides and filters; the last column is all ones.
+        ``B`` runs over groups and tiles, columns over slices, sides and filters; the last column is all ones. Columns
+        that count down (the second of a pair, flipped ones, negative fragments) have negative levels: a converter that
+        starts at zero reads them as it reads the others.
         """
         mapping, top = self.array.mapping, self.array.cell_top
         there, low = cells >= 0, mapping.g_min
         base = low if self.array.dummy or mapping.columns == 2 else 0.0
         levels = torch.where(there, (cells - base) * (top / (1 - low)), 0.0)
-        slices, sides = cells.shape[2:4]
-        gain = 2.0 ** (self.array.cell_bits * torch.arange(mapping.digits, dtype=torch.float64))
-        gain = gain.repeat(mapping.copies) / mapping.copies
-        side = torch.tensor([1.0, -1.0][:sides], dtype=torch.float64)
-        gains = (gain[:, None] * side)[:, :, None].expand(*cells.shape[:2], slices, sides, cells.shape[4])
-        if isinstance(mapping, Polarized):  # a fragment is a tile, and its sign that of its first row
-            gains = gains * self._tiled(mapping.signs[None, None])[..., 0].double()
         if self.array.analog_difference:
-            levels, gains = levels[:, :, :, :1] - levels[:, :, :, 1:], gains[:, :, :, :1]
-        ones = there[:, :, 0, 0, :1].float()
-        levels = torch.cat((levels.flatten(2, 4), ones), dim=2).flatten(0, 1)
-        return levels.contiguous(), gains.to(cells.device)
+            levels = levels[:, :, :, :1] - levels[:, :, :, 1:]
+        elif mapping.columns == 2:
+            levels = levels * torch.tensor([1.0, -1.0]).to(levels)[:, None, None]
+        elif isinstance(mapping, Polarized):  # a fragment is a tile, and its sign that of its first row
+            levels = levels * self._tiled(mapping.signs[None, None])[..., :1]
+        if self.flipped is not None:
+            levels = levels * (1 - 2 * self.flipped.to(levels))
+        gains = 2.0 ** (self.array.cell_bits * torch.arange(mapping.digits, device=cells.device))
+        gains = (gains.repeat(mapping.copies) / mapping.copies).repeat_interleave(levels.shape[3])
+        ones = there[:, :, 0, 0, :1].to(levels)
+        return torch.cat((levels.flatten(2, 4), ones), dim=2).flatten(0, 1).contiguous(), gains
+
+    @property
+    def tiles(self) -> int:
+        """Groups of rows that are read at once."""
+        return len(self.cells) // self.groups
 
     @property
     def signed_sums(self) -> bool:
@@ -160,7 +167,8 @@ class Programmed:
                 digits = arrange(planes(part, self.array, negative))
                 digits = digits[:, :: -(-digits.shape[1] // most)]
                 found += [sums[:, :-1].flatten() for sums in self._sums(digits)]
-            self.converter = calibrated(torch.cat(found), self.array.adc_bits, self.signed_sums)
+            sums = torch.cat(found)
+            self.converter = calibrated(sums if self.signed_sums else sums.abs(), self.array.adc_bits, self.signed_sums)
         return self.converter
 
     def __call__(self, x: Tensor, signed: bool = False, arrange: Arrange = torch.as_tensor) -> Tensor:
@@ -181,50 +189,54 @@ class Programmed:
 
     def _read(self, digits: Tensor, signed: bool) -> Tensor:
         steps, converter = step_weights(self.array, signed).to(digits.device), self.converter
+        low = converter.low / converter.step if self.signed_sums else -converter.codes
         parts = []
         for sums in self._sums(digits):
             codes = sums[:, :-1]
-            if converter.low:
-                codes.sub_(converter.low)
             if not (converter.step == 1 and self.whole):
                 codes.div_(converter.step).round_()
-            codes.clamp_(0, converter.codes)
-            parts.append(self._combined(self._over_steps(sums, steps), float(steps.sum())))
+            codes.clamp_(low, low + converter.codes if self.signed_sums else converter.codes)
+            parts.append(self._combined(sums, steps))
         return torch.cat(parts, dim=1)
 
-    def _over_steps(self, codes: Tensor, steps: Tensor) -> Tensor:
-        """Shift and add over the steps, the last dimension; in parts as large as float32 holds exactly."""
-        size = max(1, (24 - self.converter.bits) // self.array.dac_bits)
-        parts = ((codes[..., i : i + size], steps[i : i + size]) for i in range(0, len(steps), size))
-        return sum((c @ (w / w[0].abs()).float()).double() * w[0].abs() for c, w in parts)
-
-    def _combined(self, codes: Tensor, steps: float) -> Tensor:
-        """Shift and add over slices, sides and tiles, ``(F, M')``; what columns hold beside the weights is taken off.
+    def _combined(self, sums: Tensor, steps: Tensor) -> Tensor:
+        """Shift and add over slices and sides, tiles and steps, ``(F, M')``; what is there beside the weights goes.
 
         Args:
-            codes: ``(B, columns + 1, M')``, the last column that of ones.
-            steps: sum of `step_weights`.
+            sums: codes of ``(B, columns + 1, M', T)``; the last column is that of ones.
         """
-        codes, ones = codes[:, :-1], codes[:, -1].unflatten(0, self.gains.shape[:2])
-        codes = codes.unflatten(1, self.gains.shape[2:]).unflatten(0, self.gains.shape[:2])
-        gains, converter = self.gains, self.converter
-        inverted = torch.zeros(()) if self.flipped is None else self.flipped[..., 0].to(gains)
-        counted = gains * (1 - 2 * inverted)  # a flipped column counts down from what it would be when full
-        total = codes.mul_((counted * converter.step)[..., None]).sum((1, 2, 3))
-        total += (converter.low * steps * counted.sum((1, 2, 3)))[..., None]
-        if self.flipped is not None:
-            total += torch.einsum("gkm,gkf->gfm", ones, (gains * inverted).sum((2, 3)) * self.array.cell_top)
+        slices, filters = len(self.gains), self.shape[0] // self.groups
+        exact = self.tiles * self.converter.codes * float(self.gains.sum()) < 2**24  # as whole numbers of float32
+        codes, gains = sums[:, :-1].flatten(2), self.gains.expand(len(sums), 1, slices)
+        codes = codes.unflatten(1, (slices, filters)).flatten(2)
+        total = torch.bmm(gains, codes) if exact else torch.bmm(gains.double(), codes.double())
+        total = total.view(self.groups, self.tiles, filters, *sums.shape[2:]).sum(1).double() @ steps
+        total *= self.converter.step
+        ones = (sums[:, -1].double() @ steps).unflatten(0, (self.groups, self.tiles))  # (G, tiles, M')
+        if self.flipped is not None:  # a flipped column counts down from what it would be when full
+            total += torch.einsum("gkm,gkf->gfm", ones, self._full_columns())
         if self.array.mapping.scheme == "offset":
             total -= 2 ** (self.array.mapping.weight_bits - 1) * ones.sum(1, keepdim=True)
         return total.flatten(0, 1)
 
+    def _full_columns(self) -> Tensor:
+        """What the flipped columns of each tile and filter would be with all cells full, for an input of one."""
+        side = torch.ones(self.flipped.shape[2:4], dtype=torch.float64, device=self.flipped.device)
+        side[:, 1:] = -1
+        gains = self.gains.double().view(side.shape) * side
+        signs = 1.0
+        if isinstance(self.array.mapping, Polarized):
+            signs = self._tiled(self.array.mapping.signs[None, None])[:, :, 0, 0, :, 0].double()
+        full = torch.einsum("gkscf,sc->gkf", self.flipped[..., 0].double(), gains)
+        return full * signs * self.array.cell_top
+
     def _sums(self, digits: Tensor) -> Iterator[Tensor]:
         """The columns' sums ``(B, columns + 1, M', T)``, for as many vectors at a time as stay in the cache."""
-        tiles, steps = self.gains.shape[1], digits.shape[-1]
+        steps = digits.shape[-1]
         digits = digits.unflatten(0, (self.groups, -1))
         height = self.cells.shape[-1]
         for part in digits.split(max(1, CHUNK // (self.conversions * steps)), dim=2):
-            if missing := tiles * height - part.shape[1]:
+            if missing := self.tiles * height - part.shape[1]:
                 part = pad(part, (0, 0, 0, 0, 0, missing))
             rows = part.flatten(2).reshape(len(self.cells), height, -1)
             yield torch.bmm(self.cells, rows).unflatten(2, (-1, steps))

@@ -23,7 +23,7 @@ COMPONENTS = {
 
 def _plain_log(axis, subs: Sequence[int] = (1, 2, 5)) -> None:
     axis.set_major_locator(LogLocator(subs=subs))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 10 else f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 
 
@@ -58,7 +58,7 @@ def wire_sweep(dropped: pd.DataFrame, current: Mapping[float, float]) -> Figure:
         current: share of a full column's current that is lost, by resistance; written above the axis.
     """
     figure, ax = plt.subplots(figsize=(6.4, 3.8))
-    for (arm, part), colour in zip(dropped.groupby("arm", sort=False), (BLUE, ORANGE), strict=False):
+    for (arm, part), colour in zip(dropped.groupby("arm", sort=False), (BLUE, ORANGE, GREEN), strict=False):
         band(ax, part, "r_on", "lost", arm, color=colour, marker="o")
     ax.axhline(0, color=GREY, ls="--", lw=1.2)
     ax.set(xscale="log", xlabel="resistance of a cell that is on (ohm)", ylabel="points of accuracy lost")
