@@ -18,6 +18,8 @@ from lib.pruning import (
     FilterColumn,
     PolarizedFragments,
     SharedShapes,
+    SubmatrixAdaptive,
+    SubmatrixByCost,
     tiny_adc,
     uniform_plan,
 )
@@ -177,6 +179,38 @@ def pruned(shape, keep):
     filters, rows = keep
     layer.weight.data[:filters, :rows] = 1
     return nn.Sequential(layer)
+
+
+class TestBudgetsByCost:
+    def test_equal_costs_are_weights(self):
+        weights = {"a": random(12, 20), "b": random(30, 8, seed=1)}
+        plain = SubmatrixAdaptive(4.0).fit(weights)
+        assert SubmatrixByCost(4.0, (("a", 1.0), ("b", 1.0))).fit(weights) == plain
+
+    def test_what_costs_more_goes_first(self):
+        weights = {"a": random(16, 16), "b": random(16, 16, seed=1)}
+        found = SubmatrixByCost(2.0, (("a", 100.0), ("b", 1.0))).fit(weights)
+        left = {n: int(c.select(weights[n]).sum()) for n, c in found.items()}
+        assert left["a"] <= 128
+        assert left["b"] > 200
+
+    def test_products_of_a_network(self):
+        """By vectors, the rate is that of products; by weights, convolutions keep most of theirs."""
+        net = models.build("lenet5", (1, 28, 28), 10, seed=0)
+        shapes = arrays.layer_shapes(net, (1, 28, 28))
+        costs = tuple(zip(shapes["layer"], shapes["vectors"], strict=True))
+        saved = {}
+        for c in (SubmatrixAdaptive(3.0), SubmatrixByCost(3.0, costs)):
+            copy = deepcopy(net)
+            harden(copy, fitted(copy, uniform_plan(copy, c)))
+            products = (arrays.occupied(copy, (1, 28, 28), Array())["kept"] * shapes["vectors"]).sum()
+            saved[type(c)] = shapes["macs"].sum() / products
+        assert saved[SubmatrixByCost] == pytest.approx(3.0, rel=0.05)
+        assert saved[SubmatrixAdaptive] < 2
+
+    def test_every_layer_needs_a_cost(self):
+        with pytest.raises(ConstraintError, match="layer 'b' needs one above 0"):
+            SubmatrixByCost(2.0, (("a", 1.0),)).fit({"a": random(4, 4), "b": random(4, 4)})
 
 
 class TestOccupied:

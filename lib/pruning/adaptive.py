@@ -96,6 +96,39 @@ class SubmatrixAdaptive(NetworkBudget):
         return {name: layer.budgets() for name, layer in layers.items()}
 
 
+@dataclass(frozen=True)
+class SubmatrixByCost(NetworkBudget):
+    """Whole filters and columns as `SubmatrixAdaptive`, where a weight costs what its layer says, not one.
+
+    With the vectors that meet a layer (`lib.arrays.layer_shapes`) as costs, a convolution at many positions gives up
+    its lines first: the hardware-aware budgets that ADMM-NN asks for, by multiply-accumulates.
+
+    Attributes:
+        rate: total over kept cost. costs: of a weight, by layer; hashable, so pairs of name and cost.
+    """
+
+    costs: tuple[tuple[str, float], ...] = ()
+
+    def fit(self, weights: Mapping[str, Tensor]) -> dict[str, FilterColumn]:
+        """For each layer its own budgets; at least one row and one column each.
+
+        Raises:
+            ConstraintError: a layer without a cost, or one that is not positive.
+        """
+        costs = dict(self.costs)
+        if wrong := [n for n in weights if not costs.get(n, 0) > 0]:
+            raise ConstraintError(f"costs: layer {wrong[0]!r} needs one above 0; there are {costs or 'none'}")
+        layers = {name: _Lines(w) for name, w in weights.items()}
+        left = sum(costs[name] * layer.size for name, layer in layers.items())
+        most = left / self.rate
+        while left > most:
+            name = min(layers, key=lambda n: layers[n].price / costs[n])
+            if layers[name].price == float("inf"):
+                break
+            left -= costs[name] * layers[name].drop()
+        return {name: layer.budgets() for name, layer in layers.items()}
+
+
 class _Lines:
     """The rows and columns that are left of one layer's GEMM matrix, and what the cheapest of them costs."""
 
