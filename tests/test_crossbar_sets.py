@@ -132,7 +132,7 @@ class TestSharedShapes:
         weight = torch.full((6, 4), 0.1)
         weight[:3, :2], weight[3:, 2:] = 1.0, 2.0
         (found,) = SharedShapes(0.5, rows=4, shapes=2).fit({"": weight}).values()
-        assert sorted(found.library[0]) == [0b0011, 0b1100]
+        assert sorted(found.codes[0]) == [0b0011, 0b1100]
         assert torch.equal(found.select(weight), weight >= 1)
 
     def test_one_shape_is_a_choice_of_rows(self):

@@ -14,6 +14,7 @@ from typing import ClassVar
 import numpy as np
 import pandas as pd
 
+from lib.arrays.converters import exact_bits
 from lib.arrays.tiling import Array, with_bits
 from lib.costs.technology import TechnologyError, table
 from lib.crossbar import Mapping, Polarized
@@ -125,8 +126,7 @@ class Isaac(Design):
         """Of the converters."""
         if self.array.adc_bits is not None:
             return self.array.adc_bits
-        largest = self.array.height * self.array.cell_top * self.array.input_top
-        return max(1, (largest // 2 if self.array.flip else largest).bit_length())
+        return exact_bits(self.array.height, self.array.cell_bits, self.array.dac_bits, self.array.flip)
 
     def conversion(self) -> tuple[float, float]:
         """Energy (pJ) of a conversion, and area (um2) of the converters of an array."""

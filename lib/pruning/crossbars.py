@@ -178,14 +178,14 @@ class SharedShapes(SupportConstraint):
     a reconstruction from the abstract).
 
     Attributes:
-        sparsity: of the rows in each group. library: by group of rows, each shape as a number whose bit ``i`` keeps row
+        sparsity: of the rows in each group. codes: by group of rows, each shape as a number whose bit ``i`` keeps row
             ``i``; chosen by `fit`.
     """
 
     sparsity: float = 0.5
     rows: int = 32
     shapes: int = 4
-    library: tuple[tuple[int, ...], ...] | None = None
+    codes: tuple[tuple[int, ...], ...] | None = None
 
     def __post_init__(self) -> None:
         check_sparsity(sparsity=self.sparsity)
@@ -193,7 +193,7 @@ class SharedShapes(SupportConstraint):
 
     def fit(self, weights: Mapping[str, Tensor]) -> dict[str, "SharedShapes"]:
         """For each layer its own shapes."""
-        return {n: self if self.library else replace(self, library=self._voted(w)) for n, w in weights.items()}
+        return {n: self if self.codes else replace(self, codes=self._voted(w)) for n, w in weights.items()}
 
     def _segments(self, weight: Tensor) -> Tensor:
         """Energies ``(groups, F, rows)``."""
@@ -201,7 +201,7 @@ class SharedShapes(SupportConstraint):
         return padded(energy, (1, self.rows)).unflatten(1, (-1, self.rows)).transpose(0, 1)
 
     def _voted(self, weight: Tensor) -> tuple[tuple[int, ...], ...]:
-        length, library = gemm(weight).shape[1], []
+        length, voted = gemm(weight).shape[1], []
         for i, energy in enumerate(self._segments(weight)):  # (F, rows)
             real = min(self.rows, length - i * self.rows)
             own = keep_largest_in_rows(energy[:, :real], kept(self.sparsity, real))
@@ -211,8 +211,8 @@ class SharedShapes(SupportConstraint):
             for _ in range(min(self.shapes, len(candidates))):
                 chosen.append(int(gains.maximum(best).sum(0).argmax()))
                 best = best.maximum(gains[:, chosen[-1:]])
-            library.append(tuple(dict.fromkeys(_code(candidates[c]) for c in chosen)))
-        return tuple(library)
+            voted.append(tuple(dict.fromkeys(_code(candidates[c]) for c in chosen)))
+        return tuple(voted)
 
     def choice(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The shapes ``(groups, shapes, rows)`` as zeros and ones, and which one each segment takes ``(groups, F)``.
@@ -221,13 +221,13 @@ class SharedShapes(SupportConstraint):
             ConstraintError: before `fit`, or for a layer of another size.
         """
         energy = self._segments(weight)
-        if self.library is None:
+        if self.codes is None:
             raise ConstraintError("the shapes are not chosen yet: call lib.constraint.fitted(model, plan) first")
-        if len(self.library) != len(energy):
-            raise ConstraintError(f"shapes for {len(self.library)} groups of rows; the weight has {len(energy)}")
-        most = max(map(len, self.library))
-        rows = [[*codes, *codes[:1] * (most - len(codes))] for codes in self.library]  # groups with fewer repeat one
-        bits = [[[code >> i & 1 for i in range(self.rows)] for code in codes] for codes in rows]
+        if len(self.codes) != len(energy):
+            raise ConstraintError(f"shapes for {len(self.codes)} groups of rows; the weight has {len(energy)}")
+        most = max(map(len, self.codes))
+        rows = [[*own, *own[:1] * (most - len(own))] for own in self.codes]  # groups with fewer repeat one
+        bits = [[[code >> i & 1 for i in range(self.rows)] for code in own] for own in rows]
         table = torch.tensor(bits, dtype=energy.dtype, device=energy.device)
         return table, torch.einsum("gfr,gsr->gfs", energy, table).argmax(-1)
 
@@ -241,8 +241,8 @@ class SharedShapes(SupportConstraint):
     def storage_bits(self, z: Tensor, bits: int) -> Storage:
         """Weights of the shapes, each segment's choice, and a table of the shapes."""
         kept_weights = int(self.select(z.float()).sum())
-        choices = sum(log2(len(codes)) for codes in self.library) * len(gemm(z))
-        return Storage(kept_weights * bits, choices, sum(len(codes) for codes in self.library) * self.rows)
+        choices = sum(log2(len(own)) for own in self.codes) * len(gemm(z))
+        return Storage(kept_weights * bits, choices, sum(len(own) for own in self.codes) * self.rows)
 
 
 def _code(mask: Tensor) -> int:
