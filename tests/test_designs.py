@@ -136,6 +136,7 @@ class TestIsaac:
         copied = arrays.balanced(tiles, 250)
         assert design.latency(copied, pipelined=True) < design.latency(tiles, pipelined=True) / 9
         assert design.energy(copied)["total"].sum() == design.energy(tiles)["total"].sum()
+        assert design.summary(copied)["area_mm2"] > 1.5 * design.summary(tiles)["area_mm2"]
 
 
 class TestForms:

@@ -95,13 +95,13 @@ class Design:
 
     def summary(self, tiles: pd.DataFrame, cycles: Dict[str, float] | None = None) -> pd.Series:
         """Arrays, conversions, energy (nJ), area (mm2) and time (us) of one network."""
-        share = self._share(tiles, cycles)
+        share, arrays = self._share(tiles, cycles), int((tiles["arrays"] * tiles.get("replication", 1)).sum())
         return pd.Series(
             {
-                "arrays": int(tiles["arrays"].sum()),
+                "arrays": arrays,
                 "conversions": float((tiles["adc_used"] * share).sum()),
                 "energy_nJ": self.energy(tiles, cycles=cycles)["total"].sum() / 1000,
-                "area_mm2": self.area(int(tiles["arrays"].sum())).sum(),
+                "area_mm2": self.area(arrays).sum(),
                 "latency_us": self.latency(tiles, cycles=cycles) / 1000,
             }
         )
