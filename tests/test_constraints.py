@@ -37,6 +37,7 @@ from lib.pruning import (
     Column,
     Filter,
     FilterColumn,
+    GroupAdaptive,
     Kernel,
     LayerAdaptive,
     PatternKernels,
@@ -558,6 +559,35 @@ def test_a_users_own_idea_needs_only_select(net, images):
     assert isinstance(plan["fc1"], Constraint)
     assert not net.fc1.weight[1::2].any()
     assert plan["fc1"].storage_bits(net.fc1.weight, 8).data == 150 * 784 * 8
+
+
+class TestGroupAdaptive:
+    def test_single_weights_are_lamp(self):
+        net = build("lenet5", (1, 28, 28), 10, seed=2)
+        ours, lamp = (fitted(net, uniform_plan(net, c)) for c in (GroupAdaptive(20), LayerAdaptive(20)))
+        assert {n: c.sparsity for n, c in ours.items()} == pytest.approx({n: c.sparsity for n, c in lamp.items()})
+
+    @pytest.mark.parametrize(("rate", "left"), [(1.0, (2, 2)), (1.5, (1, 2)), (2.0, (1, 1)), (3.0, (1, 1))])
+    def test_by_hand(self, rate, left):
+        """Energies of a's pairs 13 and 1, of b's weights 16 and 1: scores 1/2 and 1/28, 1 and 1/17."""
+        weights = {"a": torch.tensor([[3.0, 2.0, 1.0, 0.0]]), "b": torch.tensor([[4.0], [1.0]])}
+        found = GroupAdaptive(rate, Block(0.0, 1, 2)).fit(weights)
+        groups = {"a": 2, "b": 2}
+        assert tuple(kept(c.sparsity, groups[n]) for n, c in found.items()) == left
+
+    @pytest.mark.parametrize("groups", [Filter(0.0), Block(0.0, 1, 128), Kernel(0.0), BlockColumns(0.0, 32, 128)])
+    def test_the_rate_is_met(self, groups):
+        net = build("lenet5", (1, 28, 28), 10, seed=2)
+        plan = fitted(net, uniform_plan(net, GroupAdaptive(4.0, groups)))
+        left = sum(int(m.sum()) for m in select(plan, weights(net, plan)).values())
+        assert 430_500 / left == pytest.approx(4, rel=0.03)
+        assert all(type(c) is type(groups) for c in plan.values())
+
+    def test_refusals(self):
+        with pytest.raises(ConstraintError, match="fitted"):
+            GroupAdaptive(2.0).project(torch.ones(4, 4))
+        with pytest.raises(ConstraintError, match="leaves 1 of 8"):
+            GroupAdaptive(8.0).fit({"a": torch.ones(2, 2), "b": torch.ones(2, 2)})
 
 
 class TestLayerAdaptive:

@@ -1,6 +1,6 @@
 """Sparsity sets and their projections (papers/pruning.md section A.2), and plans made of them."""
 
-from lib.pruning.adaptive import LayerAdaptive, SubmatrixAdaptive, SubmatrixByCost
+from lib.pruning.adaptive import GroupAdaptive, LayerAdaptive, SubmatrixAdaptive, SubmatrixByCost
 from lib.pruning.composed import DARB, BlockStructured, FilterColumn
 from lib.pruning.crossbars import AlignedLines, BlockLines, PolarizedFragments, SharedShapes, tiny_adc
 from lib.pruning.groups import (
@@ -37,6 +37,7 @@ __all__ = [
     "Column",
     "Filter",
     "FilterColumn",
+    "GroupAdaptive",
     "Groups",
     "Kernel",
     "LayerAdaptive",

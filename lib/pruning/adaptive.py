@@ -1,14 +1,14 @@
 """Budgets for a whole network that `fit` shares out among its layers."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from lib.constraint import ConstraintError, SupportConstraint
 from lib.pruning.composed import FilterColumn
-from lib.pruning.groups import Unstructured, gemm
+from lib.pruning.groups import Groups, Unstructured, gemm
 from lib.pruning.selection import keep_largest
 
 
@@ -69,6 +69,49 @@ def _lamp(weight: Tensor) -> Tensor:
     square = weight.detach().reshape(-1).abs().sort().values.double().square()
     not_smaller = square.flip(0).cumsum(0).flip(0)
     return square / not_smaller.clamp(min=1e-300)
+
+
+@dataclass(frozen=True)
+class GroupAdaptive(NetworkBudget):
+    """Whole groups of one kind, each layer's part chosen as LAMP's: by the energy that goes with each weight.
+
+    A group's score is its energy over that of all groups in its layer that do not rank below it, and over its number of
+    weights; the largest scores of the network are kept. Groups of one weight give `LayerAdaptive`. Ours, not from a
+    paper.
+
+    Attributes:
+        rate: total over kept weights. groups: the kind; `fit` makes such sets with a sparsity for each layer.
+    """
+
+    groups: Groups = field(default_factory=lambda: Unstructured(0.0))
+
+    def fit(self, weights: Mapping[str, Tensor]) -> dict[str, Groups]:
+        """For each layer its own budget; at least one group each.
+
+        Raises:
+            ConstraintError: the rate leaves fewer weights than there are layers.
+        """
+        scored = [_scored(self.groups, w) for w in weights.values()]
+        scores, sizes = (torch.cat(column) for column in zip(*scored, strict=True))
+        order = scores.argsort(descending=True, stable=True)
+        keep = torch.zeros_like(scores)
+        keep[order[sizes[order].cumsum(0) <= self.count(weights)]] = 1
+        parts = keep.split([len(s) for s, _ in scored])
+        return {
+            name: replace(self.groups, sparsity=1 - max(1, int(part.sum())) / len(part))
+            for name, part in zip(weights, parts, strict=True)
+        }
+
+
+def _scored(groups: Groups, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores of a layer's groups and their numbers of weights, in the order in which its sets remove them."""
+    weight = weight.detach().double().cpu()
+    energy, sizes = (groups.group_norms(w).square().flatten() for w in (weight, torch.ones_like(weight)))
+    energy, sizes = energy[sizes > 0], sizes[sizes > 0].round()  # padding at a region's edge is no group
+    order = energy.argsort(stable=True)
+    energy, sizes = energy[order], sizes[order]
+    not_below = energy.flip(0).cumsum(0).flip(0).clamp(min=1e-300)
+    return (energy / not_below / sizes).cummax(0).values, sizes
 
 
 @dataclass(frozen=True)
