@@ -1,6 +1,7 @@
 """Figures about arrays of cells: what converters and wires cost, what structures save, where a design gains."""
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -58,7 +59,7 @@ def wire_sweep(dropped: pd.DataFrame, current: Mapping[float, float]) -> Figure:
         current: share of a full column's current that is lost, by resistance; written above the axis.
     """
     figure, ax = plt.subplots(figsize=(6.4, 3.8))
-    for (arm, part), colour in zip(dropped.groupby("arm", sort=False), (BLUE, ORANGE, GREEN), strict=False):
+    for (arm, part), colour in zip(dropped.groupby("arm", sort=False), cycle((BLUE, ORANGE, GREEN, RED)), strict=False):
         band(ax, part, "r_on", "lost", arm, color=colour, marker="o")
     ax.axhline(0, color=GREY, ls="--", lw=1.2)
     ax.set(xscale="log", xlabel="resistance of a cell that is on (ohm)", ylabel="points of accuracy lost")
