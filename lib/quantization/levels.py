@@ -1,9 +1,4 @@
-"""Value sets: the levels that a layer's weights may take, alone or on what a sparsity set keeps.
-
-Pruning comes first and quantization after it, so a weight that is exactly zero is off the support: it takes no part in
-the choice of levels and stays zero. A mask that is attached, or a network pruned before, is a frozen support
-(papers/pruning.md A.2, 5, 6).
-"""
+"""Equal-distance levels with a given step or the best one; binary and ternary are the smallest of them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -12,9 +7,8 @@ from math import ceil, isfinite, log2
 import torch
 from torch import Tensor
 
-from lib.constraint import Constraint, ConstraintError, Storage, SupportConstraint
+from lib.constraint import Constraint, ConstraintError, Storage
 from lib.costs.storage import irregular_levels
-from lib.pruning.groups import Unstructured
 
 STEP_BITS = 32
 """What a layer's step takes in a table."""
@@ -144,73 +138,12 @@ def ternary() -> Levels:
     return Levels(1, zero=True)
 
 
-@dataclass(frozen=True)
-class Quantized(Constraint):
-    """What a sparsity set keeps, at levels: the exact joint projection of papers/pruning.md A.2, for any support set.
-
-    Keeping a weight at its level saves ``g = w^2 - (w - q(w))^2`` of squared error against removing it. A support's
-    projection keeps the most energy, so that of ``sqrt(g)`` saves the most; a weight that saves nothing is removed.
-    This is exact for given levels and an exact support projection; a free step is found by turns with the support.
+def uniform(bits: int) -> Levels:
+    """``2^bits - 1`` levels, zero among them and as many on each side, with a free step: what everybody compares with.
 
     Raises:
-        ConstraintError: a support that couples layers, whose steps could not be told apart.
+        ConstraintError: fewer than 2 bits.
     """
-
-    support: SupportConstraint
-    values: Levels
-
-    def __post_init__(self) -> None:
-        if not self.support.per_layer:
-            raise ConstraintError(f"{self.support} couples layers; levels belong to one layer")
-
-    @property
-    def exact(self) -> bool:
-        """Whether both parts are, and the step is given."""
-        return self.support.exact and self.values.step is not None
-
-    @property
-    def cone(self) -> bool:
-        """Whether both parts are."""
-        return self.support.cone and self.values.cone
-
-    def fit(self, weights: Mapping[str, Tensor]) -> dict[str, "Quantized"]:
-        """The support's adaptive part, then the step that suits what it keeps."""
-        supports = self.support.fit(weights)
-        kept = {n: supports[n].project(w) for n, w in weights.items()}
-        values = self.values.fit(kept)
-        return {n: Quantized(supports[n], values[n]) for n in weights}
-
-    def project(self, weight: Tensor) -> Tensor:
-        """Levels where they save the most, zero elsewhere."""
-        if self.values.step is not None:
-            return self._joint(weight, self.values)
-        kept, z = self.support.project(weight), None
-        for _ in range(10):
-            if not kept.any():
-                return kept
-            before, z = z, self._joint(weight, self.values.fit({"": kept})[""])
-            if before is not None and torch.equal(before, z):
-                break
-            kept = torch.where(z != 0, weight, 0.0)
-        return z
-
-    def _joint(self, weight: Tensor, values: Levels) -> Tensor:
-        z = values.project(weight)
-        saved = (weight.square() - (weight - z).square()).clamp_(min=0)
-        return torch.where(self.support.select(saved.sqrt()) & (saved > 0), z, 0.0)
-
-    def tangent(self, z: Tensor, gradient: Tensor) -> Tensor:
-        """As of the levels: removed weights don't move."""
-        return self.values.tangent(z, gradient)
-
-    def storage_bits(self, z: Tensor, bits: int) -> Storage:
-        """In the support's format, with a level number for zero if zeros lie among what it stores, or in none at all.
-
-        The step comes on top; ``bits`` is not used.
-        """
-        anywhere = irregular_levels(z != 0, self.values.bits)
-        stored = self.support.storage_bits(z, 1).data
-        zeros = stored > int(z.count_nonzero())
-        bill = self.support.storage_bits(z, ceil(log2(2 * self.values.per_side + zeros)))
-        best = anywhere if isinstance(self.support, Unstructured) else min(bill, anywhere, key=lambda s: s.total)
-        return best._replace(table=best.table + STEP_BITS)
+    if not isinstance(bits, int) or bits < 2:
+        raise ConstraintError(f"bits = {bits!r}: allowed are whole numbers from 2")
+    return Levels(2 ** (bits - 1) - 1, zero=True)

@@ -1,0 +1,32 @@
+"""Value sets: what a layer's weights may be, alone or on what a sparsity set keeps.
+
+Pruning comes first and quantization after it, so a weight that is exactly zero is off the support: it takes no part in
+the choice of values and stays zero. A mask that is attached, or a network pruned before, is a frozen support
+(papers/pruning.md A.2, 5, 6). `Unified` is the exception: the sign of zero is + in a block that shares a magnitude.
+"""
+
+from lib.quantization.branches import Expansion, TernaryRule, branch
+from lib.quantization.codebook import Codebook
+from lib.quantization.joint import Quantized
+from lib.quantization.levels import STEP_BITS, Levels, best_step, binary, ternary, uniform
+from lib.quantization.powers import Factors, PowerOfTwo, SmartExchange, nearest_power
+from lib.quantization.unified import Unified
+
+__all__ = [
+    "STEP_BITS",
+    "Codebook",
+    "Expansion",
+    "Factors",
+    "Levels",
+    "PowerOfTwo",
+    "Quantized",
+    "SmartExchange",
+    "TernaryRule",
+    "Unified",
+    "best_step",
+    "binary",
+    "branch",
+    "nearest_power",
+    "ternary",
+    "uniform",
+]
