@@ -5,6 +5,7 @@ the choice of values and stays zero. A mask that is attached, or a network prune
 (papers/pruning.md A.2, 5, 6). `Unified` is the exception: the sign of zero is + in a block that shares a magnitude.
 """
 
+from lib.quantization.activations import InputQuantizer, full_precision_activations, quantize_activations
 from lib.quantization.branches import Expansion, TernaryRule, branch
 from lib.quantization.codebook import Codebook
 from lib.quantization.joint import Quantized
@@ -17,6 +18,7 @@ __all__ = [
     "Codebook",
     "Expansion",
     "Factors",
+    "InputQuantizer",
     "Levels",
     "PowerOfTwo",
     "Quantized",
@@ -26,7 +28,9 @@ __all__ = [
     "best_step",
     "binary",
     "branch",
+    "full_precision_activations",
     "nearest_power",
+    "quantize_activations",
     "ternary",
     "uniform",
 ]

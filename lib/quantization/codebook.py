@@ -88,16 +88,23 @@ class Codebook(Constraint):
         z = torch.as_tensor(centroids[nearest], dtype=weight.dtype, device=weight.device)
         return torch.where(samples.any(1, keepdim=True), z, 0.0).reshape(weight.shape)
 
+    def entries(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """The distinct samples ``(entries, length)`` and which one each sample is."""
+        samples = self.samples(z)
+        if samples.shape[1] > 1:
+            return samples.unique(dim=0, return_inverse=True)
+        values, which = samples[:, 0].unique(return_inverse=True)  # far quicker than whole rows
+        return values[:, None], which
+
     def member(self, weight: Tensor, tolerance: float = 0.0) -> bool:
         """Whether there are at most ``k`` distinct samples, or with given centroids only these."""
         if self.centroids is not None:
             return super().member(weight, tolerance)
-        samples = self.samples(weight)
-        return len(samples[samples.any(1)].unique(dim=0)) <= self.k
+        return int(self.entries(weight)[0].any(1).sum()) <= self.k
 
     def tangent(self, z: Tensor, gradient: Tensor) -> Tensor:
         """Every entry moves by the mean gradient of its samples."""
-        entries, which = self.samples(z).unique(dim=0, return_inverse=True)
+        entries, which = self.entries(z)
         g = self.samples(gradient)
         mean = torch.zeros_like(entries).index_add_(0, which, g) / which.bincount(minlength=len(entries))[:, None]
         return torch.where(entries.any(1, keepdim=True), mean, 0.0)[which].reshape(z.shape)
@@ -107,7 +114,8 @@ class Codebook(Constraint):
 
         The released account of Deep k-Means: an entropy code needs a little more.
         """
-        entries, counts = self.samples(z).unique(dim=0, return_counts=True)
+        entries, which = self.entries(z)
+        counts = which.bincount(minlength=len(entries))
         share = counts.double() / counts.sum()
         entropy = float(-(share * share.log2()).sum())
         return Storage(int(counts.sum()) * entropy, table=int(entries.any(1).sum()) * entries.shape[1] * CENTROID_BITS)

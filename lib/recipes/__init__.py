@@ -6,23 +6,31 @@ the weights that training goes on from. The loop is always `lib.training.fit`; r
 
 from lib.recipes.admm import admm, progressive, split
 from lib.recipes.budgets import search_budgets, search_rate
+from lib.recipes.clustering import deep_kmeans
+from lib.recipes.inside import alternating, retrain_inside, snapped
 from lib.recipes.quantizing import partial_hardening, straight_through
 from lib.recipes.reweighted import reweighted, search_strength
 from lib.recipes.rewinding import State, iterative, layer_weights, one_shot, rewind, state_of
+from lib.recipes.tiles import group_lasso
 
 __all__ = [
     "State",
     "admm",
+    "alternating",
+    "deep_kmeans",
+    "group_lasso",
     "iterative",
     "layer_weights",
     "one_shot",
     "partial_hardening",
     "progressive",
+    "retrain_inside",
     "reweighted",
     "rewind",
     "search_budgets",
     "search_rate",
     "search_strength",
+    "snapped",
     "split",
     "state_of",
     "straight_through",

@@ -1,0 +1,81 @@
+"""Inputs of layers at few bits, in evaluation and in training."""
+
+import torch
+from torch import Tensor, nn
+
+from lib.constraint import ConstraintError
+from lib.models import prunable
+
+
+class InputQuantizer(nn.Module):
+    """Rounds a layer's input to ``2^bits`` equal steps from ``low`` to ``high``; the gradient goes straight through.
+
+    Inputs outside are clipped, and get no gradient. Zero is always one of the values.
+    """
+
+    def __init__(self, bits: int, low: float, high: float) -> None:
+        super().__init__()
+        self.bits = bits
+        scale = (high - low) / (2**bits - 1) or 1.0
+        self.register_buffer("scale", torch.tensor(scale))
+        self.register_buffer("zero", torch.tensor(round(-low / scale), dtype=torch.int32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x``, rounded."""
+        return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero, 0, 2**self.bits - 1)
+
+    def extra_repr(self) -> str:
+        """Shown with the network."""
+        return f"{self.bits} bits"
+
+
+@torch.no_grad()
+def quantize_activations(model: nn.Module, bits: int, images: Tensor) -> nn.Module:
+    """Round the inputs of all prunable layers to ``bits`` from now on, in place. Returns the model.
+
+    Each layer's range is the one of least squared error on ``images``: from 0 where no input is negative, as after
+    ReLU, and from the low end otherwise. Called again, the ranges are chosen anew; the network's own weights and their
+    names stay, two buffers a layer are added.
+
+    Raises:
+        ConstraintError: fewer than 1 bit or more than 16.
+    """
+    if not isinstance(bits, int) or not 1 <= bits <= 16:
+        raise ConstraintError(f"bits = {bits!r}: allowed are 1 to 16")
+    full_precision_activations(model)
+    seen: dict[str, Tensor] = {}
+    handles = [
+        layer.register_forward_pre_hook(lambda _, args, n=name: seen.__setitem__(n, args[0]))
+        for name, layer in prunable(model).items()
+    ]
+    mode = model.training
+    model.eval()(images)
+    model.train(mode)
+    for handle in handles:
+        handle.remove()
+    for name, layer in prunable(model).items():
+        layer.add_module("quantize_input", _calibrated(bits, seen[name]))
+        layer.register_forward_pre_hook(_quantized)
+    return model
+
+
+def full_precision_activations(model: nn.Module) -> nn.Module:
+    """Take the rounding of inputs away again, in place. Returns the model."""
+    for layer in prunable(model).values():
+        if hasattr(layer, "quantize_input"):
+            del layer.quantize_input
+            for key in [k for k, hook in layer._forward_pre_hooks.items() if hook is _quantized]:
+                del layer._forward_pre_hooks[key]
+    return model
+
+
+def _quantized(layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (layer.quantize_input(args[0]), *args[1:])
+
+
+def _calibrated(bits: int, x: Tensor) -> InputQuantizer:
+    low, high = min(0.0, float(x.min())), max(0.0, float(x.max()))
+    tried = [
+        InputQuantizer(bits, share * low, share * high).to(x.device) for share in torch.linspace(0.1, 1, 46).tolist()
+    ]
+    return min(tried, key=lambda q: float((q(x) - x).square().sum()))

@@ -1,0 +1,132 @@
+"""Training in and out of sets that no mask can hold: along their tangents, and by turns with their projection."""
+
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from lib.constraint import Constraint, ConstraintError, Plan, Storage, leaf, weights
+from lib.data import Data
+from lib.models import prunable
+from lib.quantization import SmartExchange
+from lib.training import Hook, Progress, TrainingError, evaluate, fit
+
+
+class _Tangent(Hook):
+    """Every gradient along its set, and a look after every epoch whether the weights are still inside."""
+
+    def __init__(self, model: nn.Module, plan: Plan, tolerance: float) -> None:
+        self.plan, self.tolerance = plan, tolerance
+        self.parameters = {n: leaf(layer) for n, layer in prunable(model).items() if n in plan}
+        self.check(model, "before training")
+
+    @torch.no_grad()
+    def after_backward(self, model: nn.Module, step: int) -> None:
+        for name, c in self.plan.items():
+            w = self.parameters[name]
+            w.grad.copy_(c.tangent(w, w.grad))
+
+    def after_epoch(self, model: nn.Module, epoch: int) -> None:
+        self.check(model, f"in epoch {epoch + 1}")
+
+    def check(self, model: nn.Module, when: str) -> None:
+        for name, w in weights(model, self.plan).items():
+            if not self.plan[name].member(w, self.tolerance * float(w.abs().max())):
+                raise TrainingError(f"{name} is outside {self.plan[name]} {when}; harden it first, or lower lr")
+
+
+def retrain_inside(
+    model: nn.Module,
+    plan: Plan,
+    data: Data,
+    *,
+    tolerance: float = 1e-4,
+    progress: Progress | None = None,
+    **fit_options: Any,
+) -> pd.DataFrame:
+    """Retrain hardened weights inside their sets: each gradient becomes its part along the set (papers/pruning.md A.1).
+
+    Which weights share a magnitude or an entry stays as it is; what they share is trained. Momentum and, for cones,
+    weight decay stay inside as well, so plain SGD does; membership is looked at after every epoch.
+
+    Args:
+        tolerance: of that look, in shares of the layer's largest weight.
+
+    Returns:
+        As `fit`.
+
+    Raises:
+        ConstraintError: sets that couple layers, or weight decay with a set that is no cone. ValueError: Adam, whose
+        steps have another direction than their gradients. TrainingError: weights outside their set.
+    """
+    if fit_options.get("optimizer", "sgd") != "sgd":
+        raise ValueError("retrain_inside: optimizer = 'adam' leaves the sets; allowed is 'sgd'")
+    for name, c in plan.items():
+        if not c.per_layer or (fit_options.get("weight_decay", 0) and not c.cone):
+            raise ConstraintError(f"{name}: {c} couples layers or is left by weight decay; retrain it otherwise")
+    return fit(model, data, hooks=(_Tangent(model, plan, tolerance),), progress=progress, **fit_options)
+
+
+class _Snap(Hook):
+    """Projection every few epochs, and what it changed."""
+
+    def __init__(self, model: nn.Module, plan: Plan, data: Data, interval: int) -> None:
+        self.plan, self.data, self.interval = plan, data, interval
+        self.parameters = {n: leaf(layer) for n, layer in prunable(model).items() if n in plan}
+        self.rows: list[dict[str, float]] = []
+
+    @torch.no_grad()
+    def after_epoch(self, model: nn.Module, epoch: int) -> None:
+        if (epoch + 1) % self.interval:
+            return
+        free, moved, size, bill = evaluate(model, self.data.validation), 0.0, 0.0, Storage(0)
+        for name, w in self.parameters.items():
+            z, bits = snapped(self.plan[name], w.detach())
+            moved, size = moved + float((w - z).square().sum()), size + float(w.square().sum())
+            bill = Storage(*(a + b for a, b in zip(bill, bits, strict=True)))
+            w.copy_(z)
+        row = {"epoch": epoch + 1, "distance": (moved / max(size, 1e-30)) ** 0.5, "accuracy": free}
+        row |= {"hardened_accuracy": evaluate(model, self.data.validation)}
+        self.rows.append(row | {f"{k}_bits": v for k, v in bill._asdict().items()})
+
+
+def snapped(constraint: Constraint, weight: Tensor) -> tuple[Tensor, Storage]:
+    """A point of the set, and the bits of that very point: factors can't be told from their product."""
+    if isinstance(constraint, SmartExchange):
+        factors = constraint.factors(weight)
+        return factors.weight, factors.storage(constraint.bits, constraint.basis_bits)
+    z = constraint.project(weight)
+    return z, constraint.storage_bits(z, 32)
+
+
+def alternating(
+    model: nn.Module,
+    plan: Plan,
+    data: Data,
+    *,
+    epochs: int,
+    interval: int = 1,
+    progress: Progress | None = None,
+    **fit_options: Any,
+) -> pd.DataFrame:
+    """Epochs of plain training and projections by turns, in place: SmartExchange's retraining (papers/pruning.md 15c).
+
+    Ends with a projection. Unlike `straight_through` the weights themselves are moved, so that what a set takes away
+    has to grow back; unlike `admm` nothing pulls toward the set in between.
+
+    Returns:
+        One row for each projection: ``epoch``, ``distance`` = ||W - Z|| / ||W||, validation ``accuracy`` before and
+        ``hardened_accuracy`` after it, and ``data_bits``, ``index_bits``, ``table_bits`` of the planned layers.
+
+    Raises:
+        ValueError: ``epochs`` is not a positive multiple of ``interval``. ConstraintError: sets that couple layers.
+    """
+    if interval < 1 or epochs < 1 or epochs % interval:
+        raise ValueError(f"alternating: epochs = {epochs}, interval = {interval}: epochs must be a positive multiple")
+    weights(model, plan)
+    if coupled := [n for n, c in plan.items() if not c.per_layer]:
+        raise ConstraintError(f"{coupled[0]}: {plan[coupled[0]]} couples layers; alternating takes one at a time")
+    snap = _Snap(model, plan, data, interval)
+    fit(model, data, epochs=epochs, hooks=(snap,), progress=progress, **fit_options)
+    return pd.DataFrame(snap.rows)
