@@ -25,6 +25,13 @@ from lib.plots.faults import (
     tolerated_against_density,
     tolerated_bars,
 )
+from lib.plots.quantization import (
+    clipping,
+    lost_against_bits,
+    unified_against_pruned,
+    weight_histograms,
+    with_and_without_retraining,
+)
 from lib.plots.retraining import (
     accuracy_against_budget,
     accuracy_against_sparsity,
@@ -75,6 +82,7 @@ __all__ = [
     "accuracy_by_structure",
     "admm_convergence",
     "broken_layer",
+    "clipping",
     "convergence_of_steps",
     "converter_sweep",
     "correlation_against_p",
@@ -87,6 +95,7 @@ __all__ = [
     "house_style",
     "joint",
     "ledger_table",
+    "lost_against_bits",
     "lost_against_rate",
     "matched_compression",
     "measured",
@@ -101,5 +110,8 @@ __all__ = [
     "table",
     "tolerated_against_density",
     "tolerated_bars",
+    "unified_against_pruned",
+    "weight_histograms",
     "wire_sweep",
+    "with_and_without_retraining",
 ]
