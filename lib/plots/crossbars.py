@@ -164,7 +164,7 @@ def joint(results: pd.DataFrame, front: pd.Series) -> Figure:
         front: by arm, whether it lies on the Pareto front of all three: drawn filled.
     """
     arms = list(front.index)
-    colours = dict(zip(arms, sns.color_palette("deep", 10), strict=False))
+    colours = dict(zip(arms, cycle([*sns.color_palette("deep", 10), *sns.color_palette("dark", 10)]), strict=False))
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.4))
     goals = (("accuracy_percent", "test accuracy (%)"), ("tolerated_percent", "tolerated broken cells (%)"))
     for ax, (goal, label) in zip(axes, goals, strict=True):
@@ -172,7 +172,7 @@ def joint(results: pd.DataFrame, front: pd.Series) -> Figure:
             part = results[results["arm"] == arm]
             x, y = part["energy_nJ"] / 1000, part[goal]
             spread = [[[v.mean() - v.min()], [v.max() - v.mean()]] for v in (x, y)]
-            style = {"fmt": MARKERS[i], "ms": 9, "color": colours[arm], "elinewidth": 0.9, "label": arm}
+            style = {"fmt": MARKERS[i % len(MARKERS)], "ms": 9, "color": colours[arm], "elinewidth": 0.9, "label": arm}
             ax.errorbar(x.mean(), y.mean(), spread[1], spread[0], mfc=colours[arm] if front[arm] else "white", **style)
         ax.set(xlabel="energy of an image (uJ)", ylabel=label, xscale="log")
         _plain_log(ax.xaxis)

@@ -126,7 +126,7 @@ CHECKS: dict[str, Check] = {
     "sizes": _each(lambda v: v >= 1, "from 1"),
     "adc_bits": _each(lambda v: 1 <= v <= 24, "from 1 to 24"),
     "r_on": _each(lambda v: v > 0, "ohms above 0"),
-    "bits": _each(lambda v: 2 <= v <= 16, "from 2 to 16"),
+    "bits": _each(lambda v: 3 <= v <= 16, "from 3 to 16"),
     "input_bits": _each(lambda v: 2 <= v <= 16, "from 2 to 16", least=0),
     "branches": _each(lambda v: 2 <= v <= 19, "from 2 to 19"),
     "power_bits": _each(lambda v: 2 <= v <= 5, "from 2 to 5"),
