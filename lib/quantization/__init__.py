@@ -8,9 +8,10 @@ the choice of values and stays zero. A mask that is attached, or a network prune
 from lib.quantization.activations import InputQuantizer, full_precision_activations, quantize_activations
 from lib.quantization.branches import Expansion, TernaryRule, branch
 from lib.quantization.codebook import Codebook
+from lib.quantization.factors import Factors, SmartExchange
 from lib.quantization.joint import Quantized
 from lib.quantization.levels import STEP_BITS, Levels, best_step, binary, ternary, uniform
-from lib.quantization.powers import Factors, PowerOfTwo, SmartExchange, nearest_power
+from lib.quantization.powers import PowerOfTwo, nearest_power
 from lib.quantization.unified import Unified
 
 __all__ = [

@@ -1,16 +1,14 @@
-"""Signed powers of two, alone or as sparse coefficients of a small basis (papers/pruning.md 15c)."""
+"""Signed powers of two: products become shifts."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import ceil, log2
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lib.constraint import Constraint, ConstraintError, Storage
 from lib.costs.storage import irregular_levels
-from lib.pruning.groups import gemm
 
 EXPONENT_BITS = 8
 """What a layer's largest exponent takes in a table."""
@@ -74,119 +72,3 @@ class PowerOfTwo(Constraint):
         named = Storage(z.numel() * self.bits, table=EXPONENT_BITS)
         sparse = irregular_levels(z != 0, ceil(log2(2 * self.count)))._replace(table=EXPONENT_BITS)
         return min(named, sparse, key=lambda s: s.total)
-
-
-class Factors(NamedTuple):
-    """``weight = coefficients @ basis``, slice by slice.
-
-    Attributes:
-        coefficients: ``(slices, rows, n)``, zero or signed powers of two. basis: ``(slices, n, n)``.
-        weight: their product, in the layer's shape.
-        errors: ``||W - Ce B|| / ||W||`` after every turn; it need not fall.
-    """
-
-    coefficients: Tensor
-    basis: Tensor
-    weight: Tensor
-    errors: tuple[float, ...]
-
-    def storage(self, bits: int, basis_bits: int) -> Storage:
-        """Nonzero coefficients, where they are, and the bases."""
-        bill = irregular_levels((self.coefficients != 0).flatten(0, 1), bits)
-        return bill._replace(table=bill.table + self.basis.numel() * basis_bits)
-
-
-@dataclass(frozen=True)
-class SmartExchange(Constraint):
-    """``Ce @ B``: sparse powers of two times a small basis, slice by slice (ISCA 2020; papers/pruning.md 15c).
-
-    A convolution's filter is a slice of ``C * Kh`` rows and ``Kw`` columns, a linear layer's row one of 3 columns; at
-    most ``rows`` each. By turns: coefficients to powers of two, the basis by least squares, coefficients by least
-    squares, small ones to zero. That need not converge, nor give the same point twice: the best turn is taken. So
-    harden once, and keep that. The released code's thresholds and powers are absolute; here each column of coefficients
-    is scaled to at most 1 first, which the basis takes up, so that they don't depend on a layer's scale.
-
-    Attributes:
-        threshold: coefficients below it become zero. bits: of a coefficient, sign and zero included.
-        basis_bits: of a number of the basis, counted only. iterations: turns. rows: of a slice, at most.
-    """
-
-    threshold: float = 0.1
-    bits: int = 4
-    basis_bits: int = 8
-    iterations: int = 30
-    rows: int = 192
-
-    exact = False
-    cone = True
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.threshold < 1:
-            raise ConstraintError(f"threshold = {self.threshold}: allowed are shares of the largest, in [0, 1)")
-        if not 2 <= self.bits <= 8 or self.iterations < 1 or self.rows < 3:
-            raise ConstraintError(f"{self}: allowed are bits from 2 to 8, iterations from 1, rows from 3")
-
-    def slices(self, weight: Tensor) -> Tensor:
-        """``(slices, rows, n)``, padded with zeros where rows don't fill them."""
-        width = weight.shape[-1] if weight.dim() == 4 and weight.shape[-1] > 1 else 3
-        matrix = gemm(weight)  # (F, K)
-        tall = -(-matrix.shape[1] // width)
-        pieces = -(-tall // self.rows)
-        rows = -(-tall // pieces)
-        padded = matrix.new_zeros(len(matrix), pieces * rows * width)
-        padded[:, : matrix.shape[1]] = matrix
-        return padded.view(-1, rows, width)
-
-    def factors(self, weight: Tensor) -> Factors:
-        """The decomposition of least error among the turns."""
-        w = self.slices(weight.detach())
-        n, size = w.shape[2], w.norm().clamp(min=1e-30)
-        basis, raw = torch.eye(n, dtype=w.dtype, device=w.device).repeat(len(w), 1, 1), w
-        best, errors = None, []
-        for _ in range(self.iterations):
-            raw, basis = _balanced(raw, basis)
-            coefficients = nearest_power(torch.where(raw.abs() < self.threshold, 0.0, raw), 0, 2 ** (self.bits - 1) - 1)
-            basis = _least_squares(coefficients, w, basis)
-            errors.append(float((w - coefficients @ basis).norm() / size))
-            if errors[-1] == min(errors):
-                best = coefficients, basis
-            raw = w @ torch.linalg.pinv(basis, rtol=1e-4)
-        product = (best[0] @ best[1]).reshape(len(gemm(weight)), -1)[:, : gemm(weight).shape[1]]
-        return Factors(*best, product.reshape(weight.shape), tuple(errors))
-
-    def project(self, weight: Tensor) -> Tensor:
-        """The product of the factors; exact zeros stay."""
-        return torch.where(weight != 0, self.factors(weight).weight, 0.0)
-
-    def member(self, weight: Tensor, tolerance: float = 0.0) -> bool:
-        """Refused: whether factors exist is not known from the product; compare with `Factors.weight`."""
-        raise ConstraintError("SmartExchange: membership cannot be told from the product; keep its factors")
-
-    def tangent(self, z: Tensor, gradient: Tensor) -> Tensor:
-        """What moves with the bases while coefficients stay: ``Ce (Ce^+ g)`` in every slice.
-
-        Coefficients are those that the alternation finds for ``z``.
-        """
-        coefficients = self.factors(z).coefficients
-        moved = coefficients @ (torch.linalg.pinv(coefficients, rtol=1e-4) @ self.slices(gradient))
-        return moved.reshape(len(gemm(z)), -1)[:, : gemm(z).shape[1]].reshape(z.shape)
-
-    def storage_bits(self, z: Tensor, bits: int) -> Storage:
-        """Coefficients and bases of a decomposition of ``z``; ``bits`` is not used.
-
-        Of a layer that was just decomposed, `Factors.storage` is the account of those very factors.
-        """
-        return self.factors(z).storage(self.bits, self.basis_bits)
-
-
-def _balanced(raw: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """Columns of the coefficients at most 1 in magnitude, the rows of the basis as much larger."""
-    scale = raw.abs().amax(1, keepdim=True)  # (slices, 1, n)
-    scale = torch.where(scale > 0, scale, 1.0)
-    return raw / scale, basis * scale.transpose(1, 2)
-
-
-def _least_squares(coefficients: Tensor, w: Tensor, before: Tensor) -> Tensor:
-    """The basis of least error; rows whose coefficients are all zero stay as they were, or they would never return."""
-    dead = ~coefficients.any(1)  # (slices, n)
-    return torch.where(dead[:, :, None], before, torch.linalg.pinv(coefficients, rtol=1e-4) @ w)
