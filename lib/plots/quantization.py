@@ -102,15 +102,16 @@ def clipping(logs: pd.DataFrame) -> Figure:
 
 
 def unified_against_pruned(blocks: pd.DataFrame, most: float = 20.0) -> Figure:
-    """Accuracy lost against the share of blocks: unified (solid) or pruned (dashed), a colour for each block.
+    """Accuracy lost against the share of blocks: unified (solid), pruned (dashed) or half of each, a colour a block.
 
     Args:
-        blocks: columns ``kind`` (``one magnitude`` or ``pruned``), ``block``, ``setting`` (share), ``drop``.
+        blocks: columns ``kind`` (``one magnitude``, ``half of each`` or ``pruned``), ``block``, ``setting`` (share),
+            ``drop``.
     """
     figure, ax = plt.subplots(figsize=(6.6, 4))
     sizes = list(dict.fromkeys(blocks["block"]))
     for block, colour, marker in zip(sizes, PALETTE, MARKERS, strict=False):
-        for kind, style in (("one magnitude", "-"), ("pruned", "--")):
+        for kind, style in (("one magnitude", "-"), ("half of each", ":"), ("pruned", "--")):
             part = blocks[(blocks["block"] == block) & (blocks["kind"] == kind)]
             _means(ax, part, "setting", "setting", f"{block}, {kind}", colour, marker, ls=style)
     ax.set_xlabel("share of the blocks")

@@ -1,6 +1,7 @@
 """A study's parameters: what its notebook declares, and the refusal of anything else."""
 
 import ast
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -133,12 +134,13 @@ CHECKS: dict[str, Check] = {
     "entries": _each(lambda v: v >= 2, "from 2"),
     "cluster_entries": (lambda v: v >= 2, "whole numbers from 2"),
     "cluster_strength": _POSITIVE,
-    "block_widths": _each(lambda v: v >= 2, "from 2", least=2),
+    "blocks": _each(lambda v: re.fullmatch(r"[1-9]\d*x[1-9]\d*", v), 'such as "1x4"', least=2),
     "shares": _each(lambda v: 0 < v < 1, "in (0, 1)"),
     "thresholds": _each(lambda v: 0 <= v < 1, "in [0, 1)"),
     "tile_rates": _each(lambda v: v > 1, "above 1"),
     "tile": _COUNT,
-    "lasso_strength": _POSITIVE,
+    "plain_strength": _POSITIVE,
+    "clipped_strength": _POSITIVE,
     "clip": _POSITIVE,
     "wire_model": (lambda v: v in ("nodal", "series", "line"), "nodal, series and line"),
     "fault_drop": (lambda v: 0 < v < 100, "points in (0, 100)"),
