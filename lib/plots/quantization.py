@@ -8,7 +8,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from torch import Tensor
 
 from lib.plots.structures import MARKERS
@@ -82,20 +82,19 @@ def weight_histograms(weights: Mapping[str, Tensor]) -> Figure:
 
 
 def clipping(logs: pd.DataFrame) -> Figure:
-    """Mean ternary scale and threshold of the layers, and tiles that are left, along training under the penalty.
+    """Ternary scale and threshold and the tiles that are left, along training under the penalty.
 
     Args:
-        logs: of `lib.recipes.group_lasso`, with ``penalty`` and ``seed``.
+        logs: columns ``epoch``, ``scale``, ``threshold`` and ``tiles`` (shares of the start), ``penalty``, ``seed``.
     """
     figure, axes = plt.subplots(1, 3, figsize=(11.5, 3.4))
     for ax, column, label in zip(
-        axes, ("scale", "threshold", "tiles"), ("scale a", "threshold", "tiles left (%)"), strict=True
+        axes, ("scale", "threshold", "tiles"), ("scale a", "threshold", "tiles left"), strict=True
     ):
-        own = [c for c in logs if c.startswith(f"{column}/")]
-        part = logs.assign(value=logs[own].mean(axis=1) * (100 if column == "tiles" else 1))
         for kind, colour in zip(("plain", "clipped"), (ORANGE, BLUE), strict=True):
-            band(ax, part[part["penalty"] == kind], "epoch", "value", kind, color=colour, marker="o")
-        ax.set(xlabel="epoch", ylabel=f"{label}, mean of layers", ylim=(0, None))
+            band(ax, logs[logs["penalty"] == kind], "epoch", column, kind, color=colour, marker="o")
+        ax.set(xlabel="epoch", ylabel=f"{label}, share of the start", ylim=(0, None))
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.get_legend().remove()
     legend_beside(figure, axes[0])
     return figure

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import ceil, isfinite, log2
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,12 +28,15 @@ def best_step(weight: Tensor, per_side: int, zero: bool = False) -> float:
     Returns:
         The step, 0 for a weight without nonzeros.
     """
-    a = weight[weight != 0].abs().double().sort().values
+    a = weight[weight != 0].abs()
     if not len(a):
         return 0.0
+    if per_side == 1 and not zero:
+        return float(a.double().mean())
+    a = _sorted(a).double()
     sums = torch.cat([a.new_zeros(1), a.cumsum(0)])
     if per_side == 1:
-        count = torch.arange(1, len(a) + 1, device=a.device) if zero else torch.tensor([len(a)], device=a.device)
+        count = torch.arange(1, len(a) + 1, device=a.device)
         top = sums[-1] - sums[len(a) - count]
         best = (top.square() / count).argmax()
         return float(top[best] / count[best])
@@ -46,12 +50,20 @@ def best_step(weight: Tensor, per_side: int, zero: bool = False) -> float:
         edge = torch.cat([edge, edge.new_full((len(step), 1), len(a))], dim=1)
         return (sums[edge].diff(dim=1) * level).sum(1), (edge.diff(dim=1) * level.square()).sum(1)
 
-    step = a[-1] / per_side * torch.logspace(-2, 0.3, 512, dtype=a.dtype, device=a.device)
+    starts = 512 if per_side < 64 else 64  # the more levels, the smoother the error
+    step = a[-1] / per_side * torch.logspace(-2, 0.3, starts, dtype=a.dtype, device=a.device)
     for _ in range(20):
         product, square = fit(step)
-        step = torch.where(square > 0, product / square.clamp(min=1), step)
+        before, step = step, torch.where(square > 0, product / square.clamp(min=1), step)
+        if torch.allclose(step, before, rtol=1e-6):
+            break
     product, square = fit(step)
     return float(step[(2 * step * product - step.square() * square).argmax()])
+
+
+def _sorted(a: Tensor) -> Tensor:
+    """Ascending. On the CPU by NumPy, which is ten times as fast as torch on a large layer."""
+    return a.sort().values if a.is_cuda else torch.from_numpy(np.sort(a.detach().numpy()))
 
 
 @dataclass(frozen=True)
