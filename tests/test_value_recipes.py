@@ -157,7 +157,7 @@ class TestGroupLasso:
         """At tiles gone alike, what is left is larger, and so is the scale of ternary weights."""
         options = OPTIONS | {"epochs": 4}
         none = group_lasso(deepcopy(trained), TILES, images, strength=0.0, **options)
-        plain = group_lasso(deepcopy(trained), TILES, images, strength=0.9, **options)
+        plain = group_lasso(deepcopy(trained), TILES, images, strength=2.0, **options)
         clipped = group_lasso(deepcopy(trained), TILES, images, strength=2.0, clip=1.0, **options)
         assert none["tiles/fc1"].iloc[-1] == 1
         assert plain["tiles/fc1"].iloc[-1] < 0.7
@@ -166,7 +166,7 @@ class TestGroupLasso:
         assert clipped["scale/fc1"].iloc[-1] > 0.95 * none["scale/fc1"].iloc[-1]
 
     def test_vanished_tiles_are_zero(self, trained, images):
-        log = group_lasso(trained, TILES, images, strength=1.5, **OPTIONS)
+        log = group_lasso(trained, TILES, images, strength=4.0, **OPTIONS)
         for name, c in TILES.items():
             norms = c.group_norms(models.prunable(trained)[name].weight)
             assert float((norms > 0).float().mean()) == pytest.approx(log[f"tiles/{name}"].iloc[-1])
@@ -175,7 +175,7 @@ class TestGroupLasso:
 
     def test_with_ternary_weights(self, trained, images):
         values = {n: TernaryRule() for n in TILES}
-        log = group_lasso(trained, TILES, images, strength=1.5, clip=0.9, values=values, **OPTIONS)
+        log = group_lasso(trained, TILES, images, strength=4.0, clip=0.9, values=values, **OPTIONS)
         for name, w in weights(trained, values).items():
             assert len(w.abs().unique()) <= 2
             assert float((TILES[name].group_norms(w) > 0).float().mean()) <= log[f"tiles/{name}"].iloc[-1] + 1e-6

@@ -16,9 +16,10 @@ from lib.training import Hook, Progress, TrainingError, evaluate, fit, learning_
 
 
 class _ClippedLasso(Hook):
-    """The proximal step of ``strength / m * sum_G min(|W_G|, clip * m)``, ``m`` the layer's mean norm of a group.
+    """The proximal step of ``strength * m0 * sum_G min(|W_G|, clip * m)``, ``m`` the layer's mean norm of a group.
 
-    A group beyond the clip has no gradient and stays; one within shrinks by the same length, whatever its norm.
+    A group beyond the clip has no gradient and stays; one within shrinks by the same length, whatever its norm: by
+    ``lr * strength`` in shares of ``m0``, the mean norm at the start, so that layers of all scales shrink at one pace.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class _ClippedLasso(Hook):
         for name, w in self.parameters.items():
             groups = self.plan[name]
             norms = groups.group_norms(w)
-            shrink = (1 - self.rate(step) * self.strength / self.mean[name] / norms.clamp(min=1e-30)).clamp(min=0)
+            shrink = (1 - self.rate(step) * self.strength * self.mean[name] / norms.clamp(min=1e-30)).clamp(min=0)
             if self.clip is not None:
                 shrink = torch.where(norms < self.clip * norms[norms > 0].mean(), shrink, 1.0)
             w.mul_(groups.spread_groups(shrink, w))
@@ -76,6 +77,8 @@ def group_lasso(
 ) -> pd.DataFrame:
     """Shrink groups while training, in place: plain group lasso, or with weight penalty clipping (``clip``).
 
+    Minimizes the loss plus ``strength * sum_G m_l |W_G|``, ``m_l`` the mean norm of a group in its layer at the start.
+
     Weight penalty clipping (Yang, He and Fan, AAAI 2020) pushes only groups whose norm is below ``clip`` times the
     layer's mean norm at that step (of groups that are left), so that the strong ones, whose statistics set ternary
     thresholds and scales, are not shrunk along. That threshold is a reconstruction: the paper's is not known. As in
@@ -84,7 +87,7 @@ def group_lasso(
 
     Args:
         plan: sets of fixed groups, `Groups`; their budgets are not used here.
-        strength: of the penalty; 1 shrinks a group of mean norm to nothing in ``1 / lr`` steps.
+        strength: of the penalty; 1 shrinks a group of the layer's mean norm to nothing in ``1 / lr`` steps.
         values: levels to train through at the same time (`straight_through`); the latent weights are shrunk.
         beta: of the thresholds and scales that are reported.
 
