@@ -8,33 +8,15 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from lib.plots.structures import MARKERS
-from lib.plots.style import GREY, legend_beside
+from lib.plots.style import GREY, legend_beside, log_ticks, lost_axis, lost_line
 
 
 def _log_axis(ax: Axes, label: str) -> None:
     ax.set_xscale("log")
-    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set_xlabel(label)
-
-
-def _arm(ax: Axes, runs: pd.DataFrame, x: str, label: str, colour: tuple, marker: str, **style) -> None:
-    """Means over seeds of one arm, joined along its steps; bars from the best network to the worst."""
-    groups = runs.groupby("nominal")
-    place, lost = groups[x].mean(), groups["drop"]
-    spread = [(lost.mean() - lost.min()).clip(0), (lost.max() - lost.mean()).clip(0)]
-    style = {"color": colour, "marker": marker, "ms": 5, "lw": 1.4, "elinewidth": 0.8, "label": label} | style
-    ax.errorbar(place, lost.mean(), spread, **style)
-
-
-def _lost_axis(ax: Axes, shown: pd.DataFrame, most: float) -> None:
-    ax.axhline(0, color=GREY, ls="--", lw=1.2)
-    ax.set_ylim(min(most, shown["drop"].max() + 0.2), min(-0.2, shown["drop"].min() - 0.2))  # better is higher
-    ax.set_ylabel("points of accuracy lost")
+    log_ticks(ax.xaxis)
 
 
 def drop_against(
@@ -61,7 +43,7 @@ def drop_against(
         for arm, colour, marker in zip(arms, sns.color_palette("deep"), MARKERS, strict=False):
             part = shown[(shown["dataset"] == name) & (shown["arm"] == arm)]
             if len(part):
-                _arm(ax, part, x, arm, colour, marker)
+                lost_line(ax, part, "nominal", x, arm, colour, marker)
         _log_axis(ax, xlabel)
         inside = {rate: text for rate, text in marks.items() if rate <= 1.5 * shown[x].max()}
         ax.plot([*inside], [published_drop] * len(inside), "kx", ms=7, mew=1.5, label="published", ls="")
@@ -70,7 +52,7 @@ def drop_against(
                 text, (rate, published_drop), (0, 6), textcoords="offset points", fontsize="x-small", ha="center"
             )
         ax.set_title(name)
-        _lost_axis(ax, shown, most)
+        lost_axis(ax, shown, most)
     legend_beside(figure, axes[0][0])
     return figure
 
@@ -85,14 +67,14 @@ def drop_against_compression(
     for ax, name in zip(axes[0], names, strict=True):
         for arm, colour, marker in zip(arms, sns.color_palette("deep"), MARKERS, strict=False):
             part = shown[(shown["dataset"] == name) & (shown["arm"] == arm)]
-            _arm(ax, part, "data_only", f"{arm}, data only", colour, marker)
-            _arm(ax, part, "with_index", f"{arm}, with index", colour, marker, ls="--", mfc="white")
+            lost_line(ax, part, "nominal", "data_only", f"{arm}, data only", colour, marker)
+            lost_line(ax, part, "nominal", "with_index", f"{arm}, with index", colour, marker, ls="--", mfc="white")
         _log_axis(ax, "compression: bits of 32-bit dense weights / bits stored")
         for value, text in marks.items():
             ax.axvline(value, color=GREY, lw=1, ls=":")
             ax.annotate(text, (value, 1.01), xycoords=("data", "axes fraction"), fontsize="x-small", ha="center")
         ax.set_title(name, pad=16)
-        _lost_axis(ax, shown, most)
+        lost_axis(ax, shown, most)
     legend_beside(figure, axes[0][0])
     return figure
 

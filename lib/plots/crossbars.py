@@ -8,10 +8,10 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from lib.plots.structures import MARKERS
-from lib.plots.style import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, band, legend_beside
+from lib.plots.style import BLUE, GREEN, GREY, ORANGE, PALETTE, PURPLE, RED, band, legend_beside, log_ticks
 
 COMPONENTS = {
     "adc": BLUE,
@@ -20,12 +20,6 @@ COMPONENTS = {
     "sample_hold": PURPLE,
     "shift_add": RED,
 }
-
-
-def _plain_log(axis, subs: Sequence[int] = (1, 2, 5)) -> None:
-    axis.set_major_locator(LogLocator(subs=subs))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 10 else f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
 
 
 def converter_sweep(sweep: pd.DataFrame) -> Figure:
@@ -44,7 +38,7 @@ def converter_sweep(sweep: pd.DataFrame) -> Figure:
     axes[0].invert_yaxis()
     axes[0].set(xlabel="bits of a converter", ylabel="points of accuracy lost", title="Accuracy")
     axes[1].set(xlabel="bits of a converter", ylabel="energy of an image (nJ)", yscale="log", title="Energy")
-    _plain_log(axes[1].yaxis)
+    log_ticks(axes[1].yaxis)
     for ax in axes:
         ax.set_xticks(sorted(sweep["bits"].unique()))
     legend_beside(figure, axes[0])
@@ -65,7 +59,7 @@ def wire_sweep(dropped: pd.DataFrame, current: Mapping[float, float]) -> Figure:
     ax.set(xscale="log", xlabel="resistance of a cell that is on (ohm)", ylabel="points of accuracy lost")
     ax.set_xlim(min(current) / 1.5, max(current) * 1.5)
     ax.invert_yaxis()
-    _plain_log(ax.xaxis, subs=(1,))
+    log_ticks(ax.xaxis, subs=(1,))
     above = ax.get_xaxis_transform()
     for ohm, share in current.items():
         ax.text(ohm, 1.02, f"{share:.1%}", transform=above, ha="center", color=GREY, size="small")
@@ -164,7 +158,7 @@ def joint(results: pd.DataFrame, front: pd.Series) -> Figure:
         front: by arm, whether it lies on the Pareto front of all three: drawn filled.
     """
     arms = list(front.index)
-    colours = dict(zip(arms, cycle([*sns.color_palette("deep", 10), *sns.color_palette("dark", 10)]), strict=False))
+    colours = dict(zip(arms, cycle(PALETTE), strict=False))
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.4))
     goals = (("accuracy_percent", "test accuracy (%)"), ("tolerated_percent", "tolerated broken cells (%)"))
     for ax, (goal, label) in zip(axes, goals, strict=True):
@@ -175,8 +169,8 @@ def joint(results: pd.DataFrame, front: pd.Series) -> Figure:
             style = {"fmt": MARKERS[i % len(MARKERS)], "ms": 9, "color": colours[arm], "elinewidth": 0.9, "label": arm}
             ax.errorbar(x.mean(), y.mean(), spread[1], spread[0], mfc=colours[arm] if front[arm] else "white", **style)
         ax.set(xlabel="energy of an image (uJ)", ylabel=label, xscale="log")
-        _plain_log(ax.xaxis)
+        log_ticks(ax.xaxis)
     axes[1].set_yscale("log")
-    _plain_log(axes[1].yaxis)
+    log_ticks(axes[1].yaxis)
     legend_beside(figure, axes[0])
     return figure

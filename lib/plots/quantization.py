@@ -5,39 +5,12 @@ from collections.abc import Mapping
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from lib.plots.structures import MARKERS
-from lib.plots.style import BLUE, GREY, ORANGE, band, legend_beside
-
-PALETTE = [*sns.color_palette("deep", 10), *sns.color_palette("dark", 10)]
-
-
-def _log(ax: Axes, label: str, subs: tuple[int, ...] = (1, 2, 5)) -> None:
-    ax.set_xscale("log")
-    ax.xaxis.set_major_locator(LogLocator(subs=subs))
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    ax.xaxis.set_minor_formatter(NullFormatter())
-    ax.set_xlabel(label)
-
-
-def _means(ax: Axes, runs: pd.DataFrame, by: str, x: str, label: str, colour, marker: str, **style) -> None:
-    """Means over seeds, joined along the settings, with bars from the best network to the worst."""
-    groups = runs.groupby(by)
-    place, lost = groups[x].mean().sort_values(), groups["drop"]
-    mean, low, high = (f().reindex(place.index) for f in (lost.mean, lost.min, lost.max))
-    style = {"color": colour, "marker": marker, "ms": 6, "lw": 1.2, "elinewidth": 0.8, "label": label} | style
-    ax.errorbar(place, mean, [(mean - low).clip(0), (high - mean).clip(0)], **style)
-
-
-def _lost(ax: Axes, shown: pd.Series, most: float) -> None:
-    ax.axhline(0, color=GREY, ls="--", lw=1.2)
-    ax.set_ylim(min(most, shown.max() + 0.3), min(-0.3, shown.min() - 0.3))  # better is higher
-    ax.set_ylabel("points of accuracy lost")
+from lib.plots.style import BLUE, ORANGE, PALETTE, band, legend_beside, log_ticks, lost_axis, lost_line
 
 
 def lost_against_bits(results: pd.DataFrame, most: float = 12.0) -> Figure:
@@ -53,12 +26,13 @@ def lost_against_bits(results: pd.DataFrame, most: float = 12.0) -> Figure:
         for arm, colour, marker in zip(arms, PALETTE, MARKERS * 3, strict=False):
             part = results[(results["model"] == name) & (results["arm"] == arm)]
             if len(part):
-                _means(ax, part, "setting", "bits_per_weight", arm, colour, marker)
+                lost_line(ax, part, "setting", "bits_per_weight", arm, colour, marker)
             elif not i:  # in the legend all the same
                 ax.plot([], [], color=colour, marker=marker, label=arm)
-        _log(ax, "bits for each weight, everything counted", (1, 1.5, 2, 3, 4, 6, 8))
+        ax.set(xscale="log", xlabel="bits for each weight, everything counted")
+        log_ticks(ax.xaxis, (1, 1.5, 2, 3, 4, 6, 8))
         ax.set_title(name)
-        _lost(ax, results["drop"], most)
+        lost_axis(ax, results, most)
     legend_beside(figure, axes[0][0])
     return figure
 
@@ -112,9 +86,9 @@ def unified_against_pruned(blocks: pd.DataFrame, most: float = 20.0) -> Figure:
     for block, colour, marker in zip(sizes, PALETTE, MARKERS, strict=False):
         for kind, style in (("one magnitude", "-"), ("half of each", ":"), ("pruned", "--")):
             part = blocks[(blocks["block"] == block) & (blocks["kind"] == kind)]
-            _means(ax, part, "setting", "setting", f"{block}, {kind}", colour, marker, ls=style)
+            lost_line(ax, part, "setting", "setting", f"{block}, {kind}", colour, marker, ls=style)
     ax.set_xlabel("share of the blocks")
-    _lost(ax, blocks["drop"], most)
+    lost_axis(ax, blocks, most)
     legend_beside(figure, ax)
     return figure
 
@@ -128,8 +102,8 @@ def with_and_without_retraining(factors: pd.DataFrame, most: float = 20.0) -> Fi
     figure, ax = plt.subplots(figsize=(6.4, 3.8))
     arms = list(dict.fromkeys(factors["arm"]))
     for arm, colour, marker in zip(arms, (ORANGE, BLUE), MARKERS, strict=False):
-        _means(ax, factors[factors["arm"] == arm], "setting", "rate", arm, colour, marker)
+        lost_line(ax, factors[factors["arm"] == arm], "setting", "rate", arm, colour, marker)
     ax.set_xlabel("compression: 32 bits / bits for each weight")
-    _lost(ax, factors["drop"], most)
+    lost_axis(ax, factors, most)
     legend_beside(figure, ax)
     return figure

@@ -3,7 +3,7 @@
 import base64
 import html
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import matplotlib.pyplot as plt
@@ -11,9 +11,12 @@ import pandas as pd
 import seaborn as sns
 from IPython.display import HTML
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 BLUE, ORANGE, GREEN, RED, PURPLE, BROWN = sns.color_palette("deep", 6)
+PALETTE = [*sns.color_palette("deep", 10), *sns.color_palette("dark", 10)]
 GREY = "0.45"
 BAND = "Bands and bars: 95 % bootstrap interval over seeds."
 
@@ -61,6 +64,31 @@ def show(figure: Figure, caption: str, *, alt: str, kind: Literal["svg", "png"] 
 def band(ax: Axes, frame: pd.DataFrame, x: str, y: str, label: str, **style) -> None:
     """Mean line over runs with the 95 % bootstrap interval as a band; points only where there is a single x."""
     sns.lineplot(frame, x=x, y=y, ax=ax, label=label, errorbar=("ci", 95), seed=0, err_kws={"alpha": 0.15}, **style)
+
+
+def log_ticks(axis: Axis, subs: Sequence[float] = (1, 2, 5)) -> None:
+    """Ticks of a logarithmic axis as plain numbers."""
+    axis.set_major_locator(LogLocator(subs=subs))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 10 else f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def lost_line(
+    ax: Axes, runs: pd.DataFrame, by: str, x: str, label: str, colour: tuple, marker: str, **style: Any
+) -> None:
+    """Means of ``drop`` over seeds, joined along the settings ``by``; bars from the best network to the worst."""
+    groups = runs.groupby(by)
+    place, lost = groups[x].mean(), groups["drop"]
+    spread = [(lost.mean() - lost.min()).clip(0), (lost.max() - lost.mean()).clip(0)]
+    style = {"color": colour, "marker": marker, "ms": 5, "lw": 1.4, "elinewidth": 0.8, "label": label} | style
+    ax.errorbar(place, lost.mean(), spread, **style)
+
+
+def lost_axis(ax: Axes, shown: pd.DataFrame, most: float) -> None:
+    """Points lost in ``drop``, less is higher, down to ``most``; the dense network is the dashed line."""
+    ax.axhline(0, color=GREY, ls="--", lw=1.2)
+    ax.set_ylim(min(most, shown["drop"].max() + 0.2), min(-0.2, shown["drop"].min() - 0.2))
+    ax.set_ylabel("points of accuracy lost")
 
 
 def legend_beside(figure: Figure, ax: Axes) -> None:

@@ -10,7 +10,7 @@ from lib.constraint import ConstraintError, Plan, leaf, weights
 from lib.data import Data
 from lib.models import prunable
 from lib.pruning.groups import Groups
-from lib.quantization import branch
+from lib.quantization import TernaryRule, branch
 from lib.recipes.quantizing import straight_through
 from lib.training import Hook, Progress, TrainingError, evaluate, fit, learning_rate
 
@@ -22,11 +22,8 @@ class _ClippedLasso(Hook):
     ``lr * strength`` in shares of ``m0``, the mean norm at the start, so that layers of all scales shrink at one pace.
     """
 
-    def __init__(
-        self, model: nn.Module, plan: Plan, data: Data, strength: float, clip: float | None, rate, beta: float
-    ) -> None:
+    def __init__(self, model: nn.Module, plan: Plan, data: Data, strength: float, clip: float | None, rate) -> None:
         self.plan, self.data, self.strength, self.clip, self.rate = plan, data, strength, clip, rate
-        self.beta = beta
         self.parameters = {n: leaf(layer) for n, layer in prunable(model).items() if n in plan}
         self.mean = {n: float(plan[n].group_norms(w.detach()).mean()) for n, w in self.parameters.items()}
         self.due: int | None = None  # the step whose proximal step has not been taken yet
@@ -54,8 +51,8 @@ class _ClippedLasso(Hook):
         row = {"epoch": epoch + 1, "accuracy": evaluate(model, self.data.validation)}
         for name, w in self.parameters.items():
             norms = self.plan[name].group_norms(w)
-            scale, threshold = branch(w, self.beta)
-            row |= {f"tiles/{name}": float((norms > 0).float().mean()), f"norm/{name}": float(norms.mean())}
+            scale, threshold = branch(w, TernaryRule.beta)
+            row |= {f"tiles/{name}": float((norms > 0).float().mean())}
             row |= {f"scale/{name}": scale, f"threshold/{name}": threshold}
         self.rows.append(row)
 
@@ -71,7 +68,6 @@ def group_lasso(
     clip: float | None = None,
     values: Plan | None = None,
     schedule: str = "cosine",
-    beta: float = 0.05,
     progress: Progress | None = None,
     **fit_options: Any,
 ) -> pd.DataFrame:
@@ -89,11 +85,10 @@ def group_lasso(
         plan: sets of fixed groups, `Groups`; their budgets are not used here.
         strength: of the penalty; 1 shrinks a group of the layer's mean norm to nothing in ``1 / lr`` steps.
         values: levels to train through at the same time (`straight_through`); the latent weights are shrunk.
-        beta: of the thresholds and scales that are reported.
 
     Returns:
         One row an epoch: validation ``accuracy``, and for each layer ``tiles/`` (share of groups that are left),
-        ``norm/`` (mean of all), ``scale/`` and ``threshold/`` that a ternary branch of the latent weights would have.
+        ``scale/`` and ``threshold/`` that `TernaryRule` would find for the latent weights.
 
     Raises:
         ConstraintError: sets without fixed groups. TrainingError: a strength that is negative, or a clip not above 0.
@@ -106,7 +101,7 @@ def group_lasso(
     weights(model, plan)
     steps = epochs * -(-len(data.train) // fit_options.get("batch_size", 128))
     rate = lambda step: learning_rate(schedule, lr, step / steps)  # noqa: E731
-    hook = _ClippedLasso(model, plan, data, strength, clip, rate, beta)
+    hook = _ClippedLasso(model, plan, data, strength, clip, rate)
     options = fit_options | {"epochs": epochs, "lr": lr, "schedule": schedule, "hooks": (hook,), "progress": progress}
     if values:
         straight_through(model, values, data, **options)
