@@ -8,8 +8,12 @@ from itertools import combinations, product
 
 import pytest
 import torch
+from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
-from lib.constraint import ConstraintError, Storage
+from lib import models
+from lib.constraint import ConstraintError, Storage, attach_masks, harden
+from lib.models import prunable
 from lib.quantization import (
     STEP_BITS,
     Codebook,
@@ -19,6 +23,7 @@ from lib.quantization import (
     TernaryRule,
     Unified,
     branch,
+    branched,
     nearest_power,
     ternary,
     uniform,
@@ -132,6 +137,23 @@ class TestTernary:
         few = Storage(2 * int(z.count_nonzero()), 1000, 2 * STEP_BITS)  # 4 values and a bitmap, less than 5 values
         assert Expansion().storage_bits(z, 8) == few
         assert Expansion.of(4).storage_bits(Expansion.of(4).project(random(1000)), 8).total <= 4000 + 4 * STEP_BITS
+
+    def test_a_network_of_branches(self):
+        net = models.build("lenet5", (1, 28, 28), 10, seed=0).eval()
+        plan = {"conv2": Expansion.of(3), "fc2": TernaryRule(), "conv1": Expansion()}
+        attach_masks(net, {"conv2": net.conv2.weight > 0})
+        net.conv1.weight.data.zero_()
+        x = torch.randn(4, 1, 28, 28)
+        with pytest.raises(ConstraintError, match="conv2: its weights are no sum"):
+            branched(net, plan)
+        harden(net, plan)
+        parts = branched(net, plan)
+        assert torch.allclose(parts(x), net(x), atol=1e-5)
+        assert [len(parts.get_submodule(n).layers) for n in plan] == [3, 1, 1]
+        for layer in prunable(parts.conv2).values():
+            assert len(layer.weight.abs().unique()) == 2
+        assert isinstance(parts.fc1, nn.Linear)
+        assert is_parametrized(net.conv2)  # the original stays as it is
 
     @pytest.mark.parametrize("betas", [(), (0.1, 0.05), (0.1, 0.1), (0.0,), (1.5,)])
     def test_refusals(self, betas):

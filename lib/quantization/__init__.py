@@ -6,7 +6,7 @@ the choice of values and stays zero. A mask that is attached, or a network prune
 """
 
 from lib.quantization.activations import InputQuantizer, full_precision_activations, quantize_activations
-from lib.quantization.branches import Expansion, TernaryRule, branch
+from lib.quantization.branches import Branches, Expansion, TernaryRule, branch, branched
 from lib.quantization.codebook import Codebook
 from lib.quantization.factors import Factors, SmartExchange
 from lib.quantization.joint import Quantized
@@ -16,6 +16,7 @@ from lib.quantization.unified import Unified
 
 __all__ = [
     "STEP_BITS",
+    "Branches",
     "Codebook",
     "Expansion",
     "Factors",
@@ -29,6 +30,7 @@ __all__ = [
     "best_step",
     "binary",
     "branch",
+    "branched",
     "full_precision_activations",
     "nearest_power",
     "quantize_activations",
