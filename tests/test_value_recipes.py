@@ -24,6 +24,7 @@ from lib.quantization import (
 )
 from lib.recipes import alternating, deep_kmeans, group_lasso, one_shot, retrain_inside, straight_through
 from lib.recipes.clustering import _Spectral
+from lib.recipes.inside import _Tangent
 from lib.training import TrainingError, cached, evaluate, fit
 
 
@@ -79,6 +80,22 @@ class TestRetrainInside:
         plan = {"fc1": Unstructured(0.5, "global"), "fc2": Unstructured(0.5, "global")}
         with pytest.raises(ConstraintError, match="couples"):
             retrain_inside(trained, plan, images, **OPTIONS)
+
+    def test_what_belongs_together_stays_so(self, trained):
+        """A free block whose magnitudes happen to meet, beside a shared one that rounding has moved by a bit."""
+        plan = {"fc2": Unified(0.5, width=2)}
+        w = harden(trained, plan).get_submodule("fc2").weight
+        hook = _Tangent(trained, plan)
+        shared, _ = plan["fc2"].states(w)
+        pairs = w.data.view(-1, 2)
+        pairs[shared] *= torch.tensor([1.0, 1.0 + 1e-6])
+        pairs[~shared] = pairs[~shared, :1] * torch.tensor([1.0, -1.0])
+        w.grad = torch.randn(w.shape, generator=torch.Generator().manual_seed(0))
+        before = w.grad.clone().view(-1, 2)
+        hook.after_backward(trained, 0)
+        along = (w.grad * w.sign()).view(-1, 2)
+        assert torch.allclose(along[shared, 0], along[shared, 1])
+        assert torch.equal(w.grad.view(-1, 2)[~shared], before[~shared])
 
     def test_a_step_out_is_noticed(self, trained, images, monkeypatch):
         plan = {"fc1": Unified(1.0)}

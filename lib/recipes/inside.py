@@ -12,27 +12,34 @@ from lib.models import prunable
 from lib.quantization import SmartExchange
 from lib.training import Hook, Progress, TrainingError, evaluate, fit
 
+ROUNDING = 1e-4  # in shares of the largest weight: what thousands of steps in single precision add up to
+
 
 class _Tangent(Hook):
-    """Every gradient along its set, and a look after every epoch whether the weights are still inside."""
+    """Every gradient along its set, and a look after every epoch whether the weights are still inside.
 
-    def __init__(self, model: nn.Module, plan: Plan, tolerance: float) -> None:
-        self.plan, self.tolerance = plan, tolerance
+    What belongs together is read from the weights at the start: later a block that is free may happen to look like one
+    that shares a magnitude, and rounding makes one that does look free.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan) -> None:
+        self.plan = plan
         self.parameters = {n: leaf(layer) for n, layer in prunable(model).items() if n in plan}
+        self.start = {n: w.clone() for n, w in weights(model, plan).items()}
         self.check(model, "before training")
 
     @torch.no_grad()
     def after_backward(self, model: nn.Module, step: int) -> None:
         for name, c in self.plan.items():
-            w = self.parameters[name]
-            w.grad.copy_(c.tangent(w, w.grad))
+            gradient = self.parameters[name].grad
+            gradient.copy_(c.tangent(self.start[name], gradient))
 
     def after_epoch(self, model: nn.Module, epoch: int) -> None:
         self.check(model, f"in epoch {epoch + 1}")
 
     def check(self, model: nn.Module, when: str) -> None:
         for name, w in weights(model, self.plan).items():
-            if not self.plan[name].member(w, self.tolerance * float(w.abs().max())):
+            if not self.plan[name].member(w, ROUNDING * float(w.abs().max())):
                 raise TrainingError(f"{name} is outside {self.plan[name]} {when}; harden it first, or lower lr")
 
 
@@ -41,7 +48,6 @@ def retrain_inside(
     plan: Plan,
     data: Data,
     *,
-    tolerance: float = 1e-4,
     progress: Progress | None = None,
     **fit_options: Any,
 ) -> pd.DataFrame:
@@ -49,9 +55,6 @@ def retrain_inside(
 
     Which weights share a magnitude or an entry stays as it is; what they share is trained. Momentum and, for cones,
     weight decay stay inside as well, so plain SGD does; membership is looked at after every epoch.
-
-    Args:
-        tolerance: of that look, in shares of the layer's largest weight.
 
     Returns:
         As `fit`.
@@ -65,7 +68,7 @@ def retrain_inside(
     for name, c in plan.items():
         if not c.per_layer or (fit_options.get("weight_decay", 0) and not c.cone):
             raise ConstraintError(f"{name}: {c} couples layers or is left by weight decay; retrain it otherwise")
-    return fit(model, data, hooks=(_Tangent(model, plan, tolerance),), progress=progress, **fit_options)
+    return fit(model, data, hooks=(_Tangent(model, plan),), progress=progress, **fit_options)
 
 
 class _Snap(Hook):
