@@ -237,6 +237,13 @@ def blocks_of(weight, width):
 
 
 class TestUnified:
+    def test_rounding_hides_no_difference(self):
+        """A block whose magnitudes nearly meet costs more than one where they are equal, in single precision too."""
+        equal = random(1, 200).repeat_interleave(2, 1)
+        near = torch.tensor([[0.060545, -0.060509]])
+        one, _ = Unified(200 / 201, width=2).states(torch.cat([near, equal], 1))
+        assert one.tolist() == [False] + [True] * 200
+
     @pytest.mark.parametrize(("share", "pruned"), [(0.5, 0), (0, 0.5), (0.5, 0.5), (1, 0), (0.25, 0.75)])
     def test_exact_over_all_choices(self, share, pruned):
         c = Unified(share, pruned, 1, 3)

@@ -62,11 +62,12 @@ class Unified(Constraint):
 
     def states(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Which blocks are unified and which pruned, as masks ``(blocks,)``."""
-        blocks, real = self._blocks(weight), self._blocks(torch.ones_like(weight)).sum(1)
-        energy = blocks.square().sum(1)
-        common = blocks.abs().sum(1).square() / real  # n m^2, what a unified block keeps
-        lose = energy - common
-        n = len(blocks)
+        magnitude, real = self._blocks(weight).abs(), self._blocks(torch.ones_like(weight))
+        energy, sizes = magnitude.square().sum(1), real.sum(1)
+        mean = magnitude.sum(1) / sizes
+        lose = ((magnitude - mean[:, None]).square() * real).sum(1)  # energy - common, but 0 where all are equal
+        common = sizes * mean.square()  # n m^2, what a unified block keeps
+        n = len(magnitude)
         pruned = round(self.pruned * n)
         unified = n - pruned if self._all else round(self.share * n)
         zero = keep_largest(-common if self._all else -energy, pruned)
