@@ -240,7 +240,7 @@ class TestUnified:
     def test_rounding_hides_no_difference(self):
         """A block whose magnitudes nearly meet costs more than one where they are equal, in single precision too."""
         equal = random(1, 200).repeat_interleave(2, 1)
-        near = torch.tensor([[0.060545, -0.060509]])
+        near = torch.tensor([[0.06054450571537018, -0.06050914153456688]])
         one, _ = Unified(200 / 201, width=2).states(torch.cat([near, equal], 1))
         assert one.tolist() == [False] + [True] * 200
 
