@@ -17,11 +17,23 @@ from lib.models import prunable
 
 
 class ConstraintError(ValueError):
-    """A constraint, plan or mask that cannot be: the message names it and what is allowed."""
+    """A constraint, plan or mask that cannot be: the message names it and what is allowed.
+
+    >>> from lib.pruning import Unstructured
+    >>> Unstructured(1.5)
+    Traceback (most recent call last):
+        ...
+    lib.constraint.ConstraintError: sparsity = 1.5: allowed are numbers in [0, 1)
+    """
 
 
 class Storage(NamedTuple):
-    """Bits that a layer takes, counted apart so that a report can show data alone beside all of it."""
+    """Bits that a layer takes, counted apart so that a report can show data alone beside all of it.
+
+    >>> from lib.constraint import Storage
+    >>> Storage(data=800, index=100).total
+    900.0
+    """
 
     data: float
     index: float = 0.0
@@ -43,6 +55,15 @@ class Constraint:
 
     The flags are claims that the property tests hold a set to: ``exact`` (the projection is a nearest point),
     ``cone`` (closed under positive scaling), ``masklike`` (the set is a union of supports, so a mask says it all).
+
+    >>> from lib.constraint import Constraint
+    >>> class Nonnegative(Constraint):
+    ...     def project(self, weight):
+    ...         return weight.clamp(min=0)
+    >>> Nonnegative().distance2(torch.tensor([1.0, -2.0])).item()
+    4.0
+    >>> Nonnegative().member(torch.tensor([1.0, 0.0]))
+    True
     """
 
     per_layer = True
@@ -85,7 +106,15 @@ class Constraint:
 
 
 class SupportConstraint(Constraint):
-    """A set that is a union of supports: the projection zeroes what `select` does not keep."""
+    """A set that is a union of supports: the projection zeroes what `select` does not keep.
+
+    >>> from lib.constraint import SupportConstraint
+    >>> class Diagonal(SupportConstraint):
+    ...     def select(self, weight):
+    ...         return torch.eye(*weight.shape, dtype=torch.bool)
+    >>> Diagonal().project(torch.tensor([[1.0, 2.0], [3.0, 4.0]])).tolist()
+    [[1.0, 0.0], [0.0, 4.0]]
+    """
 
     masklike = True
 
@@ -117,6 +146,13 @@ def weights(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
 
     Raises:
         ConstraintError: the plan is empty, names a layer that the model lacks, or meets a weight that is not finite.
+
+    >>> from lib.constraint import attach_masks, weights
+    >>> from lib.pruning import Unstructured
+    >>> model = torch.nn.Sequential(torch.nn.Linear(2, 1))
+    >>> model[0].weight.data = torch.tensor([[-3.0, 1.0]])
+    >>> weights(attach_masks(model, {"0": torch.tensor([[True, False]])}), {"0": Unstructured(0.5)})["0"].tolist()
+    [[-3.0, 0.0]]
     """
     layers = prunable(model)
     if not plan:
@@ -143,7 +179,15 @@ def _shared(plan: Plan) -> dict[Constraint, list[str]]:
 
 
 def fitted(model: nn.Module, plan: Plan) -> Plan:
-    """The plan with the adaptive part of every constraint chosen from the model's weights; do it once, then train."""
+    """The plan with the adaptive part of every constraint chosen from the model's weights; do it once, then train.
+
+    >>> from lib.constraint import fitted
+    >>> from lib.quantization import binary
+    >>> model = torch.nn.Sequential(torch.nn.Linear(2, 1))
+    >>> model[0].weight.data = torch.tensor([[3.0, -1.0]])
+    >>> fitted(model, {"0": binary()})["0"].step  # the mean magnitude, from now on
+    2.0
+    """
     found = weights(model, plan)
     chosen = {}
     for constraint, names in _shared(plan).items():
@@ -164,7 +208,14 @@ def _told(names: list[str]) -> Iterator[None]:
 def apply(
     plan: Plan, tensors: Mapping[str, Tensor], function: Callable[[Constraint, Tensor], Tensor]
 ) -> dict[str, Tensor]:
-    """``function(constraint, weight)``, of the weight's shape, for every layer; coupled layers go in as one tensor."""
+    """``function(constraint, weight)``, of the weight's shape, for every layer; coupled layers go in as one tensor.
+
+    >>> from lib.constraint import apply
+    >>> from lib.pruning import Unstructured
+    >>> plan, tensors = {"fc": Unstructured(0.5)}, {"fc": torch.tensor([3.0, -1.0])}
+    >>> apply(plan, tensors, lambda constraint, w: w - constraint.project(w))["fc"].tolist()  # what would be lost
+    [0.0, -1.0]
+    """
     result: dict[str, Tensor] = {}
     for constraint, names in _shared(plan).items():
         if constraint.per_layer:
@@ -183,7 +234,15 @@ def apply(
 
 
 def project(plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``Z = P_S(W)`` for every layer of the plan; ``tensors`` are the layers' weights by name."""
+    """``Z = P_S(W)`` for every layer of the plan; ``tensors`` are the layers' weights by name.
+
+    >>> from lib.constraint import project
+    >>> from lib.pruning import Unstructured
+    >>> plan = dict.fromkeys(("fc1", "fc2"), Unstructured(0.5, scope="global"))  # half of all weights together
+    >>> z = project(plan, {"fc1": torch.tensor([1.0, 2.0]), "fc2": torch.tensor([3.0, 4.0])})
+    >>> z["fc1"].tolist(), z["fc2"].tolist()
+    ([0.0, 0.0], [3.0, 4.0])
+    """
     return apply(plan, tensors, lambda constraint, w: constraint.project(w))
 
 
@@ -192,6 +251,11 @@ def select(plan: Plan, tensors: Mapping[str, Tensor]) -> Masks:
 
     Raises:
         ConstraintError: a constraint is not a set of supports, so that a mask would say nothing of its values.
+
+    >>> from lib.constraint import select
+    >>> from lib.pruning import Filter
+    >>> select({"fc": Filter(0.5)}, {"fc": torch.tensor([[1.0, 2.0], [3.0, 0.0]])})["fc"].tolist()
+    [[False, False], [True, True]]
     """
     for name, constraint in plan.items():
         if not constraint.masklike:
@@ -201,7 +265,15 @@ def select(plan: Plan, tensors: Mapping[str, Tensor]) -> Masks:
 
 @torch.no_grad()
 def harden(model: nn.Module, plan: Plan) -> nn.Module:
-    """Replace the planned weights by their projection, in place: ``W <- P_S(W)``. Returns the model."""
+    """Replace the planned weights by their projection, in place: ``W <- P_S(W)``. Returns the model.
+
+    >>> from lib.constraint import harden
+    >>> from lib.pruning import Unstructured
+    >>> model = torch.nn.Sequential(torch.nn.Linear(2, 1))
+    >>> model[0].weight.data = torch.tensor([[3.0, -1.0]])
+    >>> harden(model, {"0": Unstructured(0.5)})[0].weight.tolist()
+    [[3.0, 0.0]]
+    """
     layers = prunable(model)
     for name, z in project(plan, weights(model, plan)).items():
         leaf(layers[name]).copy_(z)
@@ -209,12 +281,25 @@ def harden(model: nn.Module, plan: Plan) -> nn.Module:
 
 
 def leaf(layer: nn.Module) -> nn.Parameter:
-    """The parameter that an optimizer moves: the weight itself, or the tensor behind its mask."""
+    """The parameter that an optimizer moves: the weight itself, or the tensor behind its mask.
+
+    >>> from lib.constraint import attach_masks, leaf
+    >>> model = torch.nn.Sequential(torch.nn.Linear(2, 1))
+    >>> model[0].weight.data = torch.tensor([[3.0, 1.0]])
+    >>> layer = attach_masks(model, {"0": torch.tensor([[True, False]])})[0]
+    >>> leaf(layer).data.fill_(5).tolist(), layer.weight.tolist()
+    ([[5.0, 5.0]], [[5.0, 0.0]])
+    """
     return layer.parametrizations["weight"].original if parametrize.is_parametrized(layer, "weight") else layer.weight
 
 
 class Mask(nn.Module):
-    """Parametrization ``W -> m * W``: removed weights are zero in every forward pass and get no gradient."""
+    """Parametrization ``W -> m * W``: removed weights are zero in every forward pass and get no gradient.
+
+    >>> from lib.constraint import Mask
+    >>> Mask(torch.tensor([True, False]))(torch.tensor([3.0, 1.0])).tolist()
+    [3.0, 0.0]
+    """
 
     def __init__(self, mask: Tensor) -> None:
         super().__init__()
@@ -236,6 +321,13 @@ def attach_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
 
     Raises:
         ConstraintError: a mask is not boolean, has another shape than its weight, or names nothing in the model.
+
+    >>> from lib.constraint import attach_masks, leaf
+    >>> model = torch.nn.Sequential(torch.nn.Linear(2, 1))
+    >>> layer = attach_masks(model, {"0": torch.tensor([[True, False]])})[0]
+    >>> model(torch.ones(1, 2)).backward()
+    >>> (layer.weight != 0).tolist(), leaf(layer).grad.tolist()
+    ([[True, False]], [[1.0, 0.0]])
     """
     detach_masks(model)
     for name, mask in masks.items():
@@ -272,7 +364,13 @@ def _masked(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
 
 
 def detach_masks(model: nn.Module) -> nn.Module:
-    """Make an ordinary network of a masked one, in place: the zeros stay, nothing holds them. Returns the model."""
+    """Make an ordinary network of a masked one, in place: the zeros stay, nothing holds them. Returns the model.
+
+    >>> from lib.constraint import attach_masks, detach_masks, masks
+    >>> model = attach_masks(torch.nn.Sequential(torch.nn.Linear(2, 1)), {"0": torch.tensor([[True, False]])})
+    >>> (detach_masks(model)[0].weight != 0).tolist(), masks(model)
+    ([[True, False]], {})
+    """
     for _, module, parameter in [*_masked(model)]:
         kind = type(module)  # a deep copy shares this class with its original, and removal would strip it from both
         module.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
@@ -281,12 +379,25 @@ def detach_masks(model: nn.Module) -> nn.Module:
 
 
 def masks(model: nn.Module) -> Masks:
-    """The masks attached to a model, by layer, or by name for parameters that are no layer's weight."""
+    """The masks attached to a model, by layer, or by name for parameters that are no layer's weight.
+
+    >>> from lib.constraint import attach_masks, masks
+    >>> model = attach_masks(torch.nn.Sequential(torch.nn.Linear(2, 1)), {"0": torch.tensor([[True, False]])})
+    >>> {name: mask.tolist() for name, mask in masks(model).items()}
+    {'0': [[True, False]]}
+    """
     return {name: module.parametrizations[parameter][0].mask for name, module, parameter in _masked(model)}
 
 
 def sparsity(model: nn.Module, layers: list[str] | None = None) -> float:
-    """Fraction of exact zeros among the weights of ``layers`` (all prunable ones by default)."""
+    """Fraction of exact zeros among the weights of ``layers`` (all prunable ones by default).
+
+    >>> from lib.constraint import sparsity
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 1))
+    >>> model[0].weight.data = torch.tensor([[0.0, 2.0, 0.0, 0.0]])
+    >>> sparsity(model)
+    0.75
+    """
     found = prunable(model)
     chosen = [found[n].weight for n in (layers or found)]
     return 1 - sum(int(w.count_nonzero()) for w in chosen) / sum(w.numel() for w in chosen)

@@ -18,7 +18,14 @@ SCHEMES: tuple[Scheme, ...] = ("offset", "two_column", "differential")
 
 
 class CrossbarError(ValueError):
-    """A mapping, fault model or sweep that cannot be: the message names what is wrong and what is allowed."""
+    """A mapping, fault model or sweep that cannot be: the message names what is wrong and what is allowed.
+
+    >>> from lib.crossbar import Mapping
+    >>> Mapping(cell_bits=2)
+    Traceback (most recent call last):
+        ...
+    lib.crossbar.CrossbarError: cell_bits = 2 without weight_bits: a continuous cell has no bits
+    """
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,16 @@ class Mapping:
         on_off: G_max / G_min of the cells, above 1.
         clip: the range of a layer in shares of its largest absolute weight; what is larger saturates.
         copies: how often every weight is stored; it reads back as their mean.
+
+    >>> from lib.crossbar import Mapping
+    >>> mapping, weight = Mapping("differential"), torch.tensor([0.0, 0.5, -1.0])
+    >>> cells = mapping.encode(weight, scale=1.0)
+    >>> cells.tolist()  # one slice, cells a and cells b
+    [[[1.0, 1.0, 0.0], [1.0, 0.5, 1.0]]]
+    >>> mapping.decode(cells, scale=1.0).tolist()
+    [0.0, 0.5, -1.0]
+    >>> Mapping("offset", weight_bits=8, cell_bits=2).slices
+    4
     """
 
     scheme: Scheme = "differential"
@@ -185,6 +202,12 @@ class Polarized(Mapping):
 
     Raises:
         CrossbarError: as `Mapping`, or a fragment below one row.
+
+    >>> from lib.crossbar import Polarized
+    >>> weight = torch.tensor([[1.0, 2.0, -4.0, -3.0]])
+    >>> mapping = Polarized(fragment=2).of(weight)
+    >>> mapping.signs.tolist(), mapping.encode(weight, scale=4.0).flatten().tolist()
+    ([[1.0, 1.0, -1.0, -1.0]], [0.25, 0.5, 1.0, 0.75])
     """
 
     scheme: Literal["polarized"] = "polarized"
@@ -251,5 +274,9 @@ def as_mapping(mapping: Mapping | str) -> Mapping:
 
     Raises:
         CrossbarError: an unknown name.
+
+    >>> from lib.crossbar import Mapping, as_mapping
+    >>> as_mapping("offset") == Mapping("offset"), as_mapping("two_column").columns
+    (True, 2)
     """
     return mapping if isinstance(mapping, Mapping) else Mapping(mapping)

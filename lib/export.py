@@ -34,7 +34,13 @@ from lib.recipes.rewinding import State, state_of
 
 
 class Packed(NamedTuple):
-    """How a layer's weight lies in its bytes."""
+    """How a layer's weight lies in its bytes.
+
+    >>> from lib.export import Packed
+    >>> way = Packed([1, 8], "bitmask", 0, 0, "step", bits=2, count=3, levels=2)  # 3 of 8 weights at +-1 or +-2 steps
+    >>> way.count * way.bits
+    6
+    """
 
     shape: list[int]
     positions: str
@@ -59,6 +65,14 @@ def save(model: nn.Module, path: str | Path) -> pd.DataFrame:
 
     Raises:
         OSError: the file cannot be written.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> from lib import export
+    >>> folder, model = TemporaryDirectory(), torch.nn.Sequential(torch.nn.Linear(8, 1))
+    >>> model[0].weight.data = torch.tensor([[0.0, 0.5, 0.0, 0.0, -1.0, 0.0, 0.0, 0.5]])
+    >>> rows = export.save(model, f"{folder.name}/small.safetensors")
+    >>> rows.to_dict("records")[0]  # 2 bits for each run of zeros, 2 for each multiple of 0.5, and the step
+    {'layer': '0', 'positions': 'runs', 'values': 'step', 'kept': 3, 'data_bits': 6, 'index_bits': 6, 'table_bits': 32}
     """
     state, metadata, rows = state_of(model), {}, []
     for layer in prunable(model):
@@ -80,6 +94,14 @@ def read(path: str | Path) -> State:
 
     Raises:
         FileNotFoundError: there is no such file. ValueError: it is damaged.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> from lib import export
+    >>> folder, model = TemporaryDirectory(), torch.nn.Sequential(torch.nn.Linear(4, 1))
+    >>> model[0].weight.data = torch.tensor([[0.0, 0.3, 0.0, -0.7]])
+    >>> rows = export.save(model, f"{folder.name}/small.safetensors")
+    >>> torch.equal(export.read(f"{folder.name}/small.safetensors")["0.weight"], model[0].weight)
+    True
     """
     try:
         with safe_open(str(path), framework="pt") as file:
@@ -95,6 +117,14 @@ def restore(model: nn.Module, path: str | Path) -> nn.Module:
 
     Raises:
         ValueError: the file is of another structure, or damaged.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> from lib import export, models
+    >>> folder, model = TemporaryDirectory(), models.build("lenet300", (1, 4, 4), 2, seed=1)
+    >>> rows = export.save(model, f"{folder.name}/small.safetensors")
+    >>> other = export.restore(models.build("lenet300", (1, 4, 4), 2, seed=2), f"{folder.name}/small.safetensors")
+    >>> torch.equal(other.fc1.weight, model.fc1.weight)
+    True
     """
     try:
         model.load_state_dict(read(path))

@@ -16,6 +16,14 @@ def write_whole(path: Path, content: str | bytes | Callable[[BinaryIO], None]) -
 
     Raises:
         OSError: the folder is read-only, the disk is full, ...: one line with the path; nothing is left behind.
+
+    >>> from pathlib import Path
+    >>> from tempfile import TemporaryDirectory
+    >>> from lib.files import write_whole
+    >>> path = Path((folder := TemporaryDirectory()).name, "made", "claims.csv")
+    >>> write_whole(path, "study,claim")
+    >>> path.read_text(), [file.name for file in path.parent.iterdir()]
+    ('study,claim', ['claims.csv'])
     """
     if isinstance(content, str):
         content = content.encode()

@@ -14,6 +14,10 @@ def lenet5(shape: tuple[int, int, int], classes: int) -> nn.Module:
     """The Caffe LeNet-5: conv 20 and 50 of 5x5, each max-pooled, fc 500, fc ``classes`` (430,500 weights on 28x28).
 
     ReLU after each convolution, the PyTorch form (papers/pruning.md section 0).
+
+    >>> from lib.models import lenet5, prunable
+    >>> {name: layer.weight.numel() for name, layer in prunable(lenet5((1, 28, 28), 10)).items()}
+    {'conv1': 500, 'conv2': 25000, 'fc1': 400000, 'fc2': 5000}
     """
     c, h, w = shape
     flat = 50 * (((h - 4) // 2 - 4) // 2) * (((w - 4) // 2 - 4) // 2)
@@ -36,7 +40,12 @@ def lenet5(shape: tuple[int, int, int], classes: int) -> nn.Module:
 
 
 def lenet300(shape: tuple[int, int, int], classes: int) -> nn.Module:
-    """LeNet-300-100: two hidden layers of 300 and 100 neurons (266,200 weights on 28x28)."""
+    """LeNet-300-100: two hidden layers of 300 and 100 neurons (266,200 weights on 28x28).
+
+    >>> from lib.models import lenet300, prunable
+    >>> {name: layer.weight.numel() for name, layer in prunable(lenet300((1, 28, 28), 10)).items()}
+    {'fc1': 235200, 'fc2': 30000, 'fc3': 1000}
+    """
     c, h, w = shape
     return nn.Sequential(
         OrderedDict(
@@ -51,7 +60,12 @@ def lenet300(shape: tuple[int, int, int], classes: int) -> nn.Module:
 
 
 def vgg(shape: tuple[int, int, int], classes: int, width: int = 16) -> nn.Module:
-    """A small VGG: three stages of two 3x3 convolutions with batch norm, ``width``, 2x and 4x channels; one fc."""
+    """A small VGG: three stages of two 3x3 convolutions with batch norm, ``width``, 2x and 4x channels; one fc.
+
+    >>> from lib.models import prunable, vgg
+    >>> [len(layer.weight) for layer in prunable(vgg((3, 32, 32), 10, width=8)).values()]
+    [8, 8, 16, 16, 32, 32, 10]
+    """
     stages: dict[str, nn.Module] = {}
     channels = shape[0]
     for stage, out in enumerate((width, 2 * width, 4 * width), start=1):
@@ -66,7 +80,12 @@ def vgg(shape: tuple[int, int, int], classes: int, width: int = 16) -> nn.Module
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut: identity, or a strided 1x1 convolution where the shape changes."""
+    """Two 3x3 convolutions and a shortcut: identity, or a strided 1x1 convolution where the shape changes.
+
+    >>> from lib.models import BasicBlock
+    >>> tuple(BasicBlock(16, 32, stride=2)(torch.zeros(1, 16, 8, 8)).shape)
+    (1, 32, 4, 4)
+    """
 
     def __init__(self, c_in: int, c_out: int, stride: int) -> None:
         super().__init__()
@@ -88,6 +107,11 @@ def resnet(shape: tuple[int, int, int], classes: int, depth: int = 20, width: in
     """A CIFAR-style residual network (He et al. 2016, section 4.2): ``depth = 6n + 2`` layers, ``width``, 2x, 4x wide.
 
     Shortcuts that change shape are 1x1 convolutions (option B of that paper).
+
+    >>> from lib.models import prunable, resnet
+    >>> layers = prunable(resnet((3, 32, 32), 10, depth=20))
+    >>> len(layers), [name for name in layers if "shortcut" in name]
+    (22, ['block2_1.shortcut.0', 'block3_1.shortcut.0'])
     """
     n, rest = divmod(depth - 2, 6)
     if rest or n < 1:
@@ -124,6 +148,10 @@ def builder(name: str) -> Callable[..., nn.Module]:
 
     Raises:
         ValueError: unknown name, or a residual depth that is not 6n + 2.
+
+    >>> from lib.models import builder
+    >>> builder("lenet300")((1, 28, 28), 10).fc3
+    Linear(in_features=100, out_features=10, bias=True)
     """
     if name in ("lenet5", "lenet300", "vgg"):
         return {"lenet5": lenet5, "lenet300": lenet300, "vgg": vgg}[name]
@@ -143,8 +171,12 @@ def build(name: str, shape: tuple[int, int, int], classes: int, seed: int = 0, *
 
     The global random state is left as it was.
 
+    >>> from lib.models import build, prunable
     >>> sum(layer.weight.numel() for layer in prunable(build("lenet5", (1, 28, 28), 10)).values())
     430500
+    >>> a, b = (build("lenet5", (1, 28, 28), 10, seed=3) for _ in range(2))
+    >>> torch.equal(a.fc1.weight, b.fc1.weight)
+    True
     """
     make = builder(name)
     with torch.random.fork_rng(devices=[]):
@@ -153,5 +185,10 @@ def build(name: str, shape: tuple[int, int, int], classes: int, seed: int = 0, *
 
 
 def prunable(model: nn.Module) -> dict[str, nn.Module]:
-    """The convolution and linear layers by name, in forward-definition order: what a plan may constrain."""
+    """The convolution and linear layers by name, in forward-definition order: what a plan may constrain.
+
+    >>> from lib.models import build, prunable
+    >>> list(prunable(build("lenet5", (1, 28, 28), 10)))
+    ['conv1', 'conv2', 'fc1', 'fc2']
+    """
     return {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}

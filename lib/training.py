@@ -32,16 +32,41 @@ CACHE_ROOT = Path(__file__).resolve().parent.parent / ".cache"
 
 
 class TrainingError(RuntimeError):
-    """Training cannot start, or went wrong: the message names the setting to change."""
+    """Training cannot start, or went wrong: the message names the setting to change.
+
+    >>> from lib.training import learning_rate
+    >>> learning_rate("linear", 0.1, progress=0.5)
+    Traceback (most recent call last):
+        ...
+    lib.training.TrainingError: schedule = 'linear': allowed are 'constant', 'step' and 'cosine'
+    """
 
 
 def device() -> torch.device:
-    """CUDA when there is one, else the CPU."""
+    """CUDA when there is one, else the CPU.
+
+    >>> from lib.training import device
+    >>> device().type == ("cuda" if torch.cuda.is_available() else "cpu")
+    True
+    """
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class Hook:
-    """What a recipe may do inside `fit`; every method does nothing by default."""
+    """What a recipe may do inside `fit`; every method does nothing by default.
+
+    >>> from lib import data, models, training
+    >>> class Watch(training.Hook):
+    ...     def before_step(self, model, step):
+    ...         print("batch", step)
+    >>> images = data.load(train_size=200, test_size=100, validation_size=100)
+    >>> net = models.build("lenet300", images.shape, images.classes)
+    >>> log = training.fit(net, images, epochs=2, lr=0.05, batch_size=100, hooks=(Watch(),))
+    batch 0
+    batch 1
+    batch 2
+    batch 3
+    """
 
     def before_epoch(self, model: nn.Module, epoch: int) -> None:
         """Called before the first batch of an epoch."""
@@ -63,6 +88,12 @@ def learning_rate(schedule: Schedule, lr: float, progress: float) -> float:
     """The learning rate at a fraction ``progress`` in [0, 1) of the run.
 
     ``step`` multiplies by 0.1 at 8/15 and at 12/15 (epochs 80 and 120 of 150, papers/pruning.md section 2).
+
+    >>> from lib.training import learning_rate
+    >>> [round(learning_rate("step", 0.1, progress), 4) for progress in (0.0, 0.6, 0.9)]
+    [0.1, 0.01, 0.001]
+    >>> [round(learning_rate("cosine", 0.1, progress), 4) for progress in (0.0, 0.5, 1.0)]
+    [0.1, 0.05, 0.0]
     """
     if schedule == "constant":
         return lr
@@ -76,7 +107,15 @@ def learning_rate(schedule: Schedule, lr: float, progress: float) -> float:
 def make_optimizer(
     model: nn.Module, name: Literal["sgd", "adam"], lr: float, momentum: float, weight_decay: float
 ) -> torch.optim.Optimizer:
-    """A fresh optimizer over all parameters that require a gradient."""
+    """A fresh optimizer over all parameters that require a gradient.
+
+    >>> from lib.training import make_optimizer
+    >>> layer = torch.nn.Linear(4, 2)
+    >>> layer.bias.requires_grad = False
+    >>> opt = make_optimizer(layer, "sgd", lr=0.1, momentum=0.9, weight_decay=0.0)
+    >>> [tuple(p.shape) for p in opt.param_groups[0]["params"]]
+    [(2, 4)]
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
     if name == "sgd":
         return torch.optim.SGD(parameters, lr, momentum, weight_decay=weight_decay, foreach=True)
@@ -86,7 +125,17 @@ def make_optimizer(
 
 
 def batches(split: Split, batch_size: int, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """One epoch of batches in an order that depends on ``seed`` and ``epoch`` alone: paired arms see the same."""
+    """One epoch of batches in an order that depends on ``seed`` and ``epoch`` alone: paired arms see the same.
+
+    >>> from lib.data import Split
+    >>> from lib.training import batches
+    >>> split = Split(torch.zeros(5, 1, 1, 1), torch.arange(5))
+    >>> order = [y.tolist() for _, y in batches(split, 2, seed=0, epoch=0)]
+    >>> [len(y) for y in order], sorted(sum(order, []))
+    ([2, 2, 1], [0, 1, 2, 3, 4])
+    >>> order == [y.tolist() for _, y in batches(split, 2, seed=0, epoch=0)]
+    True
+    """
     generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
     for index in torch.randperm(len(split), generator=generator).to(split.y.device).split(batch_size):
         yield split.x[index], split.y[index]
@@ -119,6 +168,13 @@ def fit(
 
     Raises:
         TrainingError: a bad setting, or a loss that is not finite any more.
+
+    >>> from lib import data, models, training
+    >>> images = data.load(train_size=1000, test_size=100, validation_size=100)
+    >>> net = models.build("lenet300", images.shape, images.classes)
+    >>> log = training.fit(net, images, epochs=3, lr=0.05)
+    >>> log["epoch"].tolist(), log["train_loss"].is_monotonic_decreasing, training.evaluate(net, images.test) > 0.5
+    ([1, 2, 3], True, True)
     """
     if epochs < 0 or batch_size < 1 or lr <= 0:
         raise TrainingError(f"{epochs=}, {batch_size=}, {lr=}: allowed are epochs >= 0, batch_size >= 1, lr > 0")
@@ -159,7 +215,14 @@ def fit(
 
 @torch.no_grad()
 def evaluate(model: nn.Module, split: Split, batch_size: int = 200) -> float:
-    """Accuracy in [0, 1] on a split, in evaluation mode; the model's own mode is restored."""
+    """Accuracy in [0, 1] on a split, in evaluation mode; the model's own mode is restored.
+
+    >>> from lib.data import Split
+    >>> from lib.training import evaluate
+    >>> split = Split(torch.eye(4).reshape(4, 4, 1, 1), torch.tensor([0, 1, 2, 2]))
+    >>> evaluate(torch.nn.Flatten(), split)  # the largest input is the class: wrong once in four
+    0.75
+    """
     mode = model.training
     model.eval()
     correct = sum(
@@ -182,7 +245,14 @@ def cached(function: Callable[..., Any], model: nn.Module, *args: Any, progress:
     device kind, thread count and torch version. Two processes that want the same entry compute it once; a damaged
     file is reported and computed anew. The cache lies in ``.cache/`` or in the environment's ``CACHE_ROOT``.
 
-    >>> history = cached(fit, model, data, epochs=5, lr=0.05, seed=1)  # doctest: +SKIP
+    >>> from lib import data, models
+    >>> from lib.training import cached, fit
+    >>> images = data.load(train_size=100, test_size=100, validation_size=100)
+    >>> for _ in range(2):
+    ...     net = models.build("lenet300", images.shape, images.classes)
+    ...     log = cached(fit, net, images, epochs=1, lr=0.05, progress=lambda done, message: print(message))
+    epoch 1/1, loss ...
+    from the cache
     """
     key = _key(function, model, args, kwargs)
     path = Path(os.environ.get("CACHE_ROOT") or CACHE_ROOT) / function.__name__ / f"{key}.pt"
@@ -252,7 +322,14 @@ def _key(function: Callable, model: nn.Module, args: tuple, kwargs: dict) -> str
 
 
 def fingerprint(value: Any) -> Any:
-    """A JSON form that is equal exactly when two arguments would give the same result."""
+    """A JSON form that is equal exactly when two arguments would give the same result.
+
+    >>> from lib.training import fingerprint
+    >>> fingerprint({"lr": 0.05, "shares": (0.3, 0.5)})
+    {'lr': 0.05, 'shares': [0.3, 0.5]}
+    >>> fingerprint(torch.zeros(2)) == fingerprint(torch.zeros(2)), fingerprint(torch.zeros(2)) == fingerprint([0, 0])
+    (True, False)
+    """
     if isinstance(value, Data):
         return ["data", value.checksum, value.classes]
     if isinstance(value, nn.Module):
@@ -279,6 +356,11 @@ def code_version(root: Callable | type) -> str:
     """A hash of the code of a function or class and of everything in ``lib`` that it refers to, however far.
 
     Comments, docstrings and layout do not count: only a change that could change a result makes a new version.
+
+    >>> from lib.pruning import Column, Filter
+    >>> from lib.training import code_version
+    >>> code_version(Filter) == code_version(Filter), code_version(Filter) == code_version(Column)
+    (True, False)
     """
     seen: dict[str, str] = {}
     queue: list[tuple[str, Any]] = [("", root)]

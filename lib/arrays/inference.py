@@ -22,6 +22,14 @@ class ArrayLayer(nn.Module):
 
     Attributes:
         inputs: how activations become whole numbers: of ``input_bits``, signed if the layer meets negative ones.
+
+    >>> from lib.arrays import Array, ArrayLayer, Programmed
+    >>> layer, x = torch.nn.Linear(2, 1, bias=False), torch.tensor([[255.0, 5.0]])
+    >>> layer.weight.data = torch.tensor([[1.0, -1.0]])
+    >>> in_array = ArrayLayer(layer, Programmed(layer.weight.detach(), Array()))
+    >>> in_array.calibrate(x)
+    >>> round(in_array(x).item(), 3)
+    250.0
     """
 
     def __init__(self, layer: nn.Module, programmed: Programmed) -> None:
@@ -109,6 +117,12 @@ def on_arrays(
 
     Raises:
         CrossbarError: a layer that the model lacks, none at all, or what `Array` and `Wires` refuse.
+
+    >>> from lib.arrays import Array, on_arrays
+    >>> model, x = torch.nn.Sequential(torch.nn.Linear(2, 1, bias=False)), torch.tensor([[255.0, 100.0]])
+    >>> model[0].weight.data = torch.tensor([[127.0, 1.4]])
+    >>> round(model(x).item()), round(on_arrays(model, Array(), x)(x).item())  # 1.4 lies there as 1
+    (32525, 32485)
     """
     copy = detach_masks(deepcopy(model)).eval()
     layers = prunable(copy)

@@ -37,6 +37,12 @@ def occupied(
 
     Raises:
         CrossbarError: an unknown rule, or more rows in a group than an array has.
+
+    >>> from lib.arrays import Array, occupied
+    >>> model = torch.nn.Sequential(torch.nn.Linear(256, 32))  # 32 weights of 4 cells fill the columns of an array
+    >>> model[0].weight.data[:, :128] = 0.0
+    >>> [int(occupied(model, (256,), Array(), rule)["arrays"].sum()) for rule in ("none", "lines")]
+    [2, 1]
     """
     if rule not in get_args(Rule):
         raise CrossbarError(f"rule = {rule!r}: allowed are {', '.join(get_args(Rule))}")

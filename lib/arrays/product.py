@@ -28,6 +28,11 @@ def planes(x: Tensor, array: Array, signed: bool = False) -> Tensor:
 
     Raises:
         CrossbarError: numbers that ``input_bits`` do not hold, or signed ones with more than one bit a step.
+
+    >>> from lib.arrays import Array
+    >>> from lib.arrays.product import planes
+    >>> planes(torch.tensor([5, 8]), Array(input_bits=4)).tolist()
+    [[1.0, 0.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0]]
     """
     if signed and array.dac_bits > 1:
         raise CrossbarError(f"signed inputs go bit by bit: dac_bits = {array.dac_bits}; apply both signs one by one")
@@ -41,7 +46,13 @@ def planes(x: Tensor, array: Array, signed: bool = False) -> Tensor:
 
 
 def step_weights(array: Array, signed: bool = False) -> Tensor:
-    """What a unit on a row counts for at each step, ``(T,)``."""
+    """What a unit on a row counts for at each step, ``(T,)``.
+
+    >>> from lib.arrays import Array
+    >>> from lib.arrays.product import step_weights
+    >>> step_weights(Array(input_bits=4)).tolist(), step_weights(Array(input_bits=4), signed=True).tolist()
+    ([1.0, 2.0, 4.0, 8.0], [1.0, 2.0, 4.0, -8.0])
+    """
     w = 2.0 ** (array.dac_bits * torch.arange(array.steps, dtype=torch.float64))
     if signed:
         w[-1] *= -1
@@ -56,6 +67,13 @@ class Programmed:
     Attributes:
         scale: of a unit of weight: a weight is its whole number times this.
         converter: of the columns; `calibrate` chooses its range from data.
+
+    >>> from lib.arrays import Array, Programmed
+    >>> weight, x = torch.tensor([[127.0, -64.0]]), torch.tensor([[3], [1]])
+    >>> Programmed(weight, Array())(x).tolist()  # 3 * 127 - 64, by way of cells of 2 bits and inputs of 1
+    [[317.0]]
+    >>> Programmed(weight, Array(adc_bits=1, rows=2))(x).tolist() == [[317.0]]  # too few bits
+    False
     """
 
     def __init__(self, weight: Tensor, array: Array, groups: int = 1, change: Change | None = None) -> None:

@@ -48,6 +48,13 @@ class Array:
 
     Raises:
         CrossbarError: a size or number of bits that cannot be.
+
+    >>> from lib.arrays import Array
+    >>> array = Array()
+    >>> array.steps, array.cell_top, array.mapping.slices  # 8 reads, levels 0 to 3, 4 cells a weight
+    (8, 3, 4)
+    >>> Array(tiling="channel_aligned").usable_rows(kernel=25)
+    125
     """
 
     rows: int = 128
@@ -143,6 +150,11 @@ def layer_shapes(model: nn.Module, shape: tuple[int, ...], skip: bool = False) -
     Raises:
         CrossbarError: a layer of another kind (transposed, recurrent, embedding, attention with a joint projection),
             unless ``skip``; or no layer at all.
+
+    >>> from lib import arrays, models
+    >>> shapes = arrays.layer_shapes(models.build("lenet5", (1, 28, 28), 10), (1, 28, 28))
+    >>> shapes[["layer", "rows", "filters", "vectors"]].values.tolist()
+    [['conv1', 25, 20, 576], ['conv2', 500, 50, 64], ['fc1', 800, 500, 1], ['fc2', 500, 10, 1]]
     """
     layers = prunable(model)
     _only_known(model, layers, skip)
@@ -211,6 +223,11 @@ def tile(shapes: pd.DataFrame, array: Array) -> pd.DataFrame:
 
     Raises:
         CrossbarError: ``channel_aligned`` and a kernel that is larger than an array has rows.
+
+    >>> from lib import arrays, models
+    >>> shapes = arrays.layer_shapes(models.build("lenet5", (1, 28, 28), 10), (1, 28, 28))
+    >>> arrays.tile(shapes, arrays.Array())["arrays"].tolist()  # fc1: 7 strips of 128 rows, 2000 cells wide
+    [1, 8, 112, 4]
     """
     counts = []
     for layer in shapes.itertuples():
@@ -228,6 +245,12 @@ def count(strips: list[Strip], vectors: int, array: Array, stacked: bool = False
         strips: each of so many rows and so many filters.
         stacked: strips lie above each other in an array, where they fit, and are read one after the other; otherwise
             each starts an array of its own.
+
+    >>> from lib.arrays import Array
+    >>> from lib.arrays.tiling import count
+    >>> layer = count([(128, 32), (64, 32)], vectors=10, array=Array())  # rows and filters; 4 cells a weight, 8 steps
+    >>> layer["arrays"], layer["utilization"], layer["steps"], layer["adc_used"]
+    (2, 0.75, 80, 20480)
     """
     cells_a_weight = array.mapping.slices * array.mapping.columns
     halves = 2 if array.pair == "arrays" else 1
@@ -277,6 +300,14 @@ def balanced(tiles: pd.DataFrame, arrays: int) -> pd.DataFrame:
 
     Raises:
         CrossbarError: fewer arrays than one copy of each layer takes.
+
+    >>> from lib import arrays, models
+    >>> shapes = arrays.layer_shapes(models.build("lenet5", (1, 28, 28), 10), (1, 28, 28))
+    >>> tiles = arrays.tile(shapes, arrays.Array())
+    >>> tiles["arrays"].tolist(), tiles["vectors"].tolist()
+    ([1, 8, 112, 4], [576, 64, 1, 1])
+    >>> arrays.balanced(tiles, arrays=150)["replication"].tolist()  # 18 + 16 + 112 + 4 arrays
+    [18, 2, 1, 1]
     """
     need, vectors = tiles["arrays"].to_numpy(), tiles["vectors"].to_numpy()
     if need.sum() > arrays:
@@ -291,7 +322,14 @@ def balanced(tiles: pd.DataFrame, arrays: int) -> pd.DataFrame:
 
 
 def network_total(tiles: pd.DataFrame) -> pd.Series:
-    """Sums over the layers of what adds up; ``utilization`` is that of all cells together."""
+    """Sums over the layers of what adds up; ``utilization`` is that of all cells together.
+
+    >>> from lib import arrays, models
+    >>> shapes = arrays.layer_shapes(models.build("lenet5", (1, 28, 28), 10), (1, 28, 28))
+    >>> total = arrays.network_total(arrays.tile(shapes, arrays.Array()))
+    >>> total[["arrays", "weights", "cells"]].tolist()  # 4 cells a weight
+    [125.0, 430500.0, 1722000.0]
+    """
     own = ["groups", "channels", "kernel", "rows", "filters", "utilization", "rows_left", "filters_left"]
     total = tiles.select_dtypes("number").drop(columns=own, errors="ignore").sum().astype(float)
     there = (tiles["cells"] / tiles["utilization"].where(tiles["utilization"] > 0)).sum()
@@ -300,5 +338,11 @@ def network_total(tiles: pd.DataFrame) -> pd.Series:
 
 
 def with_bits(array: Array, weight_bits: int, input_bits: int) -> Array:
-    """The array for numbers of other widths."""
+    """The array for numbers of other widths.
+
+    >>> from lib.arrays.tiling import Array, with_bits
+    >>> array = with_bits(Array(), weight_bits=16, input_bits=4)
+    >>> array.mapping.slices, array.steps
+    (8, 4)
+    """
     return replace(array, mapping=replace(array.mapping, weight_bits=weight_bits), input_bits=input_bits)

@@ -26,6 +26,7 @@ def line_loss(cells: int, conductance: float, resistance: float) -> float:
     Args:
         cells: N. conductance: of a cell, in siemens. resistance: of the wire between two cells, in ohms.
 
+    >>> from lib.arrays import line_loss
     >>> round(line_loss(128, 1e-5, 2.12), 4)
     0.1017
     """
@@ -46,6 +47,13 @@ def effective(conductance: Tensor, row: float, column: float) -> Tensor:
 
     Raises:
         CrossbarError: a resistance that is not above 0.
+
+    >>> from lib.arrays import effective
+    >>> round(1 / effective(torch.tensor([[1e-3]]), row=1.0, column=2.0).item(), 1)  # a cell of 1 kOhm and two wires
+    1003.0
+    >>> cells = effective(torch.full((2, 2), 1e-3), row=1.0, column=1.0)
+    >>> bool(cells[0, 1] == cells.min())  # farthest from driver and ground
+    True
     """
     if not (row > 0 and column > 0):
         raise CrossbarError(f"wires of {row} and {column} ohms a cell: both must be above 0")
@@ -79,6 +87,10 @@ def in_series(conductance: Tensor, row: float, column: float) -> Tensor:
     """The same by MNSIM 2.0's rule: every cell in series with its wire to the driver and to the ground, none shared.
 
     Cheap, and too good: wires carry the currents of other cells as well.
+
+    >>> from lib.arrays.wires import in_series
+    >>> (1 / in_series(torch.full((2, 2), 1e-3), row=1.0, column=10.0)).round().tolist()
+    [[1021.0, 1022.0], [1011.0, 1012.0]]
     """
     rows, columns = conductance.shape[-2:]
     to_driver = row * torch.arange(1, columns + 1, device=conductance.device)
@@ -87,7 +99,13 @@ def in_series(conductance: Tensor, row: float, column: float) -> Tensor:
 
 
 def on_lines(conductance: Tensor, row: float, column: float) -> Tensor:
-    """The same by the closed form of `line_loss`, for each column with its mean conductance; rows are left perfect."""
+    """The same by the closed form of `line_loss`, for each column with its mean conductance; rows are left perfect.
+
+    >>> from lib.arrays.wires import line_loss, on_lines
+    >>> cells = on_lines(torch.full((128, 1), 1e-5), row=2.12, column=2.12)
+    >>> round(1 - cells[0, 0].item() / 1e-5, 4), round(line_loss(128, 1e-5, 2.12), 4)
+    (0.1017, 0.1017)
+    """
     x = conductance.shape[-2] * (column * conductance.mean(-2, keepdim=True)).sqrt()
     return conductance * torch.where(x > 0, torch.tanh(x) / x.clamp(min=1e-12), 1.0)
 
@@ -104,6 +122,11 @@ class Wires:
 
     Raises:
         CrossbarError: a resistance that is not above 0, or an unknown model.
+
+    >>> from lib.arrays import Array, Wires
+    >>> wires = Wires(row=1.0, column=2.0, r_on=1000.0)
+    >>> round(wires.weaken(torch.ones(1, 1, 1, 1), Array()).item(), 4)  # 1000 / 1003
+    0.997
     """
 
     row: float

@@ -36,6 +36,10 @@ def macs(model: nn.Module, shape: tuple[int, int, int]) -> pd.DataFrame:
     Returns:
         One row per layer: ``layer``, ``weights``, ``kept`` (nonzero ones), ``dense_macs``, ``macs``. A layer that the
         forward pass never meets has no MACs.
+
+    >>> from lib import costs, models
+    >>> costs.macs(models.build("lenet5", (1, 28, 28), 10), (1, 28, 28))["macs"].tolist()  # 24^2 * 500, 8^2 * 25000
+    [288000.0, 1600000.0, 400000.0, 5000.0]
     """
     copy = deepcopy(model).eval()
     weight = next(iter(prunable(copy).values())).weight
@@ -106,6 +110,12 @@ def latency_ratio(
 
     Raises:
         ValueError: fewer than 2 repeats.
+
+    >>> from lib.costs import latency_ratio
+    >>> large, small = torch.nn.Linear(1000, 1000), torch.nn.Linear(1000, 10)
+    >>> ratio, low, high = latency_ratio(large, small, torch.zeros(16, 1000))
+    >>> ratio > 1, low <= ratio <= high
+    (True, True)
     """
     if repeats < 2:
         raise ValueError(f"repeats = {repeats}: an interval takes at least 2")
@@ -130,6 +140,11 @@ def sparse_weight(
 
     Raises:
         ValueError: an unknown structure, a density outside (0, 1], or a block that does not divide both sides.
+
+    >>> from lib.costs.compute import sparse_weight
+    >>> weight = sparse_weight(4, 6, density=0.5, structure="filter")
+    >>> sorted(weight.count_nonzero(1).tolist())
+    [0, 0, 6, 6]
     """
     _check(structure)
     if not 0 < density <= 1:
@@ -158,6 +173,13 @@ def product(weight: Tensor, structure: Structure, block: int = 5) -> Callable[[T
 
     Raises:
         ValueError: an unknown structure.
+
+    >>> from lib.costs.compute import product
+    >>> weight, x = torch.tensor([[1.0, 0.0, 2.0], [0.0, 0.0, 0.0]]), torch.tensor([[1.0], [5.0], [1.0]])
+    >>> product(weight, "unstructured")(x).tolist(), product(weight, "column")(x).tolist()
+    ([[3.0], [0.0]], [[3.0], [0.0]])
+    >>> product(weight, "filter")(x).tolist()
+    [[3.0]]
     """
     _check(structure)
     if structure in ("unstructured", "block"):
@@ -197,6 +219,11 @@ def product_times(
 
     Raises:
         ValueError: what `sparse_weight` refuses.
+
+    >>> from lib.costs import product_times
+    >>> times = product_times(rows=64, columns=64, positions=64, densities=[1.0, 0.5], structure="column", repeats=3)
+    >>> times["rate"].tolist(), times.columns[3:].tolist()
+    ([1.0, 2.0], ['dense_us', 'product_us', 'speedup'])
     """
     share = budget_s / max(len(densities), 1)
     table = []
@@ -222,6 +249,12 @@ def sparse_speedup(
     The GEMMs alone, ``(F, K) x (K, N)`` with the network's own weights and ``N`` output positions of a batch, each
     against the dense product in turns: sum of the median dense times over sum of the median sparse times. Unfolding,
     batch norm and activations are left out, which flatters the sparse side.
+
+    >>> from lib import constraint, costs, models, pruning
+    >>> model = models.build("lenet300", (1, 28, 28), 10)
+    >>> model = constraint.harden(model, {"fc1": pruning.Filter(0.95), "fc2": pruning.Filter(0.95)})
+    >>> costs.sparse_speedup(model, (1, 28, 28), "filter", batch=64) > 1
+    True
     """
     totals, generator = np.zeros(2), torch.Generator().manual_seed(0)
     for row in macs(model, shape).itertuples():
@@ -243,6 +276,7 @@ def break_even(rates: Sequence[float], speedups: Sequence[float]) -> float:
     Raises:
         ValueError: lists of different length, empty, or numbers that are not positive.
 
+    >>> from lib.costs import break_even
     >>> round(break_even([1, 2, 4], [0.25, 0.5, 1.5]), 3)
     2.828
     """

@@ -9,7 +9,14 @@ from lib.data import SHIPPED_ROOT
 
 
 class TechnologyError(ValueError):
-    """A technology table or a row of it that cannot be used: the message names it and what there is."""
+    """A technology table or a row of it that cannot be used: the message names it and what there is.
+
+    >>> from lib.costs.technology import table
+    >>> table("devices")("prime_tio2", "t_write_ns")
+    Traceback (most recent call last):
+        ...
+    lib.costs.technology.TechnologyError: technology table devices: 'prime_tio2' has no t_write_ns; ...
+    """
 
 
 class Table:
@@ -17,6 +24,15 @@ class Table:
 
     Rows whose status is not ``verified`` are there but refused: nobody has seen where they come from. Asking for them
     by ``unverified=True`` is a decision that a report has to state.
+
+    >>> from lib.costs.technology import table
+    >>> timely = table("timely")
+    >>> timely("tdc", "energy_fJ")
+    145.0
+    >>> timely("array_256x256", "energy_fJ")
+    Traceback (most recent call last):
+        ...
+    lib.costs.technology.TechnologyError: technology table timely: 'array_256x256' is not verified (from memory); ...
     """
 
     def __init__(self, frame: pd.DataFrame, name: str, unverified: bool = False) -> None:
@@ -59,6 +75,10 @@ def table(name: str, unverified: bool = False, folder: Path = SHIPPED_ROOT / "te
 
     Raises:
         TechnologyError: no such table, a row without source or status, a name twice, or a negative number.
+
+    >>> from lib.costs.technology import table
+    >>> table("digital")("int8_mul", "energy_pJ"), table("digital")("fp32_mul", "energy_pJ")
+    (0.2, 3.7)
     """
     path = folder / f"{name}.csv"
     if not path.is_file():

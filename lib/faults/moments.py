@@ -21,6 +21,12 @@ def moments(weight: Tensor, mapping: Mapping, faults: StuckAt) -> tuple[Tensor, 
 
     Returns:
         Both in shares of the range and of its square, of the weight's shape; rounding to ``weight_bits`` is not in it.
+
+    >>> from lib.crossbar import Mapping
+    >>> from lib.faults import StuckAt, moments
+    >>> mean, square = moments(torch.tensor([1.0, 0.0]), Mapping("two_column"), StuckAt.of(on=0.0, off=0.1))
+    >>> [round(m, 4) for m in mean.tolist()], [round(s, 4) for s in square.tolist()]  # one weight in ten is lost
+    ([-0.1, 0.0], [0.1, 0.0])
     """
     on, off = faults.probabilities
     level = (mapping.encode(weight, 1.0) - mapping.g_min) / (1 - mapping.g_min)

@@ -28,6 +28,14 @@ class StuckAt(Device):
         ratio: stuck_on over stuck_off; 0: all are off, ``inf``: all are on.
         stuck_on_value: conductance of a stuck_on cell in shares of G_max (measured up to 4, papers/hardware.md 2.5).
         array: length of a row and of a column of one array, in cells.
+
+    >>> from lib.crossbar import Mapping
+    >>> from lib.faults import StuckAt, read_back
+    >>> [round(p, 4) for p in StuckAt(0.0108).probabilities]  # on and off, 5.2 to 1
+    [0.0091, 0.0017]
+    >>> weight = torch.tensor([1.0, -0.5, 0.0])
+    >>> [read_back(weight, Mapping(m), StuckAt(1.0, ratio=0), 0, "fc1").tolist() for m in ("two_column", "offset")]
+    [[0.0, 0.0, 0.0], [-1.0, -1.0, -1.0]]
     """
 
     rate: float
@@ -122,7 +130,16 @@ class StuckAt(Device):
 
 @dataclass(frozen=True)
 class InSlice(Device):
-    """A device that disturbs the cells of one slice alone, the lowest digit first: which digit hurts most?"""
+    """A device that disturbs the cells of one slice alone, the lowest digit first: which digit hurts most?
+
+    >>> from lib.crossbar import Mapping
+    >>> from lib.faults import InSlice, StuckAt, read_back
+    >>> mapping = Mapping("offset", weight_bits=8, cell_bits=2)  # -127 to 127, plus 128, in 4 cells
+    >>> device = InSlice(StuckAt(1.0, ratio=0), slice=3)
+    >>> back = read_back(torch.tensor([127.0, -127.0]), mapping, device, chip=0, layer="fc1")
+    >>> back.round().tolist()  # 255 becomes 63, 1 stays 1
+    [-65.0, -127.0]
+    """
 
     device: Device
     slice: int

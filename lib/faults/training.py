@@ -45,6 +45,14 @@ class UnderFaults(Hook):
     Attributes:
         mapping: one mapping, or one for each layer that lies in crossbars. devices: what happens to the cells.
         seed: training runs of different seeds see different chips.
+
+    >>> from lib import data, faults, models, training
+    >>> images = data.load(train_size=200, test_size=100, validation_size=100)
+    >>> model = models.build("lenet300", images.shape, images.classes)
+    >>> hook = faults.UnderFaults("two_column", faults.StuckAt(1.0, ratio=0))  # all cells off: biases alone are left
+    >>> log = training.fit(model, images, epochs=1, lr=0.001, hooks=(hook,))
+    >>> f"{log['train_loss'].iloc[0]:.1f}", bool(model.fc1.weight.any())  # ln 10 in training, healthy after it
+    ('2.3', True)
     """
 
     mapping: Mapping | str | Dict[str, Mapping | str]

@@ -43,6 +43,12 @@ def on_crossbars(model: nn.Module, mapping: Mapped) -> dict[str, Mapping]:
 
     Raises:
         CrossbarError: an unknown mapping, no layer, a layer that the model lacks, or weights that are not finite.
+
+    >>> from lib.faults import on_crossbars
+    >>> from lib.models import build
+    >>> plan = on_crossbars(build("lenet300", (1, 28, 28), 10), {"fc1": "offset", "fc2": "differential"})
+    >>> {name: mapping.columns for name, mapping in plan.items()}  # fc3 stays digital
+    {'fc1': 1, 'fc2': 2}
     """
     layers = prunable(model)
     if not layers:
@@ -59,7 +65,16 @@ def on_crossbars(model: nn.Module, mapping: Mapped) -> dict[str, Mapping]:
 
 
 def read_back(weight: Tensor, mapping: Mapping, devices: Devices, chip: int, layer: str) -> Tensor:
-    """What one layer's weights read back as from a chip: encoded, disturbed, decoded."""
+    """What one layer's weights read back as from a chip: encoded, disturbed, decoded.
+
+    >>> from lib.crossbar import Mapping
+    >>> from lib.faults import StuckAt, read_back
+    >>> weight = torch.tensor([4.0, -2.0, 0.5])
+    >>> read_back(weight, Mapping(clip=0.5), (), chip=0, layer="fc1").tolist()  # perfect cells, a clipped range
+    [2.0, -2.0, 0.5]
+    >>> read_back(weight, Mapping(), StuckAt(1.0, ratio=0), chip=0, layer="fc1").tolist()
+    [0.0, 0.0, 0.0]
+    """
     scale = mapping.range_of(weight)
     cells = mapping.encode(weight, scale)
     for device in devices if isinstance(devices, tuple) else (devices,):
@@ -68,7 +83,14 @@ def read_back(weight: Tensor, mapping: Mapping, devices: Devices, chip: int, lay
 
 
 def on_chip(model: nn.Module, mapping: Mapped, devices: Devices, chip: int) -> nn.Module:
-    """A copy of the model, without masks and in evaluation mode, with the weights that a chip gives back."""
+    """A copy of the model, without masks and in evaluation mode, with the weights that a chip gives back.
+
+    >>> from lib.faults import StuckAt, on_chip
+    >>> model = torch.nn.Sequential(torch.nn.Linear(2, 1))
+    >>> model[0].weight.data = torch.tensor([[4.0, -2.0]])
+    >>> on_chip(model, "offset", StuckAt(1.0, ratio=0), chip=0)[0].weight.tolist(), model[0].weight.tolist()
+    ([[-4.0, -4.0]], [[4.0, -2.0]])
+    """
     copy = detach_masks(deepcopy(model)).eval()
     layers = prunable(copy)
     with torch.no_grad():
@@ -187,7 +209,16 @@ class _Journal:
 def accuracies(
     bench: _Bench, journal: _Journal, tasks: Sequence[tuple[Devices, int]], processes: int
 ) -> Iterator[tuple[Devices, int, float]]:
-    """Every task's accuracy, those on disk first, then the others as they are done."""
+    """Every task's accuracy, those on disk first, then the others as they are done.
+
+    >>> from lib import data
+    >>> from lib.faults import StuckAt, trials
+    >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 4, bias=False))
+    >>> model[1].weight.data, split = torch.eye(4), data.Split(torch.eye(4).reshape(4, 1, 2, 2), torch.arange(4))
+    >>> bench, tasks = trials._Bench(model, "two_column", split, 4), [(StuckAt(0.0), 0), (StuckAt(1.0, ratio=0), 0)]
+    >>> [accuracy for _, _, accuracy in trials.accuracies(bench, trials._Journal(bench), tasks, processes=1)]
+    [1.0, 0.25]
+    """
     known = {devices: journal.read(devices) for devices in dict.fromkeys(d for d, _ in tasks)}
     yield from ((d, chip, known[d][chip]) for d, chip in tasks if chip in known[d])
     rest = [(d, chip) for d, chip in tasks if chip not in known[d]]
@@ -267,6 +298,14 @@ def sweep(
     Raises:
         CrossbarError: a rate, chip, mapping or model that cannot be.
         OSError: the cache folder cannot be written.
+
+    >>> from functools import partial
+    >>> from lib import data, faults
+    >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 4, bias=False))
+    >>> model[1].weight.data, split = torch.eye(4), data.Split(torch.eye(4).reshape(4, 1, 2, 2), torch.arange(4))
+    >>> found = faults.sweep(model, "two_column", [0.0, 1.0], 2, split, faults=partial(faults.StuckAt, ratio=0))
+    >>> found.values.tolist()  # rate, chip, accuracy: with all cells off, one class is left
+    [[0.0, 0.0, 1.0], [0.0, 1.0, 1.0], [1.0, 0.0, 0.25], [1.0, 1.0, 0.25]]
     """
     numbers = _chips(chips)
     devices = {rate: faults(rate) for rate in rates}
@@ -282,7 +321,14 @@ def sweep(
 
 
 class Tolerated(NamedTuple):
-    """The rate at which the mean accuracy over chips has dropped by so many points, with its 95 % interval."""
+    """The rate at which the mean accuracy over chips has dropped by so many points, with its 95 % interval.
+
+    >>> from lib.faults import Tolerated
+    >>> plain = Tolerated(0.005, 0.004, 0.006, trials=180, bound="")
+    >>> hardened = Tolerated(0.5, 0.5, 0.5, trials=150, bound=">")
+    >>> f"{hardened.bound} {hardened.rate / plain.rate:.0f} times"
+    '> 100 times'
+    """
 
     rate: float
     low: float
@@ -320,6 +366,13 @@ def tolerated_rate(
 
     Raises:
         CrossbarError: as `sweep`; a drop that is not positive; bounds that are not 0 < lowest < highest <= 1.
+
+    >>> from lib import data, faults
+    >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 4, bias=False))
+    >>> model[1].weight.data, split = torch.eye(4), data.Split(torch.eye(4).reshape(4, 1, 2, 2), torch.arange(4))
+    >>> found = faults.tolerated_rate(model, "two_column", drop=10, chips=50, split=split)
+    >>> round(found.rate, 2), found.low < found.rate < found.high  # of 32 cells
+    (0.08, True)
     """
     if drop <= 0 or not 0 < lowest < highest <= 1 or precision <= 0:
         raise CrossbarError(f"{drop=}, {lowest=}, {highest=}, {precision=}: allowed are positive, and lowest < highest")

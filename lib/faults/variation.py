@@ -38,6 +38,12 @@ class Variation(Device):
 
     ``lognormal``: ``G exp(N(0, sigma))``, whose mean is ``exp(sigma^2 / 2)`` times ``G`` unless ``mean_corrected``;
     ``gaussian``: ``G (1 + N(0, sigma))``; ``additive``: ``G + N(0, sigma) G_max``, the same for all states.
+
+    >>> from lib.crossbar import Mapping
+    >>> from lib.faults import Variation
+    >>> cells = Variation(0.1, mean_corrected=True).disturb(torch.ones(1, 1, 100, 100), Mapping(), chip=0, layer="fc1")
+    >>> round(cells.mean().item(), 2), round(cells.std().item(), 2)
+    (1.0, 0.1)
     """
 
     sigma: float
@@ -59,7 +65,12 @@ class Variation(Device):
 
 @cache
 def published_variations() -> pd.DataFrame:
-    """``data/technology/write_variation.csv``: published standard deviations as polynomials of the conductance."""
+    """``data/technology/write_variation.csv``: published standard deviations as polynomials of the conductance.
+
+    >>> from lib.faults import published_variations
+    >>> published_variations().loc["wan_1s", ["g_max_uS", "c0_uS", "c1_uS"]].tolist()
+    [39.26, 1.053, 0.2374]
+    """
     table = pd.read_csv(SHIPPED_ROOT / "technology" / "write_variation.csv").set_index("name")
     unverified = table.index[table["status"] != "verified"]
     _need(not len(unverified), f"write_variation.csv: {', '.join(unverified)} not verified against a source")
@@ -71,6 +82,11 @@ class Published(Device):
     """Write variation of a published device: ``name`` is a row of `published_variations`.
 
     The lowest conductance that was measured is the device's own: choose the mapping's ``on_off`` accordingly.
+
+    >>> from lib.faults import Published
+    >>> sigma = Published("milo_hfo2").sigma(torch.tensor([1.0]))
+    >>> round(225 * sigma.item(), 3)  # uS, at G_max = 225 uS: 4.782321 - 0.009107 * 225
+    2.733
     """
 
     name: str
@@ -94,7 +110,14 @@ class Published(Device):
 
 @dataclass(frozen=True)
 class PowerLaw(Device):
-    """Retention ``G(t) = G (t / 1 s)^(exponent)`` (NeuroSim), upward, downward, or up or down by cell at random."""
+    """Retention ``G(t) = G (t / 1 s)^(exponent)`` (NeuroSim), upward, downward, or up or down by cell at random.
+
+    >>> from lib.crossbar import Mapping
+    >>> from lib.faults import PowerLaw
+    >>> cells = PowerLaw(seconds=100, exponent=0.05).disturb(torch.ones(1, 1, 1, 1), Mapping(), chip=0, layer="fc1")
+    >>> round(cells.item(), 4)  # 100^-0.05
+    0.7943
+    """
 
     seconds: float
     exponent: float
@@ -116,6 +139,15 @@ class PhaseChange(Device):
     """A phase-change cell some seconds after writing: programming error, drift and 1/f noise (AIHWKit).
 
     The 1/f noise is drawn once for a chip, as if it were read once.
+
+    >>> from lib.crossbar import Mapping
+    >>> from lib.faults import PhaseChange
+    >>> fresh, old = (
+    ...     PhaseChange(seconds).disturb(torch.full((1, 1, 100, 100), 0.5), Mapping(), chip=0, layer="fc1")
+    ...     for seconds in (20, 86400)
+    ... )
+    >>> round(fresh.mean().item(), 2), round((old / fresh).median().item(), 2), round((86400 / 20) ** -0.049, 2)
+    (0.5, 0.66, 0.66)
     """
 
     seconds: float
@@ -140,7 +172,15 @@ class PhaseChange(Device):
 
 @dataclass(frozen=True)
 class Relaxation(Device):
-    """Relaxation of CMO/HfOx cells: mean ``-0.0890 ln t`` and deviation ``0.0420 ln t + 0.4118`` uS (AIHWKit)."""
+    """Relaxation of CMO/HfOx cells: mean ``-0.0890 ln t`` and deviation ``0.0420 ln t + 0.4118`` uS (AIHWKit).
+
+    >>> from lib.crossbar import Mapping
+    >>> from lib.faults import Relaxation
+    >>> device = Relaxation(seconds=1000, g_max_uS=90)
+    >>> cells = 90 * device.disturb(torch.full((1, 1, 100, 100), 0.5), Mapping(), chip=0, layer="fc1")
+    >>> round(cells.mean().item(), 1), round(cells.std().item(), 1)  # 45 - 0.089 ln 1000, 0.042 ln 1000 + 0.41 uS
+    (44.4, 0.7)
+    """
 
     seconds: float
     g_max_uS: float
@@ -162,6 +202,14 @@ class ReadNoise(Device):
 
     A trial adds what it does to each sum of a column, exactly: a normal number of variance
     ``Var[w] * sum(x^2)`` for every output, where ``Var[w]`` is `Mapping.noise_gain` squared times ``sigma`` squared.
+
+    >>> from lib.crossbar import Mapping
+    >>> from lib.faults import ReadNoise
+    >>> noise, cells = ReadNoise(0.1), torch.ones(1, 2, 1)
+    >>> noise.disturb(cells, Mapping("two_column"), chip=0, layer="fc1") is cells
+    True
+    >>> round(noise.sigma * Mapping("two_column").noise_gain(scale=1.0), 4)  # of a weight, from two cells
+    0.1414
     """
 
     sigma: float

@@ -18,6 +18,10 @@ class NetworkBudget(SupportConstraint):
 
     Raises:
         ConstraintError: a rate below 1.
+
+    >>> from lib.pruning.adaptive import NetworkBudget
+    >>> NetworkBudget(rate=4.0).count({"fc1": torch.zeros(30), "fc2": torch.zeros(10)})
+    10
     """
 
     rate: float
@@ -50,6 +54,12 @@ class LayerAdaptive(NetworkBudget):
     A weight's score is its square over the sum of all squares in its layer that are not smaller: what removing it
     distorts, relative to what would be left of the layer. The largest scores of the network are kept, so that no layer
     is emptied, whatever the scale of its weights. `fit` makes `Unstructured` sets of it; there is no other projection.
+
+    >>> from lib.pruning import LayerAdaptive
+    >>> weight = torch.tensor([8.0, 4.0, 2.0, 1.0])
+    >>> sets = LayerAdaptive(rate=2.0).fit({"fc1": weight, "fc2": weight / 1000})
+    >>> {name: s.sparsity for name, s in sets.items()}  # a smaller scale is no reason to go
+    {'fc1': 0.5, 'fc2': 0.5}
     """
 
     def fit(self, weights: Mapping[str, Tensor]) -> dict[str, Unstructured]:
@@ -81,6 +91,11 @@ class GroupAdaptive(NetworkBudget):
 
     Attributes:
         rate: total over kept weights. groups: the kind; `fit` makes such sets with a sparsity for each layer.
+
+    >>> from lib.pruning import Filter, GroupAdaptive
+    >>> layers = {"fc1": torch.tensor([[4.0, 4.0], [4.0, 4.0]]), "fc2": torch.tensor([[4.0, 4.0], [1.0, 1.0]])}
+    >>> GroupAdaptive(rate=8 / 6, groups=Filter(0.0)).fit(layers)["fc2"]
+    Filter(sparsity=0.5, coupled='')
     """
 
     groups: Groups = field(default_factory=lambda: Unstructured(0.0))
@@ -121,6 +136,11 @@ class SubmatrixAdaptive(NetworkBudget):
     Greedy: again and again the row or column of a layer's GEMM matrix goes whose share of the energy that is left in
     its layer is smallest for each weight that goes with it, until the rate is reached. `fit` makes `FilterColumn` sets
     of what is left. The same ground as LAMP's, for lines instead of weights; ours, not from a paper.
+
+    >>> from lib.pruning import SubmatrixAdaptive
+    >>> layers = {"fc1": torch.tensor([[4.0, 4.0], [4.0, 4.0]]), "fc2": torch.tensor([[4.0, 1.0], [4.0, 1.0]])}
+    >>> SubmatrixAdaptive(rate=8 / 6).fit(layers)["fc2"]
+    FilterColumn(filter_sparsity=0.0, column_sparsity=0.5)
     """
 
     def fit(self, weights: Mapping[str, Tensor]) -> dict[str, FilterColumn]:
@@ -148,6 +168,12 @@ class SubmatrixByCost(NetworkBudget):
 
     Attributes:
         rate: total over kept cost. costs: of a weight, by layer; hashable, so pairs of name and cost.
+
+    >>> from lib.pruning import SubmatrixByCost
+    >>> layers = {"conv": torch.full((2, 2), 4.0), "fc": torch.tensor([[4.0, 1.0], [4.0, 1.0]])}
+    >>> sets = SubmatrixByCost(rate=1.5, costs=(("conv", 100.0), ("fc", 1.0))).fit(layers)  # 404 in all, 269 at most
+    >>> sets["conv"], sets["fc"].column_sparsity
+    (FilterColumn(filter_sparsity=0.5, column_sparsity=0.0), 0.0)
     """
 
     costs: tuple[tuple[str, float], ...] = ()

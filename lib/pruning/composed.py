@@ -19,6 +19,10 @@ class FilterColumn(SupportConstraint):
     Choosing rows and columns at once has no closed form. The projection alternates: the best rows for the columns at
     hand, the best columns for those rows, until neither moves. Kept energy never falls, so it stops, at a choice that
     no change of rows or of columns alone improves; it need not be the nearest point (``exact = False``).
+
+    >>> from lib.pruning import FilterColumn
+    >>> FilterColumn(0.5, 0.5).project(torch.tensor([[5.0, 2.0], [3.0, 9.0]])).tolist()
+    [[0.0, 0.0], [0.0, 9.0]]
     """
 
     filter_sparsity: float = 0.5
@@ -57,6 +61,13 @@ class BlockStructured(SupportConstraint):
 
     A projection of one step after the other, as published: not the nearest point of both together
     (``exact = False``). Blocks are ``height x width``; the published code counts blocks instead.
+
+    >>> from lib.pruning import BlockStructured
+    >>> weight = torch.tensor([[9.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]])
+    >>> BlockStructured(0.5, 0.0, height=2, width=2).project(weight).tolist()
+    [[9.0, 0.0, 0.0, 4.0], [5.0, 0.0, 0.0, 8.0]]
+    >>> BlockStructured(0.5, 0.5, height=2, width=2).project(weight).tolist()  # 81 + 16 against 25 + 64
+    [[9.0, 0.0, 0.0, 4.0], [0.0, 0.0, 0.0, 0.0]]
     """
 
     column_sparsity: float = 0.5
@@ -99,6 +110,12 @@ class DARB(SupportConstraint):
     ``menu``, so that the layer stays within its budget: every row starts at the largest block, and the step to the next
     smaller block is taken in the order of how far ``d`` lies above the geometric mean of the two. Projection: the
     largest magnitude of each block, exact.
+
+    >>> from lib.pruning import DARB
+    >>> weight = torch.tensor([[9.0, 8.0, 7.0, 1.0], [6.0, 0.1, 0.2, 0.3]])  # of the largest half, rows have 3 and 1
+    >>> blocks = DARB(0.5, menu=(1, 2, 4)).fit({"fc": weight})["fc"]
+    >>> blocks.blocks, blocks.project(weight).tolist()
+    ((2, 4), [[9.0, 0.0, 7.0, 0.0], [6.0, 0.0, 0.0, 0.0]])
     """
 
     sparsity: float = 0.9

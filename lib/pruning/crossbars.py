@@ -22,6 +22,11 @@ def tiny_adc(n: int, rows: int = 128) -> NM:
     """At most ``n`` weights in each column of an array of ``rows``, at free places (TinyADC, DATE 2021).
 
     A column's sum is then as small as if the array had ``n`` rows, which each halving saves a converter bit by.
+
+    >>> from lib.arrays import exact_bits
+    >>> from lib.pruning import tiny_adc
+    >>> tiny_adc(16).sparsity, exact_bits(rows=128, cell_bits=2), exact_bits(rows=16, cell_bits=2)
+    (0.875, 9, 6)
     """
     return NM(n=n, m=rows)
 
@@ -32,6 +37,13 @@ class PolarizedFragments(Constraint):
 
     Projection: the sign whose weights have more energy stays, the others become zero; exact. FORMS's own rule goes by
     the sign of the sum (``by = "sum"``), which is not the nearest point. Zeros stay zeros, so it goes with any mask.
+
+    >>> from lib.pruning import PolarizedFragments
+    >>> weight = torch.tensor([[3.0, -2.0, -2.0]])
+    >>> PolarizedFragments(rows=3).project(weight).tolist()  # 9 against 8
+    [[3.0, 0.0, 0.0]]
+    >>> PolarizedFragments(rows=3, by="sum").project(weight).tolist()
+    [[0.0, -2.0, -2.0]]
     """
 
     rows: int = 8
@@ -72,6 +84,11 @@ class AlignedLines(FilterColumn):
 
     What fills a part of an array costs a whole one: `fit` rounds both budgets to the nearest number of full arrays, one
     at least, or all there is if that is less. ``filters`` is an array's columns over the cells of a weight.
+
+    >>> from lib.pruning import AlignedLines
+    >>> lines = AlignedLines(filter_sparsity=0.6, column_sparsity=0.6, rows=128, filters=32)
+    >>> lines.fit({"fc1": torch.zeros(512, 1024)})["fc1"]  # 192 of 512 filters, 384 of 1024 rows
+    FilterColumn(filter_sparsity=0.625, column_sparsity=0.625)
     """
 
     rows: int = 128
@@ -102,6 +119,11 @@ class BlockLines(SupportConstraint):
 
     In each block the same share of its filters and of its rows goes. Like `FilterColumn` in each block, by turns from
     all rows, so not always the nearest point (``exact = False``). Blocks at the edges keep the same shares.
+
+    >>> from lib.pruning import BlockLines
+    >>> weight = torch.tensor([[9.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]])
+    >>> BlockLines(filter_sparsity=0.5, filters=2, rows=2).project(weight).tolist()  # one filter of each block
+    [[9.0, 2.0, 0.0, 0.0], [0.0, 0.0, 7.0, 8.0]]
     """
 
     filter_sparsity: float = 0.5
@@ -180,6 +202,12 @@ class SharedShapes(SupportConstraint):
     Attributes:
         sparsity: of the rows in each group. codes: by group of rows, each shape as a number whose bit ``i`` keeps row
             ``i``; chosen by `fit`.
+
+    >>> from lib.pruning import SharedShapes
+    >>> weight = torch.tensor([[5.0, 4.0, 1.0, 0.0], [3.0, 4.0, 0.0, 1.0], [0.0, 1.0, 2.0, 0.0]])
+    >>> shared = SharedShapes(0.5, rows=4, shapes=1).fit({"fc": weight})["fc"]
+    >>> shared.codes, shared.project(weight).tolist()  # rows 0 and 1 for all, although the last filter prefers others
+    (((3,),), [[5.0, 4.0, 0.0, 0.0], [3.0, 4.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0]])
     """
 
     sparsity: float = 0.5

@@ -21,31 +21,60 @@ Size = tuple[int, int]
 
 
 def check_sparsity(**named: float) -> None:
-    """Refuse a sparsity outside [0, 1), by the name that the user gave it."""
+    """Refuse a sparsity outside [0, 1), by the name that the user gave it.
+
+    >>> from lib.pruning.groups import check_sparsity
+    >>> check_sparsity(filter_sparsity=0.5, column_sparsity=1.0)
+    Traceback (most recent call last):
+        ...
+    lib.constraint.ConstraintError: column_sparsity = 1.0: allowed are numbers in [0, 1)
+    """
     for name, value in named.items():
         if not 0 <= value < 1:
             raise ConstraintError(f"{name} = {value}: allowed are numbers in [0, 1)")
 
 
 def check_count(**named: int) -> None:
-    """Refuse a count or length below 1, by the name that the user gave it."""
+    """Refuse a count or length below 1, by the name that the user gave it.
+
+    >>> from lib.pruning.groups import check_count
+    >>> check_count(height=4, width=0)
+    Traceback (most recent call last):
+        ...
+    lib.constraint.ConstraintError: width = 0: allowed are whole numbers from 1
+    """
     for name, value in named.items():
         if not isinstance(value, int) or value < 1:
             raise ConstraintError(f"{name} = {value!r}: allowed are whole numbers from 1")
 
 
 def gemm(weight: Tensor) -> Tensor:
-    """The GEMM matrix of a layer's weight, ``(F, C, Kh, Kw) -> (F, C*Kh*Kw)``; a vector is one row."""
+    """The GEMM matrix of a layer's weight, ``(F, C, Kh, Kw) -> (F, C*Kh*Kw)``; a vector is one row.
+
+    >>> from lib.pruning.groups import gemm
+    >>> tuple(gemm(torch.zeros(20, 3, 5, 5)).shape), tuple(gemm(torch.zeros(10)).shape)
+    ((20, 75), (1, 10))
+    """
     return weight.reshape(1, -1) if weight.dim() == 1 else weight.reshape(weight.shape[0], -1)
 
 
 def kernel_area(weight: Tensor) -> int:
-    """``Kh*Kw``; 1 for a linear layer, whose weights are kernels of one entry."""
+    """``Kh*Kw``; 1 for a linear layer, whose weights are kernels of one entry.
+
+    >>> from lib.pruning.groups import kernel_area
+    >>> kernel_area(torch.zeros(20, 3, 5, 5)), kernel_area(torch.zeros(10, 500))
+    (25, 1)
+    """
     return weight[0, 0].numel() if weight.dim() == 4 else 1
 
 
 def tile_sums(matrix: Tensor, size: Size) -> Tensor:
-    """Sums over tiles, ``(R*height, S*width) -> (R, S)``."""
+    """Sums over tiles, ``(R*height, S*width) -> (R, S)``.
+
+    >>> from lib.pruning.groups import tile_sums
+    >>> tile_sums(torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]]), (2, 2)).tolist()
+    [[14, 22]]
+    """
     (height, width), (rows, columns) = size, matrix.shape
     if size == (1, 1):
         return matrix
@@ -53,13 +82,23 @@ def tile_sums(matrix: Tensor, size: Size) -> Tensor:
 
 
 def padded(matrix: Tensor, size: Size) -> Tensor:
-    """``matrix`` with zeros below and to the right, so that whole tiles of ``size`` cover it."""
+    """``matrix`` with zeros below and to the right, so that whole tiles of ``size`` cover it.
+
+    >>> from lib.pruning.groups import padded
+    >>> padded(torch.ones(2, 3), (2, 2)).tolist()
+    [[1.0, 1.0, 1.0, 0.0], [1.0, 1.0, 1.0, 0.0]]
+    """
     (height, width), (rows, columns) = size, matrix.shape
     return pad(matrix, (0, -columns % width, 0, -rows % height)) if rows % height or columns % width else matrix
 
 
 def spread(values: Tensor, size: Size, shape: torch.Size) -> Tensor:
-    """Each tile's value on all of its weights, ``(R, S)`` -> a weight of ``shape``; padding is cut off."""
+    """Each tile's value on all of its weights, ``(R, S)`` -> a weight of ``shape``; padding is cut off.
+
+    >>> from lib.pruning.groups import spread
+    >>> spread(torch.tensor([[1, 2]]), (2, 2), torch.Size([2, 3])).tolist()
+    [[1, 1, 2], [1, 1, 2]]
+    """
     (height, width), (r, s) = size, values.shape
     full = values[:, None, :, None].expand(r, height, s, width).reshape(r * height, s * width)
     rows = 1 if len(shape) == 1 else shape[0]
@@ -74,6 +113,13 @@ class Groups(SupportConstraint):
 
     Raises:
         ConstraintError: a sparsity outside [0, 1), or a size that is not a whole number from 1.
+
+    >>> from lib.pruning import Groups
+    >>> class Halves(Groups):  # the left and the right half of the GEMM matrix
+    ...     def group(self, weight):
+    ...         return weight.shape[0], weight.shape[1] // 2
+    >>> Halves(0.5).project(torch.tensor([[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]])).tolist()
+    [[0.0, 0.0, 3.0, 4.0], [0.0, 0.0, 7.0, 8.0]]
     """
 
     sparsity: float
@@ -145,6 +191,10 @@ class Unstructured(Groups):
 
     Raises:
         ConstraintError: sparsity outside [0, 1), or an unknown scope.
+
+    >>> from lib.pruning import Unstructured
+    >>> Unstructured(0.5).project(torch.tensor([[1.0, -2.0, 3.0], [-4.0, 0.5, 0.1]])).tolist()
+    [[0.0, -2.0, 3.0], [-4.0, 0.0, 0.0]]
     """
 
     scope: Literal["layer", "global"] = "layer"
@@ -175,6 +225,10 @@ class Filter(Groups):
     Layers with equal sets that name a ``coupled`` group lose the same filters, ranked by the norm over all: what
     layers that are added to one another need (`lib.pruning.channels`). A removed filter's bias and batch norm go with
     it only through `lib.pruning.channels.follow`.
+
+    >>> from lib.pruning import Filter
+    >>> Filter(0.5).project(torch.tensor([[1.0, 2.0], [3.0, 0.0]])).tolist()
+    [[0.0, 0.0], [3.0, 0.0]]
     """
 
     coupled: str = ""
@@ -199,7 +253,12 @@ class Filter(Groups):
 
 @dataclass(frozen=True)
 class Column(Groups):
-    """GEMM columns: one kernel position of one channel in all filters ("shape-wise", papers/pruning.md 4c)."""
+    """GEMM columns: one kernel position of one channel in all filters ("shape-wise", papers/pruning.md 4c).
+
+    >>> from lib.pruning import Column
+    >>> Column(0.5).project(torch.tensor([[1.0, 2.0], [3.0, 0.0]])).tolist()
+    [[1.0, 0.0], [3.0, 0.0]]
+    """
 
     def group(self, weight: Tensor) -> Size:
         """A column of the GEMM matrix."""
@@ -212,7 +271,13 @@ class Column(Groups):
 
 @dataclass(frozen=True)
 class Channel(Groups):
-    """Input channels ``W[:, c, :, :]`` (papers/pruning.md 4c); input neurons of a linear layer."""
+    """Input channels ``W[:, c, :, :]`` (papers/pruning.md 4c); input neurons of a linear layer.
+
+    >>> from lib.pruning import Channel
+    >>> weight = torch.tensor([[[[3.0, 1.0]], [[0.5, 1.0]]], [[[1.0, 0.0]], [[2.0, 4.0]]]])  # F, C, Kh, Kw = 2, 2, 1, 2
+    >>> Channel(0.5).project(weight).flatten(2).tolist()
+    [[[0.0, 0.0], [0.5, 1.0]], [[0.0, 0.0], [2.0, 4.0]]]
+    """
 
     def group(self, weight: Tensor) -> Size:
         """The columns of one channel."""
@@ -225,7 +290,13 @@ class Channel(Groups):
 
 @dataclass(frozen=True)
 class Kernel(Groups):
-    """Whole kernels ``W[f, c, :, :]``: connectivity pruning (papers/pruning.md 9); single weights of a linear layer."""
+    """Whole kernels ``W[f, c, :, :]``: connectivity pruning (papers/pruning.md 9); single weights of a linear layer.
+
+    >>> from lib.pruning import Kernel
+    >>> weight = torch.tensor([[[[3.0, 1.0]], [[0.5, 1.0]]], [[[1.0, 0.0]], [[2.0, 4.0]]]])  # F, C, Kh, Kw = 2, 2, 1, 2
+    >>> Kernel(0.5).project(weight).flatten(2).tolist()
+    [[[3.0, 1.0], [0.0, 0.0]], [[0.0, 0.0], [2.0, 4.0]]]
+    """
 
     def group(self, weight: Tensor) -> Size:
         """One kernel, contiguous in its row."""
@@ -237,6 +308,10 @@ class Block(Groups):
     """Blocks of ``height x width`` weights of the GEMM matrix (papers/pruning.md A.2).
 
     Ranked by L2 norm, which is the projection; released code of the field uses the L1 sum, which is not.
+
+    >>> from lib.pruning import Block
+    >>> Block(0.5, height=2, width=2).project(torch.tensor([[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]])).tolist()
+    [[0.0, 0.0, 3.0, 4.0], [0.0, 0.0, 7.0, 8.0]]
     """
 
     height: int = 4
@@ -256,6 +331,12 @@ class PETile(Groups):
     """Tiles that a processing-element array works on in one pass: ``outputs`` filters x ``inputs`` whole channels.
 
     PE-wise structured pruning (Yang, He and Fan, AAAI 2020; papers/pruning.md 14b).
+
+    >>> from lib.pruning import PETile
+    >>> PETile(0.5, outputs=4, inputs=4).group(torch.zeros(20, 8, 3, 3))  # 4 filters, 4 channels of 9
+    (4, 36)
+    >>> PETile(0.5, outputs=1, inputs=2).project(torch.tensor([[1.0, 2.0, 3.0, 4.0], [9.0, 6.0, 7.0, 8.0]])).tolist()
+    [[0.0, 0.0, 0.0, 0.0], [9.0, 6.0, 7.0, 8.0]]
     """
 
     outputs: int = 4
@@ -276,6 +357,11 @@ class BlockColumns(Groups):
 
     Every block keeps the same share of its columns, or (``per = "layer"``) the layer keeps the strongest segments
     wherever they are. Height 1 is irregular pruning, the height of the matrix column pruning.
+
+    >>> from lib.pruning import BlockColumns
+    >>> weight = torch.tensor([[9.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]])
+    >>> BlockColumns(0.5, height=2, width=2).project(weight).tolist()  # one column of each block
+    [[9.0, 0.0, 0.0, 4.0], [5.0, 0.0, 0.0, 8.0]]
     """
 
     height: int = 4
@@ -299,7 +385,13 @@ class BlockColumns(Groups):
 
 @dataclass(frozen=True)
 class BlockRows(Groups):
-    """Row segments inside blocks of ``height x width``: the same share in each (BLK-REW, papers/pruning.md 8a)."""
+    """Row segments inside blocks of ``height x width``: the same share in each (BLK-REW, papers/pruning.md 8a).
+
+    >>> from lib.pruning import BlockRows
+    >>> weight = torch.tensor([[9.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]])
+    >>> BlockRows(0.5, height=2, width=2).project(weight).tolist()  # one row of each block
+    [[9.0, 2.0, 0.0, 0.0], [0.0, 0.0, 7.0, 8.0]]
+    """
 
     height: int = 16
     width: int = 4
@@ -322,6 +414,10 @@ class NM(Groups):
     """At most ``n`` nonzeros in every ``m`` consecutive weights of a GEMM row; a short end keeps the same share.
 
     Along memory order, so over kernel positions first, then channels.
+
+    >>> from lib.pruning import NM
+    >>> NM(n=2, m=4).project(torch.tensor([[1.0, -4.0, 3.0, 2.0, 9.0, 8.0, 7.0, 6.0]])).tolist()
+    [[0.0, -4.0, 3.0, 0.0, 9.0, 8.0, 0.0, 0.0]]
     """
 
     sparsity: float = field(init=False)
@@ -350,5 +446,10 @@ class NM(Groups):
 
 
 def block_max(b: int) -> NM:
-    """BMWM: of every ``b`` consecutive weights of a row the largest alone (papers/pruning.md 11)."""
+    """BMWM: of every ``b`` consecutive weights of a row the largest alone (papers/pruning.md 11).
+
+    >>> from lib.pruning import block_max
+    >>> block_max(4).project(torch.tensor([[1.0, -4.0, 3.0, 2.0, 9.0, 8.0, 7.0, 6.0]])).tolist()
+    [[0.0, -4.0, 0.0, 0.0, 9.0, 0.0, 0.0, 0.0]]
+    """
     return NM(n=1, m=b)

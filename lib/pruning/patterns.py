@@ -52,6 +52,10 @@ def kernels(weight: Tensor) -> Tensor:
 
     Raises:
         ConstraintError: the layer has no kernels of more than one weight.
+
+    >>> from lib.pruning.patterns import kernels
+    >>> tuple(kernels(torch.zeros(8, 4, 3, 3)).shape)
+    (32, 9)
     """
     if weight.dim() != 4 or weight[0, 0].numel() == 1:
         raise ConstraintError(f"patterns are for kernels larger than 1x1, and the weight is {tuple(weight.shape)}")
@@ -59,24 +63,45 @@ def kernels(weight: Tensor) -> Tensor:
 
 
 def table(library: Sequence[int], area: int, like: Tensor) -> Tensor:
-    """The library as masks, ``(patterns, Kh*Kw)`` of zeros and ones in the type of ``like``."""
+    """The library as masks, ``(patterns, Kh*Kw)`` of zeros and ones in the type of ``like``.
+
+    >>> from lib.pruning.patterns import table
+    >>> table((0b0011, 0b1000), area=4, like=torch.zeros(1)).tolist()  # the lowest bit is the first position
+    [[1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0]]
+    """
     bits = torch.tensor(library, device=like.device)[:, None] >> torch.arange(area, device=like.device)
     return (bits & 1).to(like.dtype)
 
 
 def code_of(masks: Tensor) -> Tensor:
-    """The pattern of each row of a boolean ``(kernels, Kh*Kw)``."""
+    """The pattern of each row of a boolean ``(kernels, Kh*Kw)``.
+
+    >>> from lib.pruning.patterns import code_of
+    >>> code_of(torch.tensor([[True, True, False, False], [False, False, False, True]])).tolist()
+    [3, 8]
+    """
     return (masks.long() << torch.arange(masks.shape[1], device=masks.device)).sum(1)
 
 
 def most_frequent(codes: Tensor, count: int) -> tuple[int, ...]:
-    """The ``count`` most frequent values, the most frequent first; among equals the smaller."""
+    """The ``count`` most frequent values, the most frequent first; among equals the smaller.
+
+    >>> from lib.pruning.patterns import most_frequent
+    >>> most_frequent(torch.tensor([7, 5, 5, 3, 3, 9]), 2)
+    (3, 5)
+    """
     values, counts = codes.unique(return_counts=True)
     return tuple(values[counts.argsort(descending=True, stable=True)[:count]].tolist())
 
 
 def natural_patterns(weight: Tensor) -> Tensor:
-    """Each 3x3 kernel's natural pattern: the centre and the 3 largest of the other 8 (papers/pruning.md 9)."""
+    """Each 3x3 kernel's natural pattern: the centre and the 3 largest of the other 8 (papers/pruning.md 9).
+
+    >>> from lib.pruning.patterns import natural_patterns
+    >>> kernel = torch.tensor([[9.0, 0.2, 8.0], [0.3, 0.1, 0.2], [7.0, 0.0, 0.4]])  # the centre stays, however small
+    >>> [f"{code:09b}" for code in natural_patterns(kernel[None, None]).tolist()]  # positions 8 to 0
+    ['001010101']
+    """
     magnitude = kernels(weight).abs()
     if magnitude.shape[1] != 9:
         raise ConstraintError(f"natural patterns are for 3x3 kernels, and the weight is {tuple(weight.shape)}")
@@ -95,6 +120,11 @@ class Patterns(SupportConstraint):
     Raises:
         ConstraintError: a count that is no whole number from 1, an empty library, a kernel that the patterns do not
             fit, or a projection before `fit`.
+
+    >>> from lib.pruning import Patterns
+    >>> rows = Patterns(library=(0b0011, 0b1100))  # of a 2x2 kernel, the upper row or the lower
+    >>> rows.project(torch.tensor([[[[1.0, 2.0], [3.0, 0.0]]]])).tolist()
+    [[[[0.0, 0.0], [3.0, 0.0]]]]
     """
 
     count: int = 8
@@ -148,6 +178,12 @@ class PatternKernels(Patterns):
 
     The exact joint projection (papers/pruning.md A.2): rank kernels by the energy that their *best pattern* keeps, not
     by their norm. ``parts`` are the two sets for ADMM with two auxiliary pairs.
+
+    >>> from lib.pruning import PatternKernels
+    >>> half = PatternKernels(library=(0b0011, 0b1100), sparsity=0.5)
+    >>> weight = torch.tensor([[[[3.0, 0.0], [3.0, 0.0]]], [[[4.0, 0.0], [0.0, 0.0]]]])
+    >>> half.project(weight).flatten(1).tolist()  # the first kernel is larger, but no pattern keeps both its weights
+    [[0.0, 0.0, 0.0, 0.0], [4.0, 0.0, 0.0, 0.0]]
     """
 
     sparsity: float = 0.5
@@ -184,6 +220,13 @@ class PCNN(SupportConstraint):
     Raises:
         ConstraintError: counts that are no whole numbers, more weights than the kernel has, or a projection before
             `fit`.
+
+    >>> from lib.pruning import PCNN
+    >>> PCNN(n=2).project(torch.tensor([[[[4.0, -1.0], [2.0, 3.0]]]])).tolist()
+    [[[[4.0, 0.0], [0.0, 3.0]]]]
+    >>> weight = torch.tensor([[[[4.0, -1.0], [2.0, 3.0]]], [[[5.0, 0.0], [0.0, 6.0]]], [[[0.0, 1.0], [1.0, 0.0]]]])
+    >>> [f"{code:04b}" for code in PCNN(n=2, patterns=1).fit({"conv": weight})["conv"].library]
+    ['1001']
     """
 
     n: int = 4

@@ -14,6 +14,11 @@ def uniform_plan(model: nn.Module, constraint: Constraint, keep_dense: tuple[str
 
     Raises:
         ConstraintError: ``keep_dense`` names a layer that the model lacks, or leaves nothing to prune.
+
+    >>> from lib import models, pruning
+    >>> model = models.build("lenet5", (1, 28, 28), 10)
+    >>> list(pruning.uniform_plan(model, pruning.Unstructured(0.9), keep_dense=("conv1",)))
+    ['conv2', 'fc1', 'fc2']
     """
     layers = prunable(model)
     if unknown := [n for n in keep_dense if n not in layers]:
@@ -37,6 +42,11 @@ def correlation(theta: Mapping[str, Tensor], other: Mapping[str, Tensor], p: flo
 
     Raises:
         ValueError: ``p`` outside (0, 1], or more weights asked for than are nonzero.
+
+    >>> from lib.pruning import correlation
+    >>> theta, other = {"fc": torch.tensor([4.0, -3.0, 2.0, 1.0])}, {"fc": torch.tensor([5.0, 1.0, -3.0, 2.0])}
+    >>> correlation(theta, other, p=0.5)  # of the largest two, one is the same
+    0.5
     """
     if not 0 < p <= 1:
         raise ValueError(f"p = {p}: allowed are numbers in (0, 1]")
@@ -54,13 +64,19 @@ def correlation(theta: Mapping[str, Tensor], other: Mapping[str, Tensor], p: flo
 
 
 def first_conv(model: nn.Module) -> tuple[str, ...]:
-    """The name of the first convolution, which most papers leave dense; empty for a network without one."""
+    """The name of the first convolution, which most papers leave dense; empty for a network without one.
+
+    >>> from lib import models, pruning
+    >>> [pruning.first_conv(models.build(name, (1, 28, 28), 10)) for name in ("lenet5", "lenet300")]
+    [('conv1',), ()]
+    """
     return tuple(n for n, m in prunable(model).items() if isinstance(m, nn.Conv2d))[:1]
 
 
 def rounds(target: list[float], fraction: float) -> list[float]:
     """Sparsities of iterative pruning by ``fraction`` of the remaining weights a round, stopping at every target.
 
+    >>> from lib.pruning import rounds
     >>> rounds([0.5, 0.8], 0.3)
     [0.3, 0.5, 0.65, 0.755, 0.8]
     """

@@ -7,15 +7,21 @@ PAIRWISE = 16  # up to this row length, comparing all pairs of columns beats sor
 
 
 def kept(sparsity: float, total: int) -> int:
-    """How many of ``total`` weights a sparsity leaves: the nearest whole number, and at least one."""
+    """How many of ``total`` weights a sparsity leaves: the nearest whole number, and at least one.
+
+    >>> from lib.pruning import kept
+    >>> kept(0.95, 500), kept(0.99, 10)
+    (25, 1)
+    """
     return max(1, round((1 - sparsity) * total))
 
 
 def keep_largest(scores: Tensor, k: int) -> Tensor:
     """Boolean mask of exactly ``k`` largest entries; among equals the first in memory order win.
 
-    >>> keep_largest(torch.tensor([1.0, 3.0, 1.0, 1.0]), 2)
-    tensor([ True,  True, False, False])
+    >>> from lib.pruning import keep_largest
+    >>> keep_largest(torch.tensor([1.0, 3.0, 1.0, 1.0]), 2).tolist()
+    [True, True, False, False]
     """
     flat = scores.reshape(-1)
     if k >= flat.numel():
@@ -31,9 +37,9 @@ def keep_largest(scores: Tensor, k: int) -> Tensor:
 def keep_largest_in_rows(scores: Tensor, k: Tensor | int) -> Tensor:
     """The same in every row of ``scores`` (rows, m), with one ``k`` for all or one for each row.
 
-    >>> keep_largest_in_rows(torch.tensor([[1.0, 3.0, 2.0], [5.0, 5.0, 5.0]]), 2)
-    tensor([[False,  True,  True],
-            [ True,  True, False]])
+    >>> from lib.pruning import keep_largest_in_rows
+    >>> keep_largest_in_rows(torch.tensor([[1.0, 3.0, 2.0], [5.0, 5.0, 5.0]]), 2).tolist()
+    [[False, True, True], [True, True, False]]
     """
     rows, m = scores.shape
     counts = k if isinstance(k, int) else k.reshape(rows, 1)

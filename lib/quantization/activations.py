@@ -11,6 +11,10 @@ class InputQuantizer(nn.Module):
     """Rounds a layer's input to ``2^bits`` equal steps from ``low`` to ``high``; the gradient goes straight through.
 
     Inputs outside are clipped, and get no gradient. Zero is always one of the values.
+
+    >>> from lib.quantization import InputQuantizer
+    >>> InputQuantizer(bits=2, low=0.0, high=3.0)(torch.tensor([-1.0, 0.4, 1.6, 5.0])).tolist()
+    [0.0, 0.0, 2.0, 3.0]
     """
 
     def __init__(self, bits: int, low: float, high: float) -> None:
@@ -39,6 +43,14 @@ def quantize_activations(model: nn.Module, bits: int, images: Tensor) -> nn.Modu
 
     Raises:
         ConstraintError: fewer than 1 bit or more than 16.
+
+    >>> from lib.quantization import quantize_activations
+    >>> model = torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False))
+    >>> model[0].weight.data.fill_(10).item()
+    10.0
+    >>> model = quantize_activations(model, bits=2, images=torch.tensor([[0.0], [1.0], [2.0], [3.0]]))
+    >>> round(model(torch.tensor([[1.4]])).item(), 3)
+    10.0
     """
     if not isinstance(bits, int) or not 1 <= bits <= 16:
         raise ConstraintError(f"bits = {bits!r}: allowed are 1 to 16")
@@ -60,7 +72,16 @@ def quantize_activations(model: nn.Module, bits: int, images: Tensor) -> nn.Modu
 
 
 def full_precision_activations(model: nn.Module) -> nn.Module:
-    """Take the rounding of inputs away again, in place. Returns the model."""
+    """Take the rounding of inputs away again, in place. Returns the model.
+
+    >>> from lib.quantization import full_precision_activations, quantize_activations
+    >>> model = torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False))
+    >>> model[0].weight.data.fill_(10).item()
+    10.0
+    >>> model = quantize_activations(model, bits=2, images=torch.tensor([[0.0], [1.0], [2.0], [3.0]]))
+    >>> round(full_precision_activations(model)(torch.tensor([[1.4]])).item(), 3)
+    14.0
+    """
     for layer in prunable(model).values():
         if hasattr(layer, "quantize_input"):
             del layer.quantize_input

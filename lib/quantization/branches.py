@@ -24,6 +24,10 @@ def branch(weight: Tensor, beta: float) -> tuple[float, float]:
     """Scale ``a`` and threshold ``Delta = beta * max|W|`` of a branch: ``a`` is the mean of ``|w| >= Delta``.
 
     Both are 0 for a weight that is all zero.
+
+    >>> from lib.quantization import branch
+    >>> branch(torch.tensor([0.1, -0.5, 1.0]), beta=0.4)
+    (0.75, 0.4)
     """
     magnitude = weight.abs()
     threshold = beta * float(magnitude.max())
@@ -37,6 +41,13 @@ class TernaryRule(Constraint):
 
     He, Gong and Fan, WACV 2019. Members are those of `ternary`, but the rule does not take the nearest one: it keeps
     nearly all weights, where the projection sets about half of a bell-shaped layer to zero.
+
+    >>> from lib.quantization import TernaryRule, ternary
+    >>> weight = torch.tensor([0.5, 4.0])
+    >>> TernaryRule(beta=0.1).project(weight).tolist(), TernaryRule(beta=0.2).project(weight).tolist()
+    ([2.25, 2.25], [0.0, 4.0])
+    >>> ternary().project(weight).tolist()
+    [0.0, 4.0]
     """
 
     beta: float = 0.05
@@ -68,6 +79,10 @@ class Expansion(Constraint):
     magnitude for each branch: ``a_1``, ``a_1 + a_2``, ... Every branch has the same sign, so the sum is larger than the
     weight it stands for; batch norm, or training through it, takes that up. Applied twice it gives another point, so
     harden once, and keep that. Thresholds of two branches are the paper's, those of more are ours.
+
+    >>> from lib.quantization import Expansion
+    >>> Expansion((0.4, 0.8)).project(torch.tensor([0.1, -0.5, 1.0])).tolist()  # 0.75 beyond 0.4, and 1 beyond 0.8
+    [0.0, -0.75, 1.75]
     """
 
     betas: tuple[float, ...] = (0.05, 0.1)
@@ -113,7 +128,13 @@ class Expansion(Constraint):
 
 
 class Branches(nn.Module):
-    """Layers of one input, added up."""
+    """Layers of one input, added up.
+
+    >>> from torch import nn
+    >>> from lib.quantization import Branches
+    >>> Branches([nn.Identity(), nn.ReLU()])(torch.tensor([1.0, -2.0])).tolist()
+    [2.0, -2.0]
+    """
 
     def __init__(self, layers: list[nn.Module]) -> None:
         super().__init__()
@@ -135,6 +156,12 @@ def branched(model: nn.Module, plan: Plan) -> nn.Module:
 
     Raises:
         ConstraintError: weights that are not in their set (harden first).
+
+    >>> from lib.quantization import Expansion, branched
+    >>> model = torch.nn.Sequential(torch.nn.Linear(3, 1))
+    >>> model[0].weight.data = torch.tensor([[0.0, -0.75, 1.75]])
+    >>> [layer.weight.tolist() for layer in branched(model, {"0": Expansion((0.4, 0.8))})[0].layers]
+    [[[0.0, -0.75, 0.75]], [[0.0, 0.0, 1.0]]]
     """
     result = detach_masks(deepcopy(model))
     layers = prunable(result)

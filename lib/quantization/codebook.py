@@ -31,6 +31,14 @@ class Codebook(Constraint):
 
     Raises:
         ConstraintError: fewer entries than one, an unknown sample, or rows or kernels of a linear layer.
+
+    >>> from lib.quantization import Codebook
+    >>> codebook, weight = Codebook(k=2), torch.tensor([1.0, 9.0, 0.0, 2.0, 10.0])
+    >>> codebook.project(weight).tolist()  # zero stays
+    [1.5, 9.5, 0.0, 1.5, 9.5]
+    >>> frozen = codebook.fit({"fc": weight})["fc"]
+    >>> frozen.project(torch.tensor([5.0, 6.0])).tolist()
+    [1.5, 9.5]
     """
 
     k: int

@@ -23,6 +23,12 @@ class Quantized(Constraint):
 
     Raises:
         ConstraintError: a support that couples layers, whose steps could not be told apart.
+
+    >>> from lib.pruning import Unstructured
+    >>> from lib.quantization import Levels, Quantized
+    >>> both = Quantized(Unstructured(0.5), Levels(2, step=1.0))
+    >>> both.project(torch.tensor([1.5, 1.1, -1.9, 0.6])).tolist()  # saves 2, 1.2, 3.6 and 0.2
+    [2.0, 0.0, -2.0, 0.0]
     """
 
     support: SupportConstraint

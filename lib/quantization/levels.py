@@ -27,6 +27,10 @@ def best_step(weight: Tensor, per_side: int, zero: bool = False) -> float:
 
     Returns:
         The step, 0 for a weight without nonzeros.
+
+    >>> from lib.quantization import best_step
+    >>> best_step(torch.tensor([1.0, -3.0]), per_side=1), best_step(torch.tensor([1.0, -3.0]), per_side=1, zero=True)
+    (2.0, 3.0)
     """
     a = weight[weight != 0].abs()
     if not len(a):
@@ -75,6 +79,12 @@ class Levels(Constraint):
 
     Raises:
         ConstraintError: ``per_side`` is not a whole number from 1, or the step is not a positive number.
+
+    >>> from lib.quantization import Levels
+    >>> Levels(per_side=2, step=0.5).project(torch.tensor([0.1, -0.6, 3.0])).tolist()
+    [0.5, -0.5, 1.0]
+    >>> Levels(per_side=2, step=0.5, zero=True).project(torch.tensor([0.1, -0.6, 3.0])).tolist()
+    [0.0, -0.5, 1.0]
     """
 
     per_side: int
@@ -141,12 +151,22 @@ class Levels(Constraint):
 
 
 def binary() -> Levels:
-    """``{-a, +a}`` with ``a`` free: the mean magnitude, of what is not zero (Rastegari et al. 2016)."""
+    """``{-a, +a}`` with ``a`` free: the mean magnitude, of what is not zero (Rastegari et al. 2016).
+
+    >>> from lib.quantization import binary
+    >>> binary().project(torch.tensor([1.0, -3.0])).tolist()
+    [2.0, -2.0]
+    """
     return Levels(1)
 
 
 def ternary() -> Levels:
-    """``{-a, 0, +a}`` with ``a`` free: the exact projection, not the usual threshold rule."""
+    """``{-a, 0, +a}`` with ``a`` free: the exact projection, not the usual threshold rule.
+
+    >>> from lib.quantization import ternary
+    >>> ternary().project(torch.tensor([0.1, 3.0, -5.0])).tolist()
+    [0.0, 4.0, -4.0]
+    """
     return Levels(1, zero=True)
 
 
@@ -155,6 +175,10 @@ def uniform(bits: int) -> Levels:
 
     Raises:
         ConstraintError: fewer than 2 bits.
+
+    >>> from lib.quantization import ternary, uniform
+    >>> uniform(4).per_side, uniform(2) == ternary()
+    (7, True)
     """
     if not isinstance(bits, int) or bits < 2:
         raise ConstraintError(f"bits = {bits!r}: allowed are whole numbers from 2")

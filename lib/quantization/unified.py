@@ -26,6 +26,11 @@ class Unified(Constraint):
 
     Raises:
         ConstraintError: shares outside [0, 1] or above 1 together, or a size that is not a whole number from 1.
+
+    >>> from lib.quantization import Unified
+    >>> blocks, weight = Unified(share=0.5, width=2), torch.tensor([[1.0, -3.0, 2.0, 2.5]])
+    >>> blocks.project(weight).tolist(), blocks.multiplications(weight)  # the cheaper block; 1 + 2 products
+    ([[1.0, -3.0, 2.25, 2.25]], 3)
     """
 
     share: float = 0.5

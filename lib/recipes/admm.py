@@ -33,6 +33,11 @@ def split(plan: Plan) -> list[Plan]:
 
     Raises:
         ConstraintError: no constraint of the plan has more than one part.
+
+    >>> from lib.pruning import FilterColumn
+    >>> from lib.recipes import split
+    >>> split({"fc1": FilterColumn(0.5, 0.25)})
+    [{'fc1': Filter(sparsity=0.5, coupled='')}, {'fc1': Column(sparsity=0.25)}]
     """
     most = max(len(constraint.parts) for constraint in plan.values())
     if most == 1:
@@ -161,6 +166,14 @@ def admm(
     Raises:
         ValueError: ``epochs`` is not a positive multiple of ``interval``, or rho or its growth is out of range.
         ConstraintError: ``split`` pairs for a plan without intersections.
+
+    >>> from lib import constraint, data, models, pruning, recipes
+    >>> images = data.load(train_size=200, test_size=100, validation_size=100)
+    >>> model = models.build("lenet300", images.shape, images.classes)
+    >>> plan = pruning.uniform_plan(model, pruning.Unstructured(0.9))
+    >>> log = recipes.admm(model, plan, images, epochs=4, interval=2, lr=0.05, rho=0.01, rho_growth=1.5)
+    >>> log["epoch"].tolist(), log["rho"].tolist(), round(constraint.sparsity(model), 3)
+    ([2, 4], [0.01, 0.015], 0.9)
     """
     if interval < 1 or epochs < 1 or epochs % interval:
         raise ValueError(f"admm: epochs = {epochs}, interval = {interval}: epochs must be a positive multiple")
@@ -201,6 +214,14 @@ def progressive(
 
     Raises:
         ConstraintError: no plan, or one that cannot be.
+
+    >>> from lib import constraint, data, models, pruning, recipes
+    >>> images = data.load(train_size=200, test_size=100, validation_size=100)
+    >>> model = models.build("lenet300", images.shape, images.classes)
+    >>> plans = [pruning.uniform_plan(model, pruning.Unstructured(sparsity)) for sparsity in (0.5, 0.8)]
+    >>> log = recipes.progressive(model, plans, images, search={"epochs": 1}, retrain={"epochs": 1}, lr=0.05)
+    >>> log["step"].tolist(), round(constraint.sparsity(model), 3)
+    ([1, 2], 0.8)
     """
     if not plans:
         raise ConstraintError("progressive: at least one plan is needed")

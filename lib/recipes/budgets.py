@@ -46,6 +46,14 @@ def search_budgets(
 
     Raises:
         ValueError: no trial, or a step below 1.1. ConstraintError: as `LayerAdaptive`.
+
+    >>> from lib import data, models, recipes
+    >>> images = data.load(train_size=200, test_size=100, validation_size=100)
+    >>> model = models.build("lenet300", images.shape, images.classes)
+    >>> found = recipes.search_budgets(model, images, rate=10.0, trials=3, epochs=1, lr=0.05)
+    >>> sizes = {"fc1": 235200, "fc2": 30000, "fc3": 1000}
+    >>> round(sum((1 - found[name]) * size for name, size in sizes.items()) / 266200, 2)  # kept, however shared out
+    0.1
     """
     if trials < 1 or step < 1.1:
         raise ValueError(f"search_budgets: {trials=}, {step=}: allowed are trials >= 1, step >= 1.1")
@@ -90,6 +98,15 @@ def search_rate(
 
     Raises:
         ValueError: an accuracy outside (0, 1), no trial, or a highest rate below 1.
+
+    >>> from lib import data, models, recipes
+    >>> images = data.load(train_size=200, test_size=100, validation_size=100)
+    >>> model = models.build("lenet300", images.shape, images.classes)
+    >>> trials = {"trials": 2, "highest": 100.0, "epochs": 1, "lr": 0.05}
+    >>> recipes.search_rate(model, images, accuracy=0.999, **trials)  # no rate gets there
+    1.0
+    >>> round(recipes.search_rate(model, images, accuracy=0.001, **trials), 1)  # all do: 10, then 10^1.5
+    31.6
     """
     if not 0 < accuracy < 1 or trials < 1 or highest < 1:
         raise ValueError(f"search_rate: {accuracy=}, {trials=}, {highest=}: allowed are 0 to 1, >= 1 and >= 1")

@@ -90,6 +90,14 @@ def deep_kmeans(
 
     Raises:
         ConstraintError: a set that is no `Codebook`. ValueError: epochs or interval below 1, or a negative strength.
+
+    >>> from lib import data, models, recipes
+    >>> from lib.quantization import Codebook
+    >>> images = data.load(train_size=200, test_size=100, validation_size=100)
+    >>> model = models.build("lenet5", images.shape, images.classes)
+    >>> log = recipes.deep_kmeans(model, {"conv2": Codebook(4, "row")}, images, epochs=2, lr=0.05, strength=0.1)
+    >>> bool(log["fresh/conv2"].iloc[-1] < log["fresh/conv2"].iloc[0])  # less energy outside the span of 4 samples
+    True
     """
     if epochs < 1 or interval < 1 or strength < 0:
         raise ValueError(

@@ -62,6 +62,14 @@ def retrain_inside(
     Raises:
         ConstraintError: sets that couple layers, or weight decay with a set that is no cone. ValueError: Adam, whose
         steps have another direction than their gradients. TrainingError: weights outside their set.
+
+    >>> from lib import constraint, data, models, pruning, quantization, recipes
+    >>> images = data.load(train_size=200, test_size=100, validation_size=100)
+    >>> model = models.build("lenet300", images.shape, images.classes)
+    >>> plan = pruning.uniform_plan(model, quantization.binary())
+    >>> log = recipes.retrain_inside(constraint.harden(model, plan), plan, images, epochs=1, lr=0.01)
+    >>> plan["fc1"].member(model.fc1.weight.detach(), 1e-6)  # still +-a, with another a
+    True
     """
     if fit_options.get("optimizer", "sgd") != "sgd":
         raise ValueError("retrain_inside: optimizer = 'adam' leaves the sets; allowed is 'sgd'")
@@ -95,7 +103,14 @@ class _Snap(Hook):
 
 
 def snapped(constraint: Constraint, weight: Tensor) -> tuple[Tensor, Storage]:
-    """A point of the set, and the bits of that very point: factors can't be told from their product."""
+    """A point of the set, and the bits of that very point: factors can't be told from their product.
+
+    >>> from lib.quantization import binary
+    >>> from lib.recipes import snapped
+    >>> z, bill = snapped(binary(), torch.tensor([1.0, -3.0]))
+    >>> z.tolist(), bill  # a sign each, and the step
+    ([2.0, -2.0], Storage(data=2, index=0.0, table=32))
+    """
     if isinstance(constraint, SmartExchange):
         factors = constraint.factors(weight)
         return factors.weight, factors.storage(constraint.bits, constraint.basis_bits)
@@ -124,6 +139,13 @@ def alternating(
 
     Raises:
         ValueError: ``epochs`` is not a positive multiple of ``interval``. ConstraintError: sets that couple layers.
+
+    >>> from lib import data, models, quantization, recipes
+    >>> images = data.load(train_size=200, test_size=100, validation_size=100)
+    >>> model = models.build("lenet300", images.shape, images.classes)
+    >>> log = recipes.alternating(model, {"fc3": quantization.PowerOfTwo(4)}, images, epochs=2, lr=0.05)
+    >>> log["epoch"].tolist(), len(model.fc3.weight.abs().unique()) <= 8  # 7 powers and zero
+    ([1, 2], True)
     """
     if interval < 1 or epochs < 1 or epochs % interval:
         raise ValueError(f"alternating: epochs = {epochs}, interval = {interval}: epochs must be a positive multiple")

@@ -49,6 +49,14 @@ def straight_through(
 
     Raises:
         ConstraintError: a plan that couples layers, or cannot be.
+
+    >>> from lib import data, models, pruning, quantization, recipes
+    >>> images = data.load(train_size=200, test_size=100, validation_size=100)
+    >>> model = models.build("lenet300", images.shape, images.classes)
+    >>> plan = pruning.uniform_plan(model, quantization.ternary())
+    >>> log = recipes.straight_through(model, plan, images, epochs=1, lr=0.05)
+    >>> [len(layer.weight.unique()) for layer in models.prunable(model).values()]
+    [3, 3, 3]
     """
     layers = prunable(model)
     weights(model, plan)  # says what is wrong with a plan before training
@@ -106,6 +114,14 @@ def partial_hardening(
 
     Raises:
         ConstraintError: a plan that cannot be. ValueError: a share outside [0, 1].
+
+    >>> from lib import data, models, pruning, quantization, recipes
+    >>> images = data.load(train_size=200, test_size=100, validation_size=100)
+    >>> model = models.build("lenet300", images.shape, images.classes)
+    >>> plan = pruning.uniform_plan(model, quantization.Levels(2))
+    >>> log = recipes.partial_hardening(model, plan, images, shares=(0.5, 0.8), epochs=1, lr=0.05)
+    >>> log["frozen"].round(2).tolist(), len(model.fc1.weight.unique())  # half, then 0.8 of the other half
+    ([0.5, 0.9], 4)
     """
     if not shares or min(shares) < 0 or max(shares) > 1:
         raise ValueError(f"partial_hardening: {shares=}: allowed are shares in [0, 1], at least one")

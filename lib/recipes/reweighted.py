@@ -125,6 +125,14 @@ def reweighted(
     Raises:
         ConstraintError: a set without fixed groups (patterns, adaptive blocks): A.4 item 6.
         ValueError: a negative strength or interval, or one that names no layer of the plan.
+
+    >>> from lib import data, models, pruning, recipes
+    >>> images = data.load(train_size=200, test_size=100, validation_size=100)
+    >>> model = models.build("lenet300", images.shape, images.classes)
+    >>> plan = {"fc1": pruning.Filter(0.8)}
+    >>> log = recipes.reweighted(model, plan, images, strength=0.1, epochs=2, lr=0.05)
+    >>> int(model.fc1.weight.any(1).sum())  # 300 filters
+    60
     """
     by_layer = dict(strength) if isinstance(strength, Mapping) else dict.fromkeys(plan, strength)
     if set(by_layer) != set(plan) or min(by_layer.values()) < 0 or interval < 0 or eps <= 0:
@@ -158,6 +166,14 @@ def search_strength(
     Raises:
         ConstraintError: as `reweighted`.
         ValueError: ``trials`` below 1.
+
+    >>> from lib import data, models, pruning, recipes
+    >>> images = data.load(train_size=200, test_size=100, validation_size=100)
+    >>> model, plan = models.build("lenet300", images.shape, images.classes), {"fc1": pruning.Filter(0.8)}
+    >>> options = {"trials": 1, "epochs": 1, "lr": 0.05}
+    >>> found = [recipes.search_strength(model, plan, images, start=start, **options)["fc1"] for start in (1e-6, 1e3)]
+    >>> round(found[1] / found[0])  # the first leaves all filters and goes up tenfold, the second none and goes down
+    10000000
     """
     if trials < 1:
         raise ValueError(f"search_strength: {trials=}: allowed are whole numbers from 1")

@@ -92,6 +92,15 @@ def group_lasso(
 
     Raises:
         ConstraintError: sets without fixed groups. TrainingError: a strength that is negative, or a clip not above 0.
+
+    >>> from lib import data, models, pruning, recipes
+    >>> images, left = data.load(train_size=200, test_size=100, validation_size=100), []
+    >>> for clip in (None, 1.0):  # clipped, what is stronger than the mean stays
+    ...     model, plan = models.build("lenet300", images.shape, images.classes), {"fc1": pruning.PETile(0.5, 10, 28)}
+    ...     log = recipes.group_lasso(model, plan, images, strength=2.0, epochs=1, lr=0.1, batch_size=20, clip=clip)
+    ...     left.append(float(log["tiles/fc1"].iloc[-1]))
+    >>> left[0] < 0.3 < left[1] < 0.7
+    True
     """
     if strength < 0 or (clip is not None and clip <= 0):
         raise TrainingError(f"group_lasso: {strength=}, {clip=}: allowed are a strength >= 0, and a clip > 0 or None")

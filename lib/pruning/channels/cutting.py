@@ -63,6 +63,14 @@ def compact(model: nn.Module, example: Tensor) -> nn.Module:
     Raises:
         ConstraintError: a layer is used twice, or the smaller network does not run or gives other outputs, as for
             sizes written into ``forward``.
+
+    >>> from lib import models, pruning, recipes
+    >>> from lib.constraint import attach_masks
+    >>> model, image = models.build("lenet5", (1, 28, 28), 10), torch.rand(1, 1, 28, 28)
+    >>> masks = recipes.one_shot(model, {"conv1": pruning.Filter(0.75)})
+    >>> small = pruning.channels.compact(attach_masks(model, pruning.channels.follow(model, masks, image)), image)
+    >>> small.conv1.out_channels, small.conv2.in_channels
+    (5, 5)
     """
     plain = detach_masks(deepcopy(model))
     layers, spaces = prunable(plain), spaces_of(trace(plain, example), example.device)

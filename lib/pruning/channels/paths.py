@@ -21,6 +21,13 @@ def arriving(model: nn.Module, spaces: list[Space], example: Tensor) -> list[Ten
 
     Raises:
         ConstraintError: a layer is used twice, so that its filters belong to several spaces at once.
+
+    >>> from lib.pruning.channels import paths, spaces
+    >>> net = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False), torch.nn.ReLU(), torch.nn.Linear(2, 1))
+    >>> net[0].weight.data = torch.tensor([[1.0, 1.0], [-1.0, -1.0]])
+    >>> hidden = [s for s in spaces.spaces_of(spaces.trace(net, torch.ones(1, 2)), torch.device("cpu")) if s.readers]
+    >>> paths.arriving(net, hidden, torch.ones(1, 2))[0].tolist()
+    [True, False]
     """
     seen: set[str] = set()
     model = deepcopy(model).eval()
@@ -78,6 +85,14 @@ def settle(
     Args:
         keep: a mask for every layer. groups: the groups of every layer (1 for a linear one).
         constant: for each space the channels (size,) that are not zero at the readers even when nobody writes them.
+
+    >>> from lib.pruning.channels import paths, spaces
+    >>> net = torch.nn.Sequential(torch.nn.Linear(3, 2, bias=False), torch.nn.ReLU(), torch.nn.Linear(2, 1))
+    >>> found = spaces.spaces_of(spaces.trace(net, torch.ones(1, 3)), torch.device("cpu"))
+    >>> keep = {"0": torch.tensor([[True, True, True], [False, False, False]]), "2": torch.tensor([[True, True]])}
+    >>> keep, _ = paths.settle(found, keep, {"0": 1, "2": 1}, [torch.zeros(s.size, dtype=torch.bool) for s in found])
+    >>> keep["2"].tolist()  # nobody writes the second
+    [[True, False]]
     """
     keep = {name: mask.clone(memory_format=torch.contiguous_format) for name, mask in keep.items()}
     alive = [torch.ones_like(c) for c in constant]
@@ -112,6 +127,12 @@ def residual_groups(model: nn.Module, example: Tensor) -> list[list[str]]:
     Raises:
         ConstraintError: layers share some channels but not all (a sum with a concatenation), or the model cannot be
             traced.
+
+    >>> from lib import models
+    >>> from lib.pruning.channels import residual_groups
+    >>> groups = residual_groups(models.build("resnet8", (1, 28, 28), 10), torch.zeros(1, 1, 28, 28))
+    >>> groups[:3]
+    [['conv1', 'block1_1.conv2'], ['block1_1.conv1'], ['block2_1.conv1']]
     """
     layers = prunable(model)
     sets: list[set[str]] = []
@@ -133,6 +154,12 @@ def coupled(model: nn.Module, plan: Plan, example: Tensor) -> Plan:
 
     Groups that the plan does not hold to one equal `Filter` set in all their layers stay as they are: their filters
     can be zeroed, but not cut. Other sets are not touched.
+
+    >>> from lib import models, pruning
+    >>> model, image = models.build("resnet8", (1, 28, 28), 10), torch.zeros(1, 1, 28, 28)
+    >>> plan = pruning.channels.coupled(model, pruning.uniform_plan(model, pruning.Filter(0.5)), image)
+    >>> {name: plan[name].coupled for name in ("conv1", "block1_1.conv1", "block1_1.conv2")}
+    {'conv1': 'conv1', 'block1_1.conv1': '', 'block1_1.conv2': 'conv1'}
     """
     plan = dict(plan)
     for names in residual_groups(model, example):
@@ -200,6 +227,13 @@ def follow(model: nn.Module, masks: Masks, example: Tensor) -> Masks:
         ConstraintError: a mask fits no layer, a layer is used twice, or the model does something with its channels
             that torch-pruning does not see (such as shuffling them), so that (b) would change its output. What the
             model does only in training, such as auxiliary classifiers, is not seen.
+
+    >>> from lib import models, pruning, recipes
+    >>> model, image = models.build("lenet5", (1, 28, 28), 10), torch.rand(1, 1, 28, 28)
+    >>> masks = recipes.one_shot(model, {"conv1": pruning.Filter(0.75)})
+    >>> masks = pruning.channels.follow(model, masks, image)
+    >>> {name: int(mask.sum()) for name, mask in masks.items()}  # 5 of 20 filters of 25, 5 biases, 50 * 5 * 25 weights
+    {'conv1': 125, 'conv2': 6250, 'conv1.bias': 5}
     """
     _check(model, masks)
     layers, graph = prunable(model), trace(model, example)
@@ -216,7 +250,14 @@ def follow(model: nn.Module, masks: Masks, example: Tensor) -> Masks:
 
 @torch.no_grad()
 def zeroed(model: nn.Module, masks: Masks) -> nn.Module:
-    """An ordinary copy with the masked-out parameters at zero."""
+    """An ordinary copy with the masked-out parameters at zero.
+
+    >>> from lib.pruning.channels.paths import zeroed
+    >>> net = torch.nn.Sequential(torch.nn.Linear(2, 1))
+    >>> net[0].weight.data = torch.tensor([[3.0, 1.0]])
+    >>> zeroed(net, {"0": torch.tensor([[True, False]])})[0].weight.tolist(), net[0].weight.tolist()
+    ([[3.0, 0.0]], [[3.0, 1.0]])
+    """
     copy = detach_masks(deepcopy(model))
     parameters, layers = dict(copy.named_parameters()), prunable(copy)
     for name, mask in masks.items():
@@ -226,7 +267,16 @@ def zeroed(model: nn.Module, masks: Masks) -> nn.Module:
 
 @torch.no_grad()
 def check_same(model: nn.Module, other: nn.Module, example: Tensor, what: str) -> None:
-    """Refuse a change of the outputs beyond rounding: the traced graph then misses something that the model does."""
+    """Refuse a change of the outputs beyond rounding: the traced graph then misses something that the model does.
+
+    >>> from lib.pruning.channels.paths import check_same
+    >>> net, x = torch.nn.Linear(2, 1, bias=False), torch.ones(1, 2)
+    >>> net.weight.data = torch.tensor([[3.0, 1.0]])
+    >>> check_same(net, torch.nn.Flatten(0), x, "taking the layer away")
+    Traceback (most recent call last):
+        ...
+    lib.constraint.ConstraintError: taking the layer away changes the outputs by up to 3: ...
+    """
     try:
         before, after = (deepcopy(net).eval()(example) for net in (model, other))
     except RuntimeError as error:

@@ -42,6 +42,14 @@ def purify(
 
     Raises:
         ConstraintError: as `follow`. ValueError: a negative drop, or an emptiness outside [0, 1].
+
+    >>> from torch import nn
+    >>> from lib import data, pruning
+    >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 2), nn.Flatten())
+    >>> net[2].weight.data[:, 0].flatten(1)[:, :3] = 0.0  # of a channel, one of four columns is left
+    >>> images = data.Split(torch.ones(2, 1, 4, 4), torch.tensor([0, 1]))
+    >>> pruning.channels.purify(net, images.x, images, drop=100, emptiness=[0.75])["2"].flatten(2).any(2).tolist()
+    [[False, True, True, True], [False, True, True, True]]
     """
     if drop < 0 or not emptiness or min(emptiness) < 0 or max(emptiness) > 1:
         raise ValueError(f"purify: {drop=}, {emptiness=}: allowed are drop >= 0 and shares in [0, 1]")

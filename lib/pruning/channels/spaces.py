@@ -21,6 +21,12 @@ class End(NamedTuple):
     """Where a space meets a module: its filter, input channel or norm entry ``index[i]`` is the channel ``channel[i]``.
 
     Both are ``(n,)``. One channel meets ``H*W`` columns of a linear layer behind a flattened map.
+
+    >>> from lib.pruning.channels.spaces import End
+    >>> columns = torch.ones(4, dtype=torch.bool)  # of a linear layer behind 2 channels of 2 pixels
+    >>> End("fc", torch.tensor([0, 1, 2, 3]), torch.tensor([0, 0, 1, 1])).write(torch.tensor([True, False]), columns)
+    >>> columns.tolist()
+    [True, True, False, False]
     """
 
     name: str
@@ -33,7 +39,15 @@ class End(NamedTuple):
 
 
 class Space(NamedTuple):
-    """Channels that are written together: see the module's first paragraph."""
+    """Channels that are written together: see the module's first paragraph.
+
+    >>> from lib.pruning.channels.spaces import End, Space
+    >>> both = torch.arange(2)
+    >>> total = Space(2, [End("conv1", both, both), End("conv2", both, both)], [], [], output=False, frozen=False)
+    >>> left = {"conv1": torch.tensor([True, False]), "conv2": torch.tensor([False, False])}
+    >>> total.gather(total.writers, left).tolist()
+    [True, False]
+    """
 
     size: int
     writers: list[End]
@@ -51,12 +65,22 @@ class Space(NamedTuple):
 
 
 def groups_of(layer: nn.Module) -> int:
-    """The groups of a convolution; 1 for a linear layer."""
+    """The groups of a convolution; 1 for a linear layer.
+
+    >>> from lib.pruning.channels.spaces import groups_of
+    >>> groups_of(torch.nn.Conv2d(4, 8, 3, groups=2)), groups_of(torch.nn.Linear(4, 8))
+    (2, 1)
+    """
     return getattr(layer, "groups", 1)
 
 
 def is_depthwise(layer: nn.Module) -> bool:
-    """Whether input channel ``c`` is all that filter ``c`` reads, so that the two go together."""
+    """Whether input channel ``c`` is all that filter ``c`` reads, so that the two go together.
+
+    >>> from lib.pruning.channels.spaces import is_depthwise
+    >>> is_depthwise(torch.nn.Conv2d(4, 4, 3, groups=4)), is_depthwise(torch.nn.Conv2d(4, 8, 3, groups=4))
+    (True, False)
+    """
     return groups_of(layer) > 1 and layer.groups == layer.in_channels == layer.out_channels
 
 
@@ -70,12 +94,24 @@ def _ungrouped(conv: nn.Conv2d) -> nn.Conv2d:
 
 
 def first_line(error: Exception) -> str:
-    """The kind and the first line of an error."""
+    """The kind and the first line of an error.
+
+    >>> from lib.pruning.channels.spaces import first_line
+    >>> first_line(ValueError(chr(10).join(["sizes differ", "in line 7"])))
+    'ValueError: sizes differ'
+    """
     return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
 def trace(model: nn.Module, example: Tensor) -> tp.DependencyGraph:
-    """torch-pruning's dependency graph of an ordinary copy of the model."""
+    """torch-pruning's dependency graph of an ordinary copy of the model.
+
+    >>> from lib import models
+    >>> from lib.pruning.channels.spaces import trace
+    >>> graph = trace(models.build("lenet5", (1, 28, 28), 10), torch.zeros(1, 1, 28, 28))
+    >>> sorted(len(group[0].idxs) for group in graph.get_all_groups())  # channels of the four layers
+    [10, 20, 50, 500]
+    """
     plain = detach_masks(deepcopy(model)).requires_grad_(True)
     for name, layer in prunable(plain).items():
         if groups_of(layer) > 1:
@@ -89,7 +125,18 @@ def trace(model: nn.Module, example: Tensor) -> tp.DependencyGraph:
 
 
 def spaces_of(graph: tp.DependencyGraph, device: torch.device) -> list[Space]:
-    """The spaces of a traced model that a convolution or linear layer writes."""
+    """The spaces of a traced model that a convolution or linear layer writes.
+
+    >>> from lib import models
+    >>> from lib.pruning.channels.spaces import spaces_of, trace
+    >>> graph = trace(models.build("lenet5", (1, 28, 28), 10), torch.zeros(1, 1, 28, 28))
+    >>> for space in sorted(spaces_of(graph, torch.device("cpu")), key=lambda space: space.size):
+    ...     print(space.size, [end.name for end in space.writers], [end.name for end in space.readers])
+    10 ['fc2'] []
+    20 ['conv1'] ['conv2']
+    50 ['conv2'] ['fc1']
+    500 ['fc1'] ['fc2']
+    """
     names = {module: name for name, module in graph.model.named_modules()}
     layers = prunable(graph.model)
     found = []
@@ -112,7 +159,14 @@ def spaces_of(graph: tp.DependencyGraph, device: torch.device) -> list[Space]:
 
 
 def own_norms(graph: tp.DependencyGraph) -> dict[str, list[str]]:
-    """For each layer: the batch norms that its output goes to directly and alone."""
+    """For each layer: the batch norms that its output goes to directly and alone.
+
+    >>> from lib import models
+    >>> from lib.pruning.channels.spaces import own_norms, trace
+    >>> graph = trace(models.build("vgg", (1, 28, 28), 10), torch.zeros(1, 1, 28, 28))
+    >>> {name: own_norms(graph)[name] for name in ("conv1_1", "fc")}
+    {'conv1_1': ['bn1_1'], 'fc': []}
+    """
     names = {module: name for name, module in graph.model.named_modules()}
     own = {}
     for name, layer in prunable(graph.model).items():
