@@ -19,8 +19,8 @@ def best_step(weight: Tensor, per_side: int, zero: bool = False) -> float:
     """The step ``q`` of the levels ``{+-1 .. +-per_side} * q`` (and 0, if ``zero``) with the least squared error.
 
     One level a side has closed forms: the mean magnitude; with zero, the mean of the ``k`` largest that maximize
-    ``(sum of them)^2 / k``. Otherwise many first steps are improved by turns of the nearest levels and the best step
-    for these (Lloyd's iteration), and the best of all is taken. Exact zeros don't count.
+    ``(sum of them)^2 / k``. Otherwise the best of many first steps are improved by turns of the nearest levels and the
+    best step for these (Lloyd's iteration), and the best of all is taken. Exact zeros don't count.
 
     Args:
         weight: any shape; finite.
@@ -56,6 +56,9 @@ def best_step(weight: Tensor, per_side: int, zero: bool = False) -> float:
 
     starts = 512 if per_side < 64 else 64  # the more levels, the smoother the error
     step = a[-1] / per_side * torch.logspace(-2, 0.3, starts, dtype=a.dtype, device=a.device)
+    if len(a) > 200:  # the error of few weights is too rough to tell the promising ones from the others
+        product, square = fit(step)
+        step = step[(2 * step * product - step.square() * square).topk(32).indices]
     for _ in range(20):
         product, square = fit(step)
         before, step = step, torch.where(square > 0, product / square.clamp(min=1), step)
