@@ -396,12 +396,26 @@ def _references(function: Any) -> Iterator[tuple[str, Any]]:
                 yield name, item
 
 
+def _compiled(item: Any) -> str:
+    """Instead of the source: instructions, constants and names of a function, or of a class's methods and values."""
+    parts = list(vars(item).values()) if isinstance(item, type) else [item]
+    plain = [p for p in parts if isinstance(p, bool | int | float | tuple)]
+    parts = [getattr(p, "fget", getattr(p, "__func__", p)) for p in parts]
+    codes, said = [p.__code__ for p in parts if hasattr(p, "__code__")], []
+    while codes:
+        code = codes.pop()
+        codes.extend(c for c in code.co_consts if isinstance(c, types.CodeType))
+        constants = [repr(c) for c in code.co_consts if not isinstance(c, types.CodeType)]
+        said.append((code.co_code.hex(), constants, code.co_names))
+    return repr((plain, said))
+
+
 @cache
 def _normal_source(item: Any) -> str:
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(item))))
-    except (OSError, TypeError, SyntaxError):  # made at run time, or a lambda inside an expression
-        return repr(getattr(getattr(item, "__code__", item), "co_code", item))
+    except (OSError, TypeError, SyntaxError):  # made at run time, a lambda in an expression, a class in a notebook
+        return _compiled(item)
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(node, ast.ClassDef):

@@ -142,6 +142,22 @@ def version(tmp_path, helper, constant=1):
     return code_version(space["top"])
 
 
+@pytest.mark.parametrize(
+    "frame", ["class Own:\n    limit = {1}\n    def select(self, w): return {0}", "Own = lambda w: {0}"]
+)
+def test_code_version_sees_what_a_notebook_defines(frame):
+    """Python has no source of classes from notebook cells; an edited set must not get the old one's networks."""
+
+    def own(expression, limit=1):
+        cell = {"__name__": "__main__"}
+        exec(frame.format(expression, limit), cell)
+        return code_version(cell["Own"])
+
+    assert own("w.abs() > 1") == own("w.abs() > 1")
+    assert len({own("w.abs() > 1"), own("w.abs() > 2"), own("w.abs() < 1"), own("w.sign() > 1")}) == 4
+    assert (own("w.abs() > 1", 2) != own("w.abs() > 1")) == ("limit" in frame)
+
+
 def test_code_version_ignores_comments_and_follows_calls_and_constants(tmp_path):
     base = version(tmp_path, "return x + CONSTANT")
     assert base == version(tmp_path, "return x + CONSTANT  # why")
