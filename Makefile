@@ -1,12 +1,13 @@
 VENV   ?= .venv
 PYTHON ?= python3
 PRESET ?= quick
+JOBS   ?= 1
 RUN     = $(VENV)/bin/python -m
 
 .PHONY: reports test lab benchmarks clean
 
-reports: $(VENV)/ready  ## run every study at PRESET and render reports/PRESET/index.html
-	$(RUN) lib.reproduce --preset $(PRESET)
+reports: $(VENV)/ready  ## run every study at PRESET, JOBS at a time, and render reports/PRESET/index.html
+	$(RUN) lib.reproduce --preset $(PRESET) --jobs $(JOBS)
 
 test: $(VENV)/ready  ## lint, unit tests, every notebook at the smoke preset, one report from end to end
 	$(RUN) ruff check .

@@ -27,7 +27,14 @@ FASHION_MNIST_SHA256 = {
 
 
 class DataError(ValueError):
-    """A data set is unknown, missing or damaged; the message says what was looked for, where, and what to do."""
+    """A data set is unknown, missing or damaged; the message says what was looked for, where, and what to do.
+
+    >>> from lib.data import load
+    >>> load(train_size=-1)
+    Traceback (most recent call last):
+        ...
+    lib.data.DataError: train_size = -1: allowed are 0 (all) and positive numbers of images
+    """
 
 
 def check_name(name: str) -> None:
@@ -35,6 +42,13 @@ def check_name(name: str) -> None:
 
     Raises:
         DataError: neither a known name nor a folder with ``train/`` and ``test/``.
+
+    >>> from lib.data import check_name
+    >>> check_name("mnist")
+    >>> check_name("imagenet")
+    Traceback (most recent call last):
+        ...
+    lib.data.DataError: dataset 'imagenet' is unknown: allowed are fashion_mnist, mnist, ...
     """
     folder = Path(name).expanduser()
     if name not in NAMES and not ((folder / "train").is_dir() and (folder / "test").is_dir()):
@@ -46,7 +60,12 @@ def check_name(name: str) -> None:
 
 @dataclass(frozen=True)
 class Split:
-    """Images ``x`` ``(N, C, H, W)`` float32, normalized per channel; labels ``y`` ``(N,)`` int64."""
+    """Images ``x`` ``(N, C, H, W)`` float32, normalized per channel; labels ``y`` ``(N,)`` int64.
+
+    >>> from lib.data import Split
+    >>> len(Split(torch.zeros(3, 1, 28, 28), torch.tensor([0, 1, 1])))
+    3
+    """
 
     x: Tensor
     y: Tensor
@@ -61,7 +80,13 @@ class Split:
 
 @dataclass(frozen=True)
 class Data:
-    """A data set: its three splits, the number of classes and a checksum of everything that training can see."""
+    """A data set: its three splits, the number of classes and a checksum of everything that training can see.
+
+    >>> from lib.data import Data, Split
+    >>> corners = Split(torch.eye(4).reshape(4, 1, 2, 2), torch.arange(4))
+    >>> Data("corners", corners, corners, corners, classes=4, checksum="corners").shape
+    (1, 2, 2)
+    """
 
     name: str
     train: Split
@@ -86,11 +111,37 @@ def data_root(root: str | Path | None = None) -> Path:
 
     Raises:
         DataError: the folder does not exist.
+
+    >>> from lib.data import data_root
+    >>> data_root("/no/such/folder")
+    Traceback (most recent call last):
+        ...
+    lib.data.DataError: data_root '/no/such/folder' is not a folder; give one that exists, or leave it empty
     """
     chosen = Path(root or os.environ.get("DATA_ROOT") or SHIPPED_ROOT).expanduser()
     if not chosen.is_dir():
         raise DataError(f"data_root {str(chosen)!r} is not a folder; give one that exists, or leave it empty")
     return chosen
+
+
+def fingerprint(name: str) -> str:
+    """Changes when the files of a folder of images do: their names, sizes and times of change; "" for known sets.
+
+    >>> from pathlib import Path
+    >>> from tempfile import TemporaryDirectory
+    >>> from lib.data import fingerprint
+    >>> before = fingerprint((folder := TemporaryDirectory()).name)
+    >>> Path(folder.name, "train").mkdir(), Path(folder.name, "train", "cat.png").write_text("a cat")
+    (None, 5)
+    >>> fingerprint(folder.name) == before, fingerprint("mnist")
+    (False, '')
+    """
+    if name in NAMES:
+        return ""
+    folder = Path(name).expanduser()
+    files = sorted(p for part in ("train", "test") for p in (folder / part).rglob("*") if p.is_file())
+    listed = [(p.relative_to(folder).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    return hashlib.sha256(repr(listed).encode()).hexdigest()[:16]
 
 
 def load(
@@ -117,6 +168,13 @@ def load(
 
     Raises:
         DataError: unknown name, missing root, missing or damaged file, sizes that do not fit.
+
+    >>> from lib.data import load
+    >>> images = load("fashion_mnist", train_size=1000, test_size=500)
+    >>> len(images.train), len(images.validation), len(images.test), images.shape, images.classes
+    (1000, 5000, 500, (1, 28, 28), 10)
+    >>> abs(images.train.x.mean().item()) < 1e-4, round(images.train.x.std().item(), 3)
+    (True, 1.0)
     """
     for key, size in {"train_size": train_size, "test_size": test_size, "validation_size": validation_size}.items():
         if size < 0:

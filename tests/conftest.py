@@ -1,11 +1,13 @@
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
-from lib import data, models
+from lib import data, models, reproduce
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -36,7 +38,19 @@ def study_file():
     return path, json.loads(path.read_text())
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
+def smoke(tmp_path_factory):
+    """The reports of a smoke run, made once for all test processes."""
+    base = tmp_path_factory.getbasetemp()
+    place = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "smoke-run"
+    with FileLock(f"{place}.lock"), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CACHE_ROOT", str(place / "cache"))
+        errors = reproduce.reproduce("smoke", reports=place / "smoke")  # nothing is left to do the second time
+    assert errors == dict.fromkeys(reproduce.studies(), "")
+    return place / "smoke"
+
+
+@pytest.fixture(scope="session")
 def chromium():
     found = shutil.which("chromium") or shutil.which("google-chrome")
     if not found:

@@ -1,29 +1,27 @@
-"""Batch runs from end to end: reports that open anywhere, failures that are seen, runs that resume."""
+"""Batch runs from end to end: results that the contract names, failures that are seen, runs that survive a kill."""
 
-import re
+import json
+import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 
 import nbformat
 import pandas as pd
+import psutil
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from lib import reproduce as room
 from lib import study
-from lib.reproduce import main, render, reproduce
+from lib.reproduce import batch, last_run, preset_parameters, render, reproduce, up_to_date_key
+from lib.reproduce.__main__ import main
+from lib.reproduce.run import failure
 
 NAME = "01_lottery_ticket_vs_finetuning"
 TINY = {"train_size": 256, "test_size": 256, "epochs": 2, "admm_epochs": 1, "seeds": 1}
-
-
-@pytest.fixture(scope="module")
-def smoke(tmp_path_factory):
-    """The reports of a smoke run."""
-    reports = tmp_path_factory.mktemp("reports") / "smoke"
-    outcomes = reproduce("smoke", reports=reports)
-    assert {o.study: o.error for o in outcomes} == dict.fromkeys(room.studies(), "")
-    return reports
 
 
 def test_everything_that_the_contract_names_is_there(smoke):
@@ -34,9 +32,11 @@ def test_everything_that_the_contract_names_is_there(smoke):
         "results",
         "claims",
         "figures",
+        "runs",
     }
     ledger = pd.read_csv(smoke / "claims.csv")
     assert tuple(ledger.columns) == study.CLAIM_COLUMNS
+    assert set(ledger["preset"]) == {"smoke"}
     chance = ~ledger["criterion"].str.endswith("arithmetic")
     assert set(ledger.loc[chance, "verdict"]) == {"inconclusive"}  # one seed is no evidence
     assert ledger.loc[ledger["study"] == NAME, "measured"].notna().all()
@@ -44,10 +44,15 @@ def test_everything_that_the_contract_names_is_there(smoke):
     assert {"seed", "trial", "quantity", "value"} <= set(results.columns)
 
 
-def test_the_first_figure_stands_alone_for_the_index(smoke):
-    figure = (smoke / "figures" / f"{NAME}.svg").read_text()
-    assert "desirable rate" in figure  # a curve's title, not one of the page's icons
-    assert f"figures/{NAME}.svg" in (smoke / "index.html").read_text()
+def test_a_record_says_what_a_run_took(smoke):
+    for name in room.studies():
+        run = last_run(name, smoke)
+        assert run.error == ""
+        assert 0 < run.minutes < 10
+        assert 100 < run.memory_mb < 20_000
+        assert {"commit", "torch", "device", "threads"} <= set(run.provenance)
+        assert run.figure
+        assert "not measured" not in run.answer
 
 
 def test_budgets_count_every_epoch(smoke):
@@ -60,100 +65,280 @@ def test_budgets_count_every_epoch(smoke):
     assert spent["iterative", 0.8, "ticket"] == (8,)  # rounds at 0.5, 0.75, 0.8: two more trainings
 
 
-def test_page_asks_for_nothing_from_outside(smoke):
-    for page in smoke.glob("*.html"):
-        text = page.read_text()
-        outside = re.findall(r"""(?:src|href)\s*=\s*["']?(?!data:|#|["'])([^"'\s>]+)""", text)
-        linked = re.findall(r'<a[^>]*href="(https?:[^"]+)"', text)
-        assert [u for u in outside if ":" in u and u not in linked] == []
-        assert "<script" not in text
-        assert "$" not in re.sub(r"<(pre|style).*?</\1>|data:[^\"]*", "", text, flags=re.DOTALL)
-        assert str(study.PROJECT) not in text
-        assert all('alt=""' not in tag and "alt=" in tag for tag in re.findall(r"<img[^>]*>", text))
-        assert page.stat().st_size < 3_000_000
-
-
-def test_page_opens_in_a_browser_without_a_complaint(smoke, chromium, tmp_path):
-    flags = (
-        "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --enable-logging=stderr"
-    )
-    page = smoke / f"{NAME}.html"
-    command = [chromium, *flags.split(), f"--user-data-dir={tmp_path}", "--dump-dom", page.as_uri()]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert "Verdicts" in run.stdout
-    assert [line for line in run.stderr.splitlines() if "CONSOLE" in line] == []
-
-
 def test_a_second_run_has_nothing_to_do(smoke, monkeypatch):
-    monkeypatch.setattr(room, "run_study", lambda *a: pytest.fail("the study ran again"))
+    monkeypatch.setattr(batch, "run_study", lambda *a: pytest.fail("the study ran again"))
     before = (smoke / f"{NAME}.html").stat().st_mtime_ns
-    reproduce("smoke", reports=smoke)
+    assert set(reproduce("smoke", reports=smoke).values()) == {""}
     assert (smoke / f"{NAME}.html").stat().st_mtime_ns == before
 
 
+# --- small studies of every fate --------------------------------------------------------------------------------------
+
+CELLS = {
+    "01_raises": "raise ValueError('the cell says why')",
+    "02_dies": "import os; os._exit(1)",
+    "03_works": "from lib.study import open_study\nprint(n)",
+}
+
+
+def write_study(folder, name, source, n=1):
+    parameters = new_code_cell(
+        f'n: int = {n}  # a number\nreport_dir: str = ""  # where', metadata={"tags": ["parameters"]}
+    )
+    save = (
+        "from pathlib import Path\nplace = Path(report_dir) / 'results'\nplace.mkdir(parents=True)\n"
+        f"(place / '{name}.csv').write_text(str(n))"
+    )
+    cells = [new_markdown_cell(f"# {name}"), parameters, new_code_cell(source), new_code_cell(save)]
+    notebook = new_notebook(cells=cells)
+    notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(notebook, folder / f"{name}.ipynb")
+
+
 @pytest.fixture
-def broken(tmp_path, monkeypatch):
-    """Three studies: one that raises, one whose kernel dies, one that works."""
+def small(tmp_path, monkeypatch):
+    """A folder for notebooks with presets, and where reports go: ``(notebooks, reports)``."""
     folder = tmp_path / "notebooks"
     (folder / "presets").mkdir(parents=True)
-    cells = {
-        "01_raises": "raise ValueError('the cell says why')",
-        "02_dies": "import os; os._exit(1)",
-        "03_works": "print(n)",
-    }
-    for name, source in cells.items():
-        parameters = new_code_cell(
-            'n: int = 1  # a number\nreport_dir: str = ""  # where', metadata={"tags": ["parameters"]}
-        )
-        notebook = new_notebook(
-            cells=[new_markdown_cell(f"# {name}"), parameters, new_code_cell(source), new_code_cell("1")]
-        )
-        notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
-        nbformat.write(notebook, folder / f"{name}.ipynb")
-    (folder / "presets" / "smoke.yaml").write_text("03_works: {n: 7}\n")
-    monkeypatch.setattr(room, "NOTEBOOKS", folder)
+    (folder / "presets" / "smoke.yaml").write_text("")
     monkeypatch.setattr(study.parameters, "NOTEBOOKS", folder)
+    monkeypatch.setattr(batch, "PROJECT", tmp_path)
+    monkeypatch.chdir(study.PROJECT)
     study.declared.cache_clear()
-    yield folder
+    yield folder, tmp_path / "elsewhere" / "reports"
     study.declared.cache_clear()
 
 
-def test_a_failed_study_is_seen_and_stops_no_other(broken, tmp_path, capsys):
-    reports = tmp_path / "reports"
-    assert main(["--preset", "smoke", "--reports", str(reports)]) == 1
-    errors = {o.study: o.error for o in (room.last_outcome(s, room.build_folder(reports)) for s in room.studies())}
-    assert errors["01_raises"] == "ValueError: the cell says why"
-    assert errors["02_dies"]
-    assert errors["03_works"] == ""
+@pytest.fixture
+def broken(small):
+    """Three studies: one that raises, one whose kernel dies, one that works."""
+    folder, reports = small
+    for name, source in CELLS.items():
+        write_study(folder, name, source)
+    (folder / "presets" / "smoke.yaml").write_text("03_works: {n: 7}\n")
+    return folder, reports
+
+
+def run_batch(reports, *words):
+    return main(["--preset", "smoke", "--reports", str(reports), *words])
+
+
+def test_a_failed_study_is_seen_and_stops_no_other(broken, capsys):
+    _, reports = broken
+    assert run_batch(reports, "--jobs", "2") == 1
+    failed = {name: last_run(name, reports, failed=True) for name in CELLS}
+    assert (failed["01_raises"].error, failed["01_raises"].cell) == ("ValueError: the cell says why", 3)
+    assert "kernel died" in failed["02_dies"].error
+    assert failed["03_works"] is None
+    assert (reports / "results" / "03_works.csv").read_text() == "7"
     index = (reports / "index.html").read_text()
-    assert "failed: ValueError: the cell says why" in index
-    assert index.count("failed: ") == 2
-    assert "the cell says why" in (reports / "01_raises.html").read_text()
+    assert "failed in cell 3: ValueError: the cell says why" in index
+    assert "the cell says why" in (reports / "01_raises.failed.html").read_text()
+    assert not (reports / "01_raises.html").exists()  # nothing that looks complete
     assert (reports / "03_works.html").is_file()
 
 
-def test_only_failed_studies_run_again(broken, tmp_path, monkeypatch):
-    reports = tmp_path / "reports"
-    main(["--preset", "smoke", "--reports", str(reports)])
+def test_only_failed_studies_run_again(broken, monkeypatch):
+    _, reports = broken
+    run_batch(reports)
     ran = []
-    real = room.run_study
-    monkeypatch.setattr(room, "run_study", lambda name, *a: ran.append(name) or real(name, *a))
-    main(["--preset", "smoke", "--reports", str(reports)])
+    real = batch.run_study
+    monkeypatch.setattr(batch, "run_study", lambda name, *a: ran.append(name) or real(name, *a))
+    run_batch(reports)
     assert ran == ["01_raises", "02_dies"]
+
+
+def test_a_failure_leaves_the_complete_report_and_goes_when_mended(small):
+    folder, reports = small
+    write_study(folder, "01_study", "value = 1")
+    assert run_batch(reports) == 0
+    good = (reports / "01_study.html").read_text()
+    write_study(folder, "01_study", "raise KeyError('now broken')")
+    assert run_batch(reports) == 1
+    assert (reports / "01_study.html").read_text() == good
+    assert (reports / "results" / "01_study.csv").read_text() == "1"
+    assert "now broken" in (reports / "index.html").read_text()
+    write_study(folder, "01_study", "value = 2")
+    assert run_batch(reports) == 0
+    assert not (reports / "01_study.failed.html").exists()
+    assert "now broken" not in (reports / "index.html").read_text()
+
+
+def test_what_a_run_depends_on(small):
+    folder, _ = small
+    write_study(folder, "01_study", "from lib import pruning")
+    before = up_to_date_key("01_study", {"n": 1})
+    assert up_to_date_key("01_study", {}) == before  # the notebook's own value
+    assert up_to_date_key("01_study", {"n": 2}) != before
+    assert up_to_date_key("01_study", {"report_dir": "elsewhere"}) == before
+    write_study(folder, "01_study", "from lib import faults")
+    assert up_to_date_key("01_study", {"n": 1}) != before
+
+
+def test_only_modules_that_are_imported_count():
+    found = {p.relative_to(study.PROJECT).as_posix() for p in room.plan._imported("from lib.study import open_study")}
+    assert {"lib/__init__.py", "lib/study/opened.py", "lib/files.py", "lib/data.py"} <= found
+    assert not any(name.startswith(("lib/pruning", "lib/faults", "lib/reproduce")) for name in found)
+    tables = {p.name for p in room.plan._imported("from lib.costs import designs")}
+    assert "technology.py" in tables
+
+
+def test_a_changed_parameter_goes_to_the_studies_that_have_it(small, capsys):
+    folder, reports = small
+    write_study(folder, "01_study", "value = 1")
+    assert run_batch(reports, "-p", "n", "5", "01") == 0
+    assert (reports / "results" / "01_study.csv").read_text() == "5"
+    assert run_batch(reports, "-p", "m", "5") == 2
+    assert "parameter 'm' is unknown in every study" in capsys.readouterr().err
+    assert run_batch(reports, "-p", "n", "five") == 2
+    assert "n = 'five' is str: expected int" in capsys.readouterr().err
+
+
+def test_list_and_dry_run_run_nothing(broken, capsys):
+    _, reports = broken
+    assert run_batch(reports, "--dry-run") == 0
+    assert "3 to run" in capsys.readouterr().out
+    assert not reports.exists()
+    run_batch(reports, "03")
+    capsys.readouterr()
+    assert run_batch(reports, "--list") == 0
+    states = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()[1:]}
+    assert "never ran" in states["01_raises"]
+    assert "complete" in states["03_works"]
+    assert run_batch(reports, "--dry-run", "03") == 0
+    assert "nothing to run" in capsys.readouterr().out
 
 
 def test_a_notebook_that_stopped_half_way_is_no_success(tmp_path):
     done, missing = new_code_cell("1", execution_count=1), new_code_cell("2")
     nbformat.write(new_notebook(cells=[done, missing]), tmp_path / "half.ipynb")
-    assert room._failure(tmp_path / "half.ipynb", 0).startswith("1 of 2 cells did not run")
-    assert "no notebook" in room._failure(tmp_path / "none.ipynb", -9)
+    cell, error = failure(tmp_path / "half.ipynb", 0)
+    assert cell == 2
+    assert error.startswith("1 of 2 cells did not run")
+    assert "no notebook" in failure(tmp_path / "none.ipynb", -9)[1]
+
+
+# --- kills ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def slow(small):
+    """A study that says when it runs, then waits to be let go: ``(notebooks, reports, started, go)``."""
+    folder, reports = small
+    started, go = folder / "started", folder / "go"
+    source = (
+        f"import time\nfrom pathlib import Path\nPath({str(started)!r}).write_text(str(n))\n"
+        f"while not Path({str(go)!r}).exists(): time.sleep(0.1)"
+    )
+    write_study(folder, "01_slow", source)
+    return folder, reports, started, go
+
+
+def begin(folder, reports):
+    """The batch in a process of its own, which knows these notebooks."""
+    code = (
+        "import sys; from pathlib import Path; from lib import study; from lib.reproduce import batch\n"
+        f"study.parameters.NOTEBOOKS = Path({str(folder)!r}); batch.PROJECT = Path({str(folder.parent)!r})\n"
+        "from lib.reproduce.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    )
+    words = ["--preset", "smoke", "--reports", str(reports)]
+    return subprocess.Popen([sys.executable, "-c", code, *words], stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.1)
+
+
+def test_a_killed_batch_leaves_no_report_and_no_process(slow):
+    folder, reports, started, go = slow
+    process = begin(folder, reports)
+    wait_for(started.exists)
+    below = psutil.Process(process.pid).children(recursive=True)
+    assert len(below) >= 2  # papermill and its kernel
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    psutil.wait_procs(below, timeout=30)
+    assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in below)
+    assert [p for p in reports.rglob("*") if p.is_file()] == []
+    go.touch()
+    assert run_batch(reports) == 0  # the same command goes on
+    assert (reports / "01_slow.html").is_file()
+    assert list((batch.folders("smoke", reports)[1]).glob("*.run")) == []
+
+
+def test_a_killed_kernel_is_a_failure_that_is_told(slow):
+    folder, reports, started, _go = slow
+    process = begin(folder, reports)
+    wait_for(started.exists)
+    kernel = [p for p in psutil.Process(process.pid).children(recursive=True) if "ipykernel" in " ".join(p.cmdline())]
+    assert kernel
+    kernel[0].kill()
+    assert process.wait(60) == 1
+    assert "kernel died" in last_run("01_slow", reports, failed=True).error
+    assert not (reports / "01_slow.html").exists()
+
+
+def test_ctrl_c_ends_what_runs_and_leaves_nothing(slow):
+    folder, reports, started, _go = slow
+    process = begin(folder, reports)
+    wait_for(started.exists)
+    below = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    assert "the same command goes on" in process.stderr.read()
+    psutil.wait_procs(below, timeout=30)
+    assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in below)
+    assert not (reports / "runs").exists()
+
+
+def test_two_batches_at_once_run_a_study_once(slow):
+    folder, reports, started, go = slow
+    write_study(folder, "02_other", "value = 1")
+    first, second = begin(folder, reports), begin(folder, reports)
+    wait_for(started.exists)
+    time.sleep(2)
+    go.touch()
+    assert (first.wait(120), second.wait(120)) == (0, 0)
+    assert "ran in another batch" in first.stderr.read() + second.stderr.read()
+    assert {p.name for p in (reports / "runs").iterdir()} == {"01_slow.json", "02_other.json"}
+    assert (reports / "index.html").read_text().count('class="state complete"') == 2
+
+
+def test_a_full_disk_costs_the_study_and_no_report(small, monkeypatch):
+    folder, reports = small
+    write_study(folder, "01_study", "value = 1")
+    assert run_batch(reports) == 0
+    good = (reports / "01_study.html").read_text()
+
+    def full(*words, **named):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(room.run, "render", full)
+    assert run_batch(reports, "--force") == 1
+    assert (reports / "01_study.html").read_text() == good
+    assert last_run("01_study", reports).error == ""
+
+
+def test_a_run_is_stopped_between_two_looks(slow):
+    folder, reports, _started, _go = slow
+    stop = threading.Event()
+    threading.Timer(2, stop.set).start()
+    with pytest.raises(room.run.Interrupted):
+        room.run_study("01_slow", {}, reports, folder / "build", stop=stop)
+    assert list((folder / "build").glob("*.run")) == []
+
+
+# --- requests that cannot be ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--preset", "fast"], "preset 'fast' is unknown: allowed are paper, quick, smoke"),
-        (["--only", "02_none"], "study '02_none' is unknown: allowed are 01_"),
+        (["02_none"], "study '02_none' is unknown: allowed are 0"),
         (["--jobs", "0"], "--jobs 0: allowed are whole numbers from 1"),
     ],
 )
@@ -162,14 +347,24 @@ def test_wrong_requests_are_one_line_and_exit_2(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_a_preset_that_is_no_yaml_is_refused(small):
+    folder, _ = small
+    (folder / "presets" / "mine.yaml").write_text("a: [1")
+    with pytest.raises(study.ParameterError, match=r"mine\.yaml is no YAML"):
+        preset_parameters("mine")
+
+
 def test_unwritable_reports_are_refused_at_once(tmp_path, capsys):
     (tmp_path / "file").write_text("")  # root may write to any folder, so a mode would not stop it
     assert main(["--preset", "smoke", "--reports", str(tmp_path / "file" / "reports")]) == 2
     assert "cannot write" in capsys.readouterr().err
 
 
+# --- papermill by hand ------------------------------------------------------------------------------------------------
+
+
 def _papermill(folder, *parameters):
-    notebook = room.NOTEBOOKS / f"{NAME}.ipynb"
+    notebook = study.NOTEBOOKS / f"{NAME}.ipynb"
     command = [sys.executable, "-m", "papermill", str(notebook), "out.ipynb", "-k", "python3", *parameters]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
 
@@ -199,3 +394,14 @@ def test_plain_papermill_stops_in_the_set_up_cell(tmp_path, name, value, message
     assert message in errors[0].evalue
     assert len(errors[0].traceback) == 1
     assert sum(c.get("execution_count") is not None for c in cells) <= 3
+
+
+def test_a_damaged_record_means_the_study_runs_again(small):
+    folder, reports = small
+    write_study(folder, "01_study", "value = 1")
+    run_batch(reports)
+    record = reports / "runs" / "01_study.json"
+    record.write_text(record.read_text()[:40])
+    assert batch.state("01_study", {}, reports) == "never ran"
+    assert run_batch(reports) == 0
+    assert json.loads(record.read_text())["study"] == "01_study"

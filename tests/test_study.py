@@ -6,8 +6,9 @@ import pandas as pd
 import pytest
 import yaml
 
-from lib.reproduce import NOTEBOOKS, preset_parameters, presets, studies
+from lib.reproduce import preset_parameters, presets, studies
 from lib.study import (
+    NOTEBOOKS,
     PROJECT,
     Criterion,
     ParameterError,
@@ -63,7 +64,7 @@ def test_good_parameters_come_with_defaults():
 
 
 def test_unknown_study_is_named():
-    with pytest.raises(ParameterError, match="'02_none' is unknown: allowed are 01_"):
+    with pytest.raises(ParameterError, match="'02_none' is unknown: allowed are 0"):
         declared("02_none")
 
 
@@ -99,6 +100,14 @@ def test_results_contract(opened, tmp_path):
     assert list(ledger["verdict"]) == ["reproduced", "inconclusive"]  # a claim without a measurement stays
     assert list(ledger["preset"]) == ["paper", "paper"]
     assert list(pd.read_csv(tmp_path / "paper" / "results" / f"{NAME}.csv").columns)[:2] == ["seed", "trial"]
+
+
+def test_the_answer_takes_its_numbers_from_the_claims(opened):
+    opened.expect("2 of a", "a > b", source="X 2021", published="+1", criterion=Criterion(">=", 0))
+    opened.settle("2 of a", [1.0, 2.0, 3.0])
+    page = opened.answer("a < b by {2 of a} points, c by {7}").data
+    numbers = "<strong>2.00 [1.00, 3.00]</strong> points, c by <strong>not measured</strong>"
+    assert page == f'<p class="answer">a &lt; b by {numbers}</p>'
 
 
 def test_ratios_are_averaged_as_logarithms(opened):

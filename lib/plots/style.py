@@ -1,6 +1,7 @@
 """The house style: colours, captions, bands, tables."""
 
 import base64
+import hashlib
 import html
 import io
 from collections.abc import Callable, Sequence
@@ -14,6 +15,9 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from pandas.io.formats.style import Styler
+
+from lib.study import measured
 
 BLUE, ORANGE, GREEN, RED, PURPLE, BROWN = sns.color_palette("deep", 6)
 PALETTE = [*sns.color_palette("deep", 10), *sns.color_palette("dark", 10)]
@@ -115,23 +119,11 @@ def ledger_table(ledger: pd.DataFrame) -> HTML:
 
 def table(frame: pd.DataFrame, **styles: Callable[[Any], str]) -> HTML:
     """A data frame as a page shows it: no index, left-aligned, nothing cut off; ``styles`` give CSS by column."""
-    styled = frame.style.hide(axis="index").format(na_rep="–", precision=2).set_properties(**{"text-align": "left"})
+    uuid = hashlib.sha256(frame.to_csv().encode()).hexdigest()[:8]  # two tables of a page need two names
+    styled = Styler(frame, uuid=uuid, cell_ids=False).hide(axis="index").format(na_rep="–", precision=2)
     for column, css in styles.items():
         styled = styled.map(css, subset=column)
-    styled = styled.set_table_styles([{"selector": "th", "props": "text-align:left"}])
-    return HTML(styled.set_uuid("-".join(map(str, frame.columns[:2])).replace(" ", "_")).to_html())
-
-
-def measured(row: dict) -> str:
-    """``mean [low, high]`` of a ledger row, with as many digits as the interval deserves."""
-    if pd.isna(row["measured"]):
-        return "not measured"
-    if pd.isna(row["low"]):
-        return f"{row['measured']:.3g}, no interval"
-    if row["n"] == 1:
-        return f"{row['measured']:.4g}"
-    digits = 3 if abs(row["measured"]) < 1 and row["high"] - row["low"] < 0.1 else 2
-    return f"{row['measured']:.{digits}f} [{row['low']:.{digits}f}, {row['high']:.{digits}f}]"
+    return HTML(styled.set_table_styles([{"selector": "th, td", "props": "text-align:left"}]).to_html())
 
 
 house_style()

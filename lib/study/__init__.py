@@ -1,8 +1,8 @@
 """What every study notebook shares: checked parameters, provenance, results, and claims with their verdicts."""
 
-from lib.study.claims import CLAIM_COLUMNS, Claim, Criterion, interval
+from lib.study.claims import CLAIM_COLUMNS, Claim, Criterion, interval, measured
 from lib.study.curves import gain_at
-from lib.study.opened import Study, open_study
+from lib.study.opened import Study, open_study, provenance
 from lib.study.parameters import NOTEBOOKS, PROJECT, ParameterError, check_parameters, declared
 from lib.study.progress import Progress
 
@@ -19,5 +19,7 @@ __all__ = [
     "declared",
     "gain_at",
     "interval",
+    "measured",
     "open_study",
+    "provenance",
 ]

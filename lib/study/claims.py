@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 from scipy import stats
 
 CLAIM_COLUMNS = (
@@ -71,3 +72,15 @@ class Claim:
         c = self.criterion
         runs = f"from {c.n} or more seeds" if c.n > 1 else "arithmetic"
         return f"{c.sign} {c.bound:g}{self.unit and ' ' + self.unit}, {runs}"
+
+
+def measured(row: dict[str, Any]) -> str:
+    """``mean [low, high]`` of a ledger row, with as many digits as the interval deserves."""
+    if pd.isna(row["measured"]):
+        return "not measured"
+    if pd.isna(row["low"]):
+        return f"{row['measured']:.3g}, no interval"
+    if row["n"] == 1:
+        return f"{row['measured']:.4g}"
+    digits = 3 if abs(row["measured"]) < 1 and row["high"] - row["low"] < 0.1 else 2
+    return f"{row['measured']:.{digits}f} [{row['low']:.{digits}f}, {row['high']:.{digits}f}]"

@@ -4,6 +4,7 @@ import html
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,9 +14,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from IPython.display import HTML
 
 from lib.files import write_whole
-from lib.study.claims import CLAIM_COLUMNS, Claim, Criterion, interval
+from lib.study.claims import CLAIM_COLUMNS, Claim, Criterion, interval, measured
 from lib.study.parameters import PROJECT, ParameterError, check_parameters, declared, injected
 
 
@@ -109,6 +111,21 @@ class Study:
             for c in self.claims.values()
         ]
         return pd.DataFrame(rows, columns=[*CLAIM_COLUMNS])
+
+    def answer(self, sentence: str) -> HTML:
+        """The study's answer in a sentence or two, to be a cell's last value; a report shows it on top.
+
+        Args:
+            sentence: words that hold whatever was measured, with ``{claim id}`` where a claim's value and its interval
+                go. Claims that the parameters leave out are "not measured".
+        """
+        rows = dict(zip(self.claims, self.ledger().to_dict("records"), strict=True))
+
+        def value(match: re.Match) -> str:
+            row = rows.get(match[1])
+            return f"<strong>{measured(row) if row else 'not measured'}</strong>"
+
+        return HTML(f'<p class="answer">{re.sub(r"{([^}]+)}", value, html.escape(sentence, quote=False))}</p>')
 
     def save(self, results: pd.DataFrame) -> None:
         """Write the tidy results and this study's claims, when the study was given a ``report_dir``.

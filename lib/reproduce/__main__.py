@@ -1,0 +1,104 @@
+"""The command line of the batch."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lib.reproduce.batch import chosen, folders, overview, reproduce
+from lib.reproduce.plan import prepare, preset_parameters, presets
+from lib.study import PROJECT, ParameterError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns 0, 1 when a study failed, 2 when it was asked for something that cannot be, 130 when interrupted."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        return _answer(options)
+    except (ParameterError, OSError) as error:
+        sys.stderr.write(f"{parser.prog}: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; the same command goes on from here\n")
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m lib.reproduce", description="Run studies and render their reports."
+    )
+    parser.add_argument("studies", nargs="*", metavar="STUDY", help="only these, by name or number (default: all)")
+    parser.add_argument("--preset", default="quick", help=f"one of {', '.join(presets())} (default: quick)")
+    parser.add_argument(
+        "-p",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "VALUE"),
+        dest="changed",
+        help="a parameter over the preset's, for every study that has it; reports go to reports/custom",
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="studies at a time (default: 1)")
+    parser.add_argument("--force", action="store_true", help="run studies again that are up to date")
+    parser.add_argument("--reports", type=Path, metavar="DIR", help="write reports here, not to reports/PRESET")
+    parser.add_argument("--list", action="store_true", help="say how every study stands, and run none")
+    parser.add_argument("--dry-run", action="store_true", help="say what would run and for how long, and run none")
+    parser.add_argument("--prepare-only", type=Path, metavar="DIR", help="write notebooks with parameters, run none")
+    return parser
+
+
+def _answer(options: argparse.Namespace) -> int:
+    if options.jobs < 1:
+        raise ParameterError(f"--jobs {options.jobs}: allowed are whole numbers from 1")
+    if options.prepare_only:
+        prepare(options.preset, options.prepare_only)
+        return 0
+    changed = {name: _value(value) for name, value in options.changed}
+    parameters = preset_parameters(options.preset, changed)
+    place = options.reports or (PROJECT / "reports" / "custom" if changed else None)
+    reports, _ = folders(options.preset, place)
+    if options.list or options.dry_run:
+        asked = chosen(parameters, options.studies)
+        _tell(overview({s: parameters[s] for s in asked}, reports), options)
+        return 0
+    errors = reproduce(
+        options.preset,
+        only=options.studies,
+        changed=changed,
+        jobs=options.jobs,
+        force=options.force,
+        reports=reports,
+    )
+    shown = reports.relative_to(Path.cwd()) if reports.is_relative_to(Path.cwd()) else reports
+    sys.stderr.write(f"open {shown / 'index.html'}\n")
+    return 1 if any(errors.values()) else 0
+
+
+def _value(text: str) -> Any:
+    """As Papermill reads it: a number, a list, a truth value, else text."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def _tell(studies, options: argparse.Namespace) -> None:
+    if options.dry_run and not options.force:
+        studies = studies[studies["state"] != "complete"]
+    if studies.empty:
+        sys.stdout.write("nothing to run: every study is up to date\n")
+        return
+    sys.stdout.write(studies.to_string(index=False, na_rep="?", float_format="{:.1f}".format) + "\n")
+    if options.dry_run:
+        known = studies["minutes"].dropna()
+        total = max(known.sum() / options.jobs, known.max()) if len(known) else 0
+        unknown = len(studies) - len(known)
+        more = f", and {unknown} that never ran" if unknown else ""
+        sys.stdout.write(f"{len(studies)} to run, about {total:.0f} min by the last runs{more}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,144 @@
+"""The batch: what is not up to date runs, several studies at a time, and a failure stops no other."""
+
+import concurrent.futures
+import hashlib
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from filelock import FileLock
+from tqdm import tqdm
+
+from lib.files import write_whole
+from lib.reproduce.index import write_index
+from lib.reproduce.plan import preset_parameters, up_to_date_key
+from lib.reproduce.run import Run, last_run, run_study
+from lib.study import PROJECT, ParameterError
+
+
+def folders(preset: str, reports: Path | None = None) -> tuple[Path, Path]:
+    """Where reports go, and where executed notebooks, logs and locks of the runs behind them lie."""
+    reports = (reports or PROJECT / "reports" / preset).resolve()
+    own = reports.parent == PROJECT / "reports"
+    return reports, PROJECT / "build" / (reports.name if own else hashlib.sha256(str(reports).encode()).hexdigest()[:8])
+
+
+def state(study: str, values: dict[str, Any], reports: Path) -> str:
+    """``never ran``, ``failed``, ``stale`` (what it depends on has changed since) or ``complete``."""
+    if last_run(study, reports, failed=True):
+        return "failed"
+    run = last_run(study, reports)
+    if run is None or not (reports / f"{study}.html").is_file():
+        return "never ran"
+    return "complete" if run.key == up_to_date_key(study, values) else "stale"
+
+
+def overview(parameters: dict[str, dict[str, Any]], reports: Path) -> pd.DataFrame:
+    """Each study's state, and the time and memory of its last complete run."""
+    rows = []
+    for study, values in parameters.items():
+        run = last_run(study, reports)
+        row = {"study": study, "state": state(study, values, reports)}
+        rows.append(row | {"minutes": run.minutes if run else None, "memory_mb": run.memory_mb if run else None})
+    return pd.DataFrame(rows, columns=["study", "state", "minutes", "memory_mb"])
+
+
+def chosen(parameters: dict[str, dict[str, Any]], only: Sequence[str] | None) -> list[str]:
+    """The studies that are asked for, in order; all of them by default. ``05`` stands for ``05_crossbar_costs``.
+
+    Raises:
+        ParameterError: an unknown study.
+    """
+    if not only:
+        return [*parameters]
+    found = {name: [s for s in parameters if s == name or s.split("_")[0] == name] for name in only}
+    if unknown := [name for name, matches in found.items() if not matches]:
+        raise ParameterError(f"study {unknown[0]!r} is unknown: allowed are {', '.join(parameters)}")
+    return [s for s in parameters if [s] in found.values()]
+
+
+def reproduce(
+    preset: str,
+    *,
+    only: Sequence[str] | None = None,
+    changed: dict[str, Any] | None = None,
+    jobs: int = 1,
+    force: bool = False,
+    reports: Path | None = None,
+) -> dict[str, str]:
+    """Run the studies of a preset, ``jobs`` at a time, and write reports, claims and index.
+
+    A failed study does not stop the others: a page shows the failing cell, the index shows it red. Another batch on the
+    same reports is waited for, study by study, and what it has run is not run again.
+
+    Args:
+        only: studies, by name or number. changed: parameters over those of the preset.
+        force: run studies again that are up to date.
+
+    Returns:
+        By study, the error of its last run, or "".
+
+    Raises:
+        ParameterError: the preset or a study's parameters are wrong, or an unknown study is asked for.
+        OSError: the report folder cannot be written.
+    """
+    parameters = preset_parameters(preset, changed)
+    asked = chosen(parameters, only)
+    reports, build = folders(preset, reports)
+    write_whole(reports / ".writable", "")  # a read-only folder is refused now, not after an hour
+    (reports / ".writable").unlink(missing_ok=True)
+    build.mkdir(parents=True, exist_ok=True)
+    todo = [s for s in asked if force or state(s, parameters[s], reports) != "complete"]
+    errors = _run_all(todo, parameters, reports, build, jobs, force) if todo else {}
+    with FileLock(build / "index.lock"):
+        write_index(reports, {study: state(study, values, reports) for study, values in parameters.items()})
+    return {s: errors.get(s, "") for s in asked}
+
+
+def _run_all(
+    todo: list[str], parameters: dict[str, dict], reports: Path, build: Path, jobs: int, force: bool
+) -> dict[str, str]:
+    stop, done = threading.Event(), dict.fromkeys(todo, 0.0)
+    current: dict[str, str] = {}
+    bar = tqdm(
+        total=len(todo), desc="studies", bar_format="{desc} {bar} {n:.1f}/{total} [{elapsed}<{remaining}]{postfix}"
+    )
+
+    def tell(study: str, cells: int, total: int) -> None:
+        if total:
+            current[study], fraction = f"{study.split('_')[0]}: cell {cells} of {total}", cells / total
+            bar.update(fraction - done[study])
+            done[study] = fraction
+            bar.set_postfix_str(", ".join(current.values()))
+
+    def work(study: str) -> Run | None:
+        with FileLock(build / f"{study}.lock"):
+            if not force and state(study, parameters[study], reports) == "complete":  # another batch ran it
+                return None
+            try:
+                return run_study(study, parameters[study], reports, build, lambda *cells: tell(study, *cells), stop)
+            finally:
+                current.pop(study, None)
+
+    errors: dict[str, str] = {}
+    with bar, concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        running = {pool.submit(work, study): study for study in todo}
+        try:
+            for future in concurrent.futures.as_completed(running):
+                study = running[future]
+                try:
+                    run = future.result()
+                    errors[study] = run.error if run else ""
+                    text = f"{run.minutes:.1f} min, {run.memory_mb} MB" if run else "ran in another batch"
+                except OSError as error:
+                    errors[study], text = str(error), "nothing was written"
+                tell(study, 1, 1)
+                bar.write(f"{study}: {errors[study] or 'complete'} ({text})", file=sys.stderr)
+        except BaseException:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+    return errors

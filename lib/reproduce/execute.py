@@ -1,0 +1,38 @@
+"""One notebook through Papermill, in a process that ends when the batch that began it does.
+
+``python execute.py NOTEBOOK OUTPUT PARAMETERS.yaml``
+"""
+
+import os
+import sys
+import threading
+import time
+
+import yaml
+
+
+def _end_with(parent: int) -> None:
+    """Leave when the parent is gone: nobody would read what comes out. The kernel notices the same of this process."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def main(notebook: str, output: str, values: str) -> int:
+    """Run it; 1 when a cell failed, which the output shows."""
+    from papermill import execute_notebook
+    from papermill.exceptions import PapermillException, PapermillExecutionError
+
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    with open(values) as file:
+        parameters = yaml.safe_load(file)
+    try:
+        execute_notebook(notebook, output, parameters, kernel_name="python3", progress_bar=False)
+    except (PapermillException, PapermillExecutionError) as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,112 @@
+"""What a batch would run: studies, presets with their parameters, and what a run depends on."""
+
+import ast
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import yaml
+
+from lib import data
+from lib.study import PROJECT, ParameterError, check_parameters, parameters
+
+
+def studies() -> list[str]:
+    """The names of all study notebooks, in order."""
+    return sorted(p.stem for p in parameters.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
+
+
+def presets() -> list[str]:
+    """The names of the presets that exist."""
+    return sorted(p.stem for p in (parameters.NOTEBOOKS / "presets").glob("*.yaml"))
+
+
+def preset_parameters(preset: str, changed: dict[str, Any] | None = None) -> dict[str, dict[str, Any]]:
+    """Each study's parameters at a preset, checked.
+
+    Args:
+        changed: values over those of the preset, for every study that declares the name.
+
+    Raises:
+        ParameterError: unknown preset, a study that does not exist, a parameter that its notebook refuses, or a changed
+            one that no study has.
+    """
+    if preset not in presets():
+        raise ParameterError(f"preset {preset!r} is unknown: allowed are {', '.join(presets())}")
+    path = parameters.NOTEBOOKS / "presets" / f"{preset}.yaml"
+    try:
+        given = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ParameterError(f"{path.name} is no YAML: {' '.join(str(error).split())}") from None
+    result = {study: dict(given.get(study) or {}) for study in {*studies(), *given}}
+    known = {study: parameters.declared(study) for study in result}
+    for name, value in (changed or {}).items():
+        holders = [study for study in result if name in known[study]]
+        if not holders:
+            raise ParameterError(f"parameter {name!r} is unknown in every study")
+        for study in holders:
+            result[study][name] = value
+    for study, values in result.items():
+        check_parameters(study, values)
+    return {study: result[study] for study in studies()}
+
+
+def prepare(preset: str, folder: Path) -> None:
+    """Write every notebook with the preset's parameters injected, and run none: the input of nbval."""
+    from papermill import execute_notebook
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for study, values in preset_parameters(preset).items():
+        execute_notebook(
+            parameters.NOTEBOOKS / f"{study}.ipynb",
+            folder / f"{study}.ipynb",
+            values,
+            kernel_name="python3",
+            prepare_only=True,
+            progress_bar=False,
+        )
+
+
+def up_to_date_key(study: str, values: dict[str, Any]) -> str:
+    """Changes when a run would: with the notebook's code, its parameters, its data, or a module of ``lib`` it imports.
+
+    Text cells and outputs do not count. Modules are found from import statements, and theirs, however far; where the
+    prices of technology are among them, the tables count too.
+    """
+    cells = [c.source for c in nbformat.read(parameters.NOTEBOOKS / f"{study}.ipynb", 4).cells if c.cell_type == "code"]
+    files = sorted(_imported("\n".join(c for c in cells if not c.lstrip().startswith(("%", "!")))))
+    if PROJECT / "lib" / "costs" / "technology.py" in files:
+        files += sorted((PROJECT / "data" / "technology").glob("*.csv"))
+    code = {p.relative_to(PROJECT).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+    full = check_parameters(study, values)
+    named = [v for k, v in full.items() if k in ("dataset", "datasets", "lenet_datasets", "single_layer_datasets")]
+    names = {n for value in named for n in ([value] if isinstance(value, str) else value)}
+    seen = {n: data.fingerprint(n) for n in sorted(names)}
+    hidden = ("data_root", "report_dir")  # where files lie changes no result
+    shown = {k: v for k, v in full.items() if k not in hidden}
+    return hashlib.sha256(json.dumps([cells, shown, code, seen], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _imported(source: str) -> set[Path]:
+    """The files of ``lib`` that a piece of Python imports, and that these import."""
+    found: set[Path] = set()
+    queue = [source]
+    while queue:
+        for node in ast.walk(ast.parse(queue.pop())):
+            if isinstance(node, ast.Import):
+                names = [a.name for a in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                names = [node.module, *(f"{node.module}.{a.name}" for a in node.names)]
+            else:
+                continue
+            for name in (n for n in names if n.split(".")[0] == "lib"):
+                parts = name.split(".")
+                for depth in range(1, len(parts) + 1):
+                    place = PROJECT.joinpath(*parts[:depth])
+                    file = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+                    if file.is_file() and file not in found:
+                        found.add(file)
+                        queue.append(file.read_text())
+    return found

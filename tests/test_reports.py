@@ -1,0 +1,184 @@
+"""Reports as a reader meets them: opened from a file in a real browser, wide, on a phone, in the dark, on paper."""
+
+import re
+
+import pytest
+
+from lib import reproduce as room
+from lib import study
+from lib.reproduce.page import lay_out
+
+
+def pages(smoke):
+    return sorted(smoke.glob("*.html"))
+
+
+@pytest.fixture(scope="module")
+def browser(chromium):
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        yield running
+        running.close()
+
+
+@pytest.fixture
+def page(browser):
+    """A tab that gathers what the browser complains about and what it asks for."""
+    tab = browser.new_page()
+    tab.complaints, tab.requests = [], []
+    tab.on("console", lambda message: tab.complaints.append(message.text))
+    tab.on("pageerror", lambda error: tab.complaints.append(str(error)))
+    tab.on("request", lambda request: tab.requests.append(request.url))
+    yield tab
+    tab.close()
+
+
+def test_text_asks_for_nothing_from_outside(smoke):
+    for file in pages(smoke):
+        text = file.read_text()
+        outside = re.findall(r"""(?:src|href)\s*=\s*["']?(?!data:|#|["'])([^"'\s>]+)""", text)
+        linked = re.findall(r'<a[^>]*href="(https?:[^"]+)"', text)
+        assert [u for u in outside if ":" in u and u not in linked] == []
+        assert "<script" not in text or file.name == "index.html"
+        assert "$" not in re.sub(r"<(pre|style|script).*?</\1>|data:[^\"]*", "", text, flags=re.DOTALL)
+        assert str(study.PROJECT) not in text
+        assert file.stat().st_size < 3_000_000
+
+
+def test_every_page_opens_without_a_complaint_and_every_link_leads_somewhere(smoke, page):
+    assert len(pages(smoke)) == len(room.studies()) + 1
+    for file in pages(smoke):
+        page.goto(file.as_uri())
+        ids = set(page.eval_on_selector_all("[id]", "all => all.map(e => e.id)"))
+        assert len(ids) == page.eval_on_selector_all("[id]", "all => all.length"), "two elements share an id"
+        for href in page.eval_on_selector_all("a[href]", "all => all.map(e => e.getAttribute('href'))"):
+            target, _, anchor = href.partition("#")
+            if target.startswith("http"):
+                continue
+            other = file.parent / target if target else file
+            assert other.is_file(), href
+            if anchor:
+                assert anchor in (ids if not target else set(re.findall(r' id="([^"]+)"', other.read_text()))), href
+        assert page.eval_on_selector_all("img:not([alt]), img[alt='']", "all => all.length") == 0
+        assert page.title()
+    assert page.complaints == []
+    assert [url for url in page.requests if not url.startswith(("file:", "data:"))] == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_nothing_overflows_a_phone(smoke, page, scheme):
+    page.set_viewport_size({"width": 390, "height": 844})
+    page.emulate_media(color_scheme=scheme)
+    for file in pages(smoke):
+        page.goto(file.as_uri())
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390, file.name
+        wide = page.evaluate(
+            """() => [...document.querySelectorAll("main *")]
+                .filter(e => e.checkVisibility() && !e.closest(".scroll, figure, pre, math"))
+                .filter(e => e.getBoundingClientRect().right > innerWidth + 1).map(e => e.outerHTML.slice(0, 80))"""
+        )
+        assert wide == [], file.name
+
+
+def contrast(page, selector):
+    """WCAG's ratio of a text's luminance to that of the page behind it."""
+    return page.evaluate(
+        """selector => {
+          const light = colour => {
+            const linear = v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
+            const [r, g, b] = colour.match(/[\\d.]+/g).map(v => linear(v / 255));
+            return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+          };
+          const a = light(getComputedStyle(document.querySelector(selector)).color);
+          const b = light(getComputedStyle(document.body).backgroundColor);
+          return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+        }""",
+        selector,
+    )
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_can_be_read_in_both_schemes(smoke, page, scheme):
+    page.emulate_media(color_scheme=scheme)
+    for file, selectors in (
+        ("index.html", ["p", "a", ".soft", "td.inconclusive", "th"]),
+        (None, ["p", "main a", "td", "summary"]),
+    ):
+        page.goto((smoke / (file or f"{room.studies()[-1]}.html")).as_uri())
+        for selector in selectors:
+            assert contrast(page, selector) >= 4.5, (scheme, file, selector)
+
+
+def test_the_ledger_is_filtered_and_sorted(smoke, page):
+    page.goto((smoke / "index.html").as_uri())
+    rows = page.locator("tr[data-verdict]:visible")
+    every = rows.count()
+    assert every == len(page.locator("tr[data-verdict]").all()) > 50
+    page.fill("#find", "isaac tile")
+    few = rows.count()
+    assert 0 < few < every
+    assert all("isaac" in text.lower() for text in page.locator(".ledger tbody:visible").all_inner_texts())
+    assert page.inner_text("#count") == f"{few} of {every}"
+    page.fill("#find", "")
+    page.uncheck("input[value=inconclusive]")
+    assert set(rows.evaluate_all("all => all.map(e => e.dataset.verdict)")) <= {"reproduced", "not reproduced"}
+    page.check("input[value=inconclusive]")
+    head = page.locator(".ledger thead th", has_text="measured")
+    for direction in ("ascending", "descending"):
+        head.locator("button").click()
+        assert head.get_attribute("aria-sort") == direction
+        body = page.locator(".ledger tbody", has=page.locator("tr[data-verdict]")).first
+        values = [
+            float(v)
+            for v in body.locator("td[data-label=measured]").evaluate_all("all => all.map(e => e.dataset.sort)")
+        ]
+        assert values == sorted(values, reverse=direction == "descending")
+
+
+def test_a_claim_leads_to_its_row(smoke, page):
+    page.goto((smoke / "index.html").as_uri())
+    row = page.locator("tr[data-verdict]").last
+    claim = row.locator("td").first.inner_text()
+    row.locator("a").click()
+    target = page.locator(":target")
+    assert target.locator("td").first.inner_text() == claim
+
+
+def test_a_report_begins_with_its_answer_and_ends_with_its_provenance(smoke, page):
+    for name in room.studies():
+        page.goto((smoke / f"{name}.html").as_uri())
+        run = room.last_run(name, smoke)
+        if run.answer:
+            assert page.locator(".summary", has_text="Answer.").count() == 1
+        place = page.evaluate("['.provenance', 'h2'].map(e => document.querySelector(e).getBoundingClientRect().top)")
+        assert place[0] > place[1]
+        assert page.locator("footer").inner_text().count("commit") >= 1
+        assert page.locator("details.code[open]").count() == 0
+        assert page.locator("figure").count() == page.locator("figure figcaption").count() > 0
+
+
+def test_paper_shows_no_code_and_no_navigation(smoke, page):
+    page.goto((smoke / f"{room.studies()[-1]}.html").as_uri())
+    page.emulate_media(media="print")
+    assert page.locator("nav:visible").count() == 0
+    assert page.locator("details.code:visible").count() == 0
+    assert page.locator("figure:visible").count() > 0
+
+
+def test_figures_stand_alone_for_the_index(smoke):
+    figure = (smoke / "figures" / "01_lottery_ticket_vs_finetuning.svg").read_text()
+    assert "desirable rate" in figure  # a curve's title, not one of the page's icons
+    index = (smoke / "index.html").read_text()
+    assert index.count("data:image/svg+xml") == len(room.studies())
+
+
+def test_neighbouring_code_is_one_fold():
+    cell = '<div class="jp-Cell">{}</div>'
+    code = '<details class="code"><summary>code</summary><pre>{}</pre></details>'
+    shown = '<div class="jp-OutputArea-child">seen</div>'
+    body = cell.format(code.format("a")) + cell.format(code.format("b")) + cell.format(code.format("c") + shown)
+    page = lay_out("x", body + cell.format("<p>text</p>") + cell.format(code.format("d")))
+    folds = re.findall(r"<details class=\"code\">(.*?)</details>", page, re.DOTALL)
+    assert [re.findall(r"<pre>(.)</pre>", fold) for fold in folds] == [["a", "b", "c"], ["d"]]
