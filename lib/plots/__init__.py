@@ -39,6 +39,7 @@ from lib.plots.retraining import (
     correlation_against_p,
     correlation_by_mode,
 )
+from lib.plots.start import comparison
 from lib.plots.structures import (
     accuracy_against_choice,
     accuracy_by_structure,
@@ -83,6 +84,7 @@ __all__ = [
     "admm_convergence",
     "broken_layer",
     "clipping",
+    "comparison",
     "convergence_of_steps",
     "converter_sweep",
     "correlation_against_p",
