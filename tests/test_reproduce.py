@@ -183,6 +183,16 @@ def test_only_modules_that_are_imported_count():
     assert "technology.py" in tables
 
 
+def test_words_about_code_are_no_code(tmp_path):
+    def content(source):
+        (tmp_path / "module.py").write_text(source)
+        return room.plan._content(tmp_path / "module.py")
+
+    plain = content("def f(x):\n    return x + 1\n")
+    assert content('"""Says so."""\n\ndef f(x):\n    """Says."""\n    return x + 1  # why\n') == plain
+    assert content("def f(x):\n    return x + 2\n") != plain
+
+
 def test_a_changed_parameter_goes_to_the_studies_that_have_it(small, capsys):
     folder, reports = small
     write_study(folder, "01_study", "value = 1")

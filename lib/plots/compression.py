@@ -1,6 +1,7 @@
 """Figures about extreme compression: what it costs, where weights survive, and what their storage is made of."""
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -9,8 +10,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lib.plots.structures import MARKERS
-from lib.plots.style import GREY, legend_beside, log_ticks, lost_axis, lost_line
+from lib.plots.style import GREY, MARKERS, PALETTE, legend_beside, log_ticks, looks, lost_axis, lost_line
 
 
 def _log_axis(ax: Axes, label: str) -> None:
@@ -35,12 +35,20 @@ def drop_against(
         results: columns ``dataset``, ``arm``, ``nominal`` (the step), ``drop`` (points) and ``x``; a row per network.
         marks: published rates and their labels, drawn as crosses at ``published_drop``.
         most: points lost at which the axis ends; a line may leave it.
+
+    >>> import pandas as pd
+    >>> from lib.plots import drop_against
+    >>> networks = {"dataset": "mnist", "arm": ["ADMM", "one-shot"], "nominal": 10, "rate": 10.1, "drop": [0.1, 0.8]}
+    >>> shown = {"x": "rate", "xlabel": "rate", "marks": {8.0: "Han", 500.0: "ours"}}  # of the marks those within reach
+    >>> figure = drop_against(pd.DataFrame(networks), ["ADMM", "one-shot"], **shown)
+    >>> sorted(text.get_text() for text in figure.legends[0].get_texts()), [t.get_text() for t in figure.axes[0].texts]
+    (['ADMM', 'one-shot', 'published'], ['Han'])
     """
     shown = results[results["arm"].isin(arms)]
     names = list(dict.fromkeys(shown["dataset"]))
     figure, axes = plt.subplots(1, len(names), figsize=(6.2 * len(names), 4.2), squeeze=False, sharey=True)
     for ax, name in zip(axes[0], names, strict=True):
-        for arm, colour, marker in zip(arms, sns.color_palette("deep"), MARKERS, strict=False):
+        for arm, (colour, marker) in looks(arms).items():
             part = shown[(shown["dataset"] == name) & (shown["arm"] == arm)]
             if len(part):
                 lost_line(ax, part, "nominal", x, arm, colour, marker)
@@ -60,12 +68,20 @@ def drop_against(
 def drop_against_compression(
     results: pd.DataFrame, arms: Sequence[str], *, marks: Mapping[float, str], most: float = 3.0
 ) -> Figure:
-    """Accuracy lost against compression in data only (solid) and with index (dashed), a panel for each data set."""
+    """Accuracy lost against compression in data only (solid) and with index (dashed), a panel for each data set.
+
+    >>> import pandas as pd
+    >>> from lib.plots import drop_against_compression
+    >>> bits = {"nominal": [10, 40], "data_only": [40.0, 150.0], "with_index": [25.0, 80.0], "drop": [0.1, 0.9]}
+    >>> figure = drop_against_compression(pd.DataFrame({"dataset": "mnist", "arm": "ADMM"} | bits), ["ADMM"], marks={})
+    >>> [text.get_text() for text in figure.legends[0].get_texts()]
+    ['ADMM, data only', 'ADMM, with index']
+    """
     shown = results[results["arm"].isin(arms)]
     names = list(dict.fromkeys(shown["dataset"]))
     figure, axes = plt.subplots(1, len(names), figsize=(6.2 * len(names), 4.2), squeeze=False, sharey=True)
     for ax, name in zip(axes[0], names, strict=True):
-        for arm, colour, marker in zip(arms, sns.color_palette("deep"), MARKERS, strict=False):
+        for arm, (colour, marker) in looks(arms).items():
             part = shown[(shown["dataset"] == name) & (shown["arm"] == arm)]
             lost_line(ax, part, "nominal", "data_only", f"{arm}, data only", colour, marker)
             lost_line(ax, part, "nominal", "with_index", f"{arm}, with index", colour, marker, ls="--", mfc="white")
@@ -84,13 +100,20 @@ def survivors(results: pd.DataFrame) -> Figure:
 
     Args:
         results: columns ``dataset``, ``nominal`` and ``kept/<layer>``; a row per network and step.
+
+    >>> import pandas as pd
+    >>> from lib.plots import survivors
+    >>> kept = {"kept/conv1": [500, 300], "kept/fc1": [4000, 900]}
+    >>> figure = survivors(pd.DataFrame({"dataset": "mnist", "nominal": [10, 40], "rate": [10.1, 40.2]} | kept))
+    >>> [text.get_text() for text in figure.legends[0].get_texts()], figure.axes[0].lines[1].get_ydata().tolist()
+    (['conv1', 'fc1'], [4000.0, 900.0])
     """
     layers = [c for c in results if c.startswith("kept/") and results[c].notna().any()]
     names = list(dict.fromkeys(results["dataset"]))
     figure, axes = plt.subplots(1, len(names), figsize=(6.2 * len(names), 4), squeeze=False, sharey=True)
     for ax, name in zip(axes[0], names, strict=True):
         mean = results[results["dataset"] == name].groupby("nominal")[["rate", *layers]].mean()
-        for layer, colour, marker in zip(layers, sns.color_palette("deep", len(layers)), MARKERS * 9, strict=False):
+        for layer, colour, marker in zip(layers, cycle(PALETTE), cycle(MARKERS), strict=False):
             ax.plot(mean["rate"], mean[layer], color=colour, marker=marker, ms=5, label=layer.partition("/")[2])
         _log_axis(ax, "rate: weights / kept weights")
         ax.set(title=name, yscale="log", ylabel="weights kept")
@@ -103,6 +126,13 @@ def convergence_of_steps(log: pd.DataFrame) -> Figure:
 
     Args:
         log: rows of `lib.recipes.admm`, with ``nominal`` (the step's rate) and ``start`` (epochs before the step).
+
+    >>> import pandas as pd
+    >>> from lib.plots import convergence_of_steps
+    >>> log = {"nominal": [4, 16], "start": [0, 5], "epoch": 1, "distance": [0.5, 0.4]}
+    >>> figure = convergence_of_steps(pd.DataFrame(log | {"accuracy": 0.9, "hardened_accuracy": [0.8, 0.7]}))
+    >>> len(figure.axes), [text.get_text() for text in figure.legends[0].get_texts()]
+    (2, ['4x, $W$', '16x, $W$', '$P_S(W)$'])
     """
     figure, (above, below) = plt.subplots(2, 1, figsize=(9, 5.4), sharex=True)
     log = log.assign(at=log["start"] + log["epoch"])
@@ -120,21 +150,30 @@ def convergence_of_steps(log: pd.DataFrame) -> Figure:
 
 
 def storage_bars(results: pd.DataFrame) -> Figure:
-    """Kilobytes by arm and rate, stacked: data, index, tables.
+    """Kilobytes by data set, arm and rate, stacked: data, index, tables.
 
     Args:
         results: columns ``dataset``, ``arm``, ``nominal``, ``data_bits``, ``index_bits``, ``table_bits``.
+
+    >>> import pandas as pd
+    >>> from lib.plots import storage_bars
+    >>> bits = {"data_bits": [16000, 8000], "index_bits": [8000, 0], "table_bits": [0, 400]}
+    >>> figure = storage_bars(pd.DataFrame({"dataset": "mnist", "arm": ["ADMM", "levels"], "nominal": 16} | bits))
+    >>> [total.get_text() for total in figure.axes[0].texts], figure.axes[0].get_ylabel()
+    (['3', '1.05'], 'kilobytes of weights')
     """
     parts = {"data_bits": "data", "index_bits": "index", "table_bits": "tables"}
-    mean = results.groupby(["nominal", "arm"], sort=False)[[*parts]].mean() / 8e3
+    mean = results.groupby(["dataset", "nominal", "arm"], sort=False)[[*parts]].mean() / 8e3
+    several = results["dataset"].nunique() > 1
     figure, ax = plt.subplots(figsize=(max(5.0, 0.9 * len(mean)), 3.8))
     base = np.zeros(len(mean))
-    for (column, label), colour in zip(parts.items(), sns.color_palette("deep"), strict=False):
+    for (column, label), colour in zip(parts.items(), PALETTE, strict=False):
         ax.bar(range(len(mean)), mean[column], 0.7, base, color=colour, label=label)
         base += mean[column].to_numpy()
     for x, total in enumerate(base):
         ax.annotate(f"{total:.3g}", (x, total), (0, 2), textcoords="offset points", ha="center", fontsize="x-small")
-    ax.set_xticks(range(len(mean)), [f"{arm}\n{rate:g}x" for rate, arm in mean.index], fontsize="x-small")
+    names = [f"{arm}\n{rate:g}x" + f"\n{data}" * several for data, rate, arm in mean.index]
+    ax.set_xticks(range(len(mean)), names, fontsize="x-small")
     ax.set_ylabel("kilobytes of weights")
     ax.grid(axis="x", visible=False)
     ax.legend()

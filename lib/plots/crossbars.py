@@ -10,8 +10,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from lib.plots.structures import MARKERS
-from lib.plots.style import BLUE, GREEN, GREY, ORANGE, PALETTE, PURPLE, RED, band, legend_beside, log_ticks
+from lib.plots.style import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, band, legend_beside, log_ticks, looks
 
 COMPONENTS = {
     "adc": BLUE,
@@ -27,6 +26,13 @@ def converter_sweep(sweep: pd.DataFrame) -> Figure:
 
     Args:
         sweep: columns ``size``, ``bits``, ``lost`` (points), ``energy`` (nJ); a row per network.
+
+    >>> import pandas as pd
+    >>> from lib.plots import converter_sweep
+    >>> sweep = pd.DataFrame({"size": [64, 128], "bits": 8, "lost": [0.0, 0.4], "energy": [90.0, 60.0]})
+    >>> figure = converter_sweep(sweep)
+    >>> [ax.get_ylabel() for ax in figure.axes], [text.get_text() for text in figure.legends[0].get_texts()]
+    (['points of accuracy lost', 'energy of an image (nJ)'], ['64 x 64', '128 x 128'])
     """
     figure, axes = plt.subplots(1, 2, figsize=(10.4, 3.8))
     sizes = sorted(sweep["size"].unique())
@@ -51,6 +57,13 @@ def wire_sweep(dropped: pd.DataFrame, current: Mapping[float, float]) -> Figure:
     Args:
         dropped: columns ``arm``, ``r_on`` (ohms), ``lost`` (points); a row per network.
         current: share of a full column's current that is lost, by resistance; written above the axis.
+
+    >>> import pandas as pd
+    >>> from lib.plots import wire_sweep
+    >>> dropped = pd.DataFrame({"arm": ["dense", "pruned"], "r_on": 1e5, "lost": [0.1, 0.6]})
+    >>> figure = wire_sweep(dropped, {1e5: 0.091, 1e6: 0.01})
+    >>> [share.get_text() for share in figure.axes[0].texts]
+    ['9.1%', '1.0%']
     """
     figure, ax = plt.subplots(figsize=(6.4, 3.8))
     for (arm, part), colour in zip(dropped.groupby("arm", sort=False), cycle((BLUE, ORANGE, GREEN, RED)), strict=False):
@@ -74,12 +87,18 @@ def lost_against_rate(tried: pd.DataFrame, allowed: float, most: float = 12.0) -
         tried: columns ``arm``, ``rate``, ``lost``; a row per network.
         allowed: points, drawn as a dashed line.
         most: points at which the axis ends.
+
+    >>> import pandas as pd
+    >>> from lib.plots import lost_against_rate
+    >>> tried = pd.DataFrame({"arm": ["column", "filter", "filter"], "rate": [2, 2, 4], "lost": [0.2, 0.4, 1.5]})
+    >>> figure = lost_against_rate(tried, allowed=0.5)
+    >>> [tick.get_text() for tick in figure.axes[0].get_xticklabels()], figure.axes[0].get_ylabel()
+    (['2', '4'], 'points of validation accuracy lost')
     """
     figure, ax = plt.subplots(figsize=(6.8, 4.2))
     arms = sorted(tried["arm"].unique())
-    for i, arm in enumerate(arms):
-        part = tried[tried["arm"] == arm]
-        band(ax, part, "rate", "lost", arm, color=sns.color_palette("deep", 10)[i], marker=MARKERS[i], legend=False)
+    for arm, (colour, marker) in looks(arms).items():
+        band(ax, tried[tried["arm"] == arm], "rate", "lost", arm, color=colour, marker=marker, legend=False)
     ax.axhline(allowed, color=GREY, ls="--", lw=1.2)
     ax.set(xscale="log", xlabel="rate: weights / kept weights", ylabel="points of validation accuracy lost")
     ax.set_ylim(min(most, tried["lost"].max() + 0.3), min(-0.3, tried["lost"].min() - 0.3))
@@ -95,11 +114,19 @@ def savings(results: pd.DataFrame, arms: Sequence[str]) -> Figure:
 
     Args:
         results: columns ``arm``, ``seed`` and, for each quantity ``q``, ``"q saved"``: a ratio, above 1 is better.
+
+    >>> import pandas as pd
+    >>> from lib.plots import savings
+    >>> saved = {"energy_nJ saved": [1.0, 2.5], "arrays saved": [1.0, 4.0]}
+    >>> figure = savings(pd.DataFrame({"arm": ["dense", "filter"], "seed": 0} | saved), ["dense", "filter"])
+    >>> {ax.get_title(): [times.get_text() for times in ax.texts] for ax in figure.axes}
+    {'energy': ['2.5x'], 'arrays': ['4x']}
     """
     columns = [c for c in results if c.endswith(" saved")]
     titles = {"energy_nJ": "energy", "area_mm2": "area", "latency_us": "time"}
-    figure, axes = plt.subplots(1, len(columns), figsize=(2.5 * len(columns), 0.42 * len(arms) + 1.2), sharey=True)
-    for ax, column in zip(axes, columns, strict=True):
+    size = (2.5 * len(columns), 0.42 * len(arms) + 1.2)
+    figure, axes = plt.subplots(1, len(columns), figsize=size, sharey=True, squeeze=False)
+    for ax, column in zip(axes[0], columns, strict=True):
         shown = results[results["arm"] != "dense"]
         order = [a for a in arms if a != "dense"]
         bars = {"order": order, "color": BLUE, "errorbar": ("ci", 95), "seed": 0, "err_kws": {"lw": 1}}
@@ -121,6 +148,13 @@ def decomposition(taken: pd.DataFrame) -> Figure:
 
     Args:
         taken: columns ``step``, ``seed``, the components in nJ, ``area_time`` (mm2 us); a row per network and step.
+
+    >>> import pandas as pd
+    >>> from lib.plots import decomposition
+    >>> energy = {"adc": [600, 200], "array": [400, 200], "energy": [1000, 400]}
+    >>> figure = decomposition(pd.DataFrame({"step": ["pruned", "FORMS"], "seed": 0, "area_time": [50, 40]} | energy))
+    >>> [[gain.get_text().strip() for gain in ax.texts] for ax in figure.axes]
+    [['1.00', '2.50'], ['1.00', '1.25']]
     """
     steps = list(dict.fromkeys(taken["step"]))
     parts = [c for c in COMPONENTS if c in taken]
@@ -144,7 +178,14 @@ def decomposition(taken: pd.DataFrame) -> Figure:
 
 
 def pareto(*goals: pd.Series) -> pd.Series:
-    """Whether no other row is at least as good in every goal and better in one; larger is better."""
+    """Whether no other row is at least as good in every goal and better in one; larger is better.
+
+    >>> import pandas as pd
+    >>> from lib.plots import pareto
+    >>> accuracy, saved = pd.Series([90, 99, 95]), pd.Series([5, 2, 1])
+    >>> pareto(accuracy, saved).tolist()  # the second beats the third in both
+    [True, True, False]
+    """
     values = np.stack([g.to_numpy() for g in goals], axis=1)
     beaten = [bool(((values >= v).all(1) & (values > v).any(1)).any()) for v in values]
     return pd.Series(~np.array(beaten), index=goals[0].index)
@@ -156,18 +197,25 @@ def joint(results: pd.DataFrame, front: pd.Series) -> Figure:
     Args:
         results: columns ``arm``, ``accuracy_percent``, ``energy_nJ``, ``tolerated_percent``; a row per network.
         front: by arm, whether it lies on the Pareto front of all three: drawn filled.
+
+    >>> import pandas as pd
+    >>> from lib.plots import joint
+    >>> goals = {"accuracy_percent": [99, 98], "energy_nJ": [900, 300], "tolerated_percent": [1.5, 0.3]}
+    >>> front = pd.Series({"dense": True, "filter": False})
+    >>> figure = joint(pd.DataFrame({"arm": ["dense", "filter"]} | goals), front)
+    >>> [ax.get_ylabel() for ax in figure.axes], [text.get_text() for text in figure.legends[0].get_texts()]
+    (['test accuracy (%)', 'tolerated broken cells (%)'], ['dense', 'filter'])
     """
-    arms = list(front.index)
-    colours = dict(zip(arms, cycle(PALETTE), strict=False))
+    drawn = looks(front.index)
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.4))
     goals = (("accuracy_percent", "test accuracy (%)"), ("tolerated_percent", "tolerated broken cells (%)"))
     for ax, (goal, label) in zip(axes, goals, strict=True):
-        for i, arm in enumerate(arms):
+        for arm, (colour, marker) in drawn.items():
             part = results[results["arm"] == arm]
             x, y = part["energy_nJ"] / 1000, part[goal]
             spread = [[[v.mean() - v.min()], [v.max() - v.mean()]] for v in (x, y)]
-            style = {"fmt": MARKERS[i % len(MARKERS)], "ms": 9, "color": colours[arm], "elinewidth": 0.9, "label": arm}
-            ax.errorbar(x.mean(), y.mean(), spread[1], spread[0], mfc=colours[arm] if front[arm] else "white", **style)
+            style = {"fmt": marker, "ms": 9, "color": colour, "elinewidth": 0.9, "label": arm}
+            ax.errorbar(x.mean(), y.mean(), spread[1], spread[0], mfc=colour if front[arm] else "white", **style)
         ax.set(xlabel="energy of an image (uJ)", ylabel=label, xscale="log")
         log_ticks(ax.xaxis)
     axes[1].set_yscale("log")

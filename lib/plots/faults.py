@@ -5,18 +5,16 @@ from collections.abc import Mapping, Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from lib.plots.style import BLUE, GREEN, GREY, ORANGE, band, legend_beside
+from lib.plots.style import BLUE, GREY, OWN_LOOK, band, legend_beside, looks
 
-SCHEME_COLOURS = {"offset": GREEN, "two_column": ORANGE, "differential": BLUE}
+SCHEME_COLOURS = {scheme: OWN_LOOK[scheme][0] for scheme in ("offset", "two_column", "differential")}
 
 
 def _palette(names: Sequence[str]) -> dict[str, tuple]:
-    others = [n for n in names if n not in SCHEME_COLOURS]
-    return SCHEME_COLOURS | dict(zip(others, sns.color_palette("deep", 10)[3:], strict=False))
+    return {name: colour for name, (colour, _) in looks([*SCHEME_COLOURS, *names]).items()}
 
 
 def accuracy_against_faults(
@@ -37,6 +35,13 @@ def accuracy_against_faults(
         results: columns ``x``, ``accuracy_percent``, and those that ``panel`` and ``line`` name; a row per trial.
         dense: accuracy of the healthy dense network, dashed.
         marks: published points ``(x, accuracy, label)`` by line, as crosses in every panel.
+
+    >>> import pandas as pd
+    >>> from lib.plots import accuracy_against_faults
+    >>> chips = {"network": ["dense", "pruned"], "mapping": "offset", "rate": 0.01, "accuracy_percent": [88.0, 85.0]}
+    >>> figure = accuracy_against_faults(pd.DataFrame(chips), panels=["dense", "pruned"], dense=90.0)
+    >>> [ax.get_title() for ax in figure.axes], [text.get_text() for text in figure.legends[0].get_texts()]
+    (['dense', 'pruned'], ['offset'])
     """
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
@@ -77,6 +82,14 @@ def tolerated_bars(
             ``low``, ``high`` over chips; ``bound``, "<" or ">" where the drop lies outside the rates looked at. Bars
             are geometric means over seeds, lines from the lowest end to the highest.
         reference: network and mapping that the ratios refer to.
+
+    >>> import pandas as pd
+    >>> from lib.plots import tolerated_bars
+    >>> rates = {"tolerated_rate": [0.01, 0.04], "low": [0.008, 0.03], "high": [0.012, 0.05], "bound": ["", ">"]}
+    >>> rows = pd.DataFrame({"network": "dense", "mapping": ["offset", "differential"], "drop": 1.0, "seed": 0} | rates)
+    >>> shown = {"networks": ["dense"], "mappings": ["offset", "differential"], "reference": ("dense", "offset")}
+    >>> [times.get_text() for times in tolerated_bars(rows, drops=[1.0], **shown).axes[0].texts]
+    ['1x', '>4x']
     """
     figure, axes = plt.subplots(1, len(drops), figsize=(6.2 * len(drops), 4), squeeze=False, sharey=True)
     for ax, drop in zip(axes[0], drops, strict=True):
@@ -109,7 +122,15 @@ def tolerated_bars(
 def tolerated_against_density(
     tolerated: pd.DataFrame, *, line: str, ylabel: str = "tolerated share of broken cells", y: str = "tolerated_rate"
 ) -> Figure:
-    """A quantity against density on logarithmic axes, a line a mapping (or whatever ``line`` names), points by seed."""
+    """A quantity against density on logarithmic axes, a line a mapping (or whatever ``line`` names), points by seed.
+
+    >>> import pandas as pd
+    >>> from lib.plots import tolerated_against_density
+    >>> seeds = pd.DataFrame({"mapping": "offset", "density": [1.0, 0.2, 0.2], "tolerated_rate": [0.03, 0.02, 0.005]})
+    >>> figure = tolerated_against_density(seeds, line="mapping")
+    >>> figure.axes[0].lines[0].get_ydata().round(3).tolist()  # by rising density; geometric means over seeds
+    [0.01, 0.03]
+    """
     figure, ax = plt.subplots(figsize=(6.4, 4.2))
     names = list(dict.fromkeys(tolerated[line]))
     palette = _palette(names)
@@ -128,7 +149,15 @@ def tolerated_against_density(
 
 
 def gain_bars(gains: pd.DataFrame, *, label: str, goals: Mapping[str, float]) -> Figure:
-    """Horizontal bars of a column ``gain`` on a logarithmic axis, in the order of the rows; goals as dashed lines."""
+    """Horizontal bars of a column ``gain`` on a logarithmic axis, in the order of the rows; goals as dashed lines.
+
+    >>> import pandas as pd
+    >>> from lib.plots import gain_bars
+    >>> gains = pd.DataFrame({"network": ["hardened", "hardened", "pruned"], "gain": [10.0, 40.0, 0.9]})
+    >>> figure = gain_bars(gains, label="network", goals={"published": 10.0})
+    >>> [round(float(bar.get_width()), 3) for bar in figure.axes[0].patches]  # the geometric mean of 10 and 40; 0.9
+    [20.0, 0.9]
+    """
     names = list(dict.fromkeys(gains[label]))
     groups = gains.groupby(label)["gain"]
     mean = groups.agg(lambda v: np.exp(np.log(v).mean())).reindex(names)
@@ -151,6 +180,12 @@ def error_against_weight(curves: pd.DataFrame, points: pd.DataFrame) -> Figure:
 
     Args:
         curves, points: columns ``mapping``, ``weight``, ``mean_square``, ``mean``.
+
+    >>> import pandas as pd
+    >>> from lib.plots import error_against_weight
+    >>> errors = pd.DataFrame({"mapping": "offset", "weight": [-1.0, 1.0], "mean_square": 0.2, "mean": [0.1, -0.1]})
+    >>> [ax.get_ylabel() for ax in error_against_weight(errors, points=errors).axes]
+    ['mean squared error / range²', 'mean error / range']
     """
     figure, axes = plt.subplots(1, 2, figsize=(9.6, 3.8))
     for ax, column, label in zip(axes, ("mean_square", "mean"), ("mean squared error", "mean error"), strict=True):
@@ -167,7 +202,15 @@ def error_against_weight(curves: pd.DataFrame, points: pd.DataFrame) -> Figure:
 
 
 def broken_layer(weight: Tensor, read: Mapping[str, Tensor], rows: int = 60, columns: int = 120) -> Figure:
-    """A corner of one layer's matrix as written and as read back from a broken chip, and the errors between them."""
+    """A corner of one layer's matrix as written and as read back from a broken chip, and the errors between them.
+
+    >>> from lib.plots import broken_layer
+    >>> figure = broken_layer(torch.eye(4), {"offset": torch.ones(4, 4)})
+    >>> [ax.get_title() for ax in figure.axes[:2]]  # the third is the scale of colours
+    ['offset: read back', 'offset: error']
+    >>> figure.axes[1].images[0].get_array().sum().item()  # 12 of 16 weights read 1 for 0
+    12.0
+    """
     corner = lambda w: w.detach().flatten(1)[:rows, :columns].cpu().numpy()  # noqa: E731
     limit = float(weight.abs().max())
     figure, axes = plt.subplots(len(read), 2, figsize=(11, 2.5 * len(read)), squeeze=False)

@@ -39,6 +39,14 @@ def accuracy_against_sparsity(
         styles: the lines to draw, in order, with their matplotlib style.
         panel_titles: the panels, in order, with their titles; each has a vertical axis of its own.
         reach: how many points below the dense network the axis goes at most; a line may leave it.
+
+    >>> import pandas as pd
+    >>> from lib.plots import accuracy_against_sparsity
+    >>> runs = {"lr": 0.1, "mode": ["dense", "dense, 2T", "ticket", "ticket"], "sparsity": [0, 0, 0.5, 0.9]}
+    >>> looks = {"line": "mode", "styles": {"ticket": {"color": "red"}}, "panel_titles": {0.1: "lr = 0.1"}}
+    >>> figure = accuracy_against_sparsity(pd.DataFrame(runs | {"accuracy_percent": [90, 91, 90, 88]}), **looks)
+    >>> [text.get_text() for text in [*figure.legends[0].get_texts(), *figure.axes[0].get_xticklabels()]]
+    ['dense, T', 'dense, 2T', 'ticket', '50%', '90%']
     """
     figure, axes = plt.subplots(1, len(panel_titles), figsize=(5.2 * len(panel_titles), 4), squeeze=False)
     for ax, (value, title) in zip(axes[0], panel_titles.items(), strict=True):
@@ -78,6 +86,14 @@ def accuracy_against_budget(
     Args:
         results: one sparsity, plus the dense rows; columns ``lr``, ``mask``, ``mode``, ``total_epochs``,
             ``accuracy_percent``.
+
+    >>> import pandas as pd
+    >>> from lib.plots import accuracy_against_budget
+    >>> runs = {"lr": 0.1, "mode": ["dense", "ticket"], "mask": ["none", "ADMM"], "total_epochs": [10, 25]}
+    >>> looks = {"modes": {"ticket": {"color": "red"}}, "markers": {"ADMM": "D"}, "panel_titles": {0.1: "lr = 0.1"}}
+    >>> figure = accuracy_against_budget(pd.DataFrame(runs | {"accuracy_percent": [90, 88]}), **looks)
+    >>> [text.get_text() for text in figure.legends[0].get_texts()], figure.axes[0].get_xlabel()
+    (['dense, T and 2T', 'ticket', 'ADMM mask'], 'epochs in total, mask search included')
     """
     figure, axes = plt.subplots(1, len(panel_titles), figsize=(5.2 * len(panel_titles), 4), sharey=True, squeeze=False)
     for ax, (lr, title) in zip(axes[0], panel_titles.items(), strict=True):
@@ -103,7 +119,14 @@ def accuracy_against_budget(
 
 
 def correlation_against_p(correlations: pd.DataFrame, labels: dict[float, str]) -> Figure:
-    """``R_p(theta_0, theta_T)`` of dense training against ``p``, one line per learning rate, beside independence."""
+    """``R_p(theta_0, theta_T)`` of dense training against ``p``, one line per learning rate, beside independence.
+
+    >>> import pandas as pd
+    >>> from lib.plots import correlation_against_p
+    >>> figure = correlation_against_p(pd.DataFrame({"lr": 0.1, "p": [0.1, 0.2], "r_p": [0.1, 0.2]}), {0.1: "lr = 0.1"})
+    >>> [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    ['independent weights: $R_p = p$', 'lr = 0.1']
+    """
     figure, ax = plt.subplots(figsize=(5.6, 4))
     top = correlations["p"].max() * 1.05
     ax.plot([0, top], [0, top], color=GREY, ls="--", lw=1.3, label="independent weights: $R_p = p$")
@@ -124,6 +147,14 @@ def correlation_by_mode(
 
     Args:
         published: ``{(mode, lr, against): [values]}``, drawn as crosses.
+
+    >>> import pandas as pd
+    >>> from lib.plots import correlation_by_mode
+    >>> shares = {"lr": 0.1, "p": 0.2, "mode": "ticket", "against": ["initial", "trained"], "r_p": [0.6, 0.2]}
+    >>> looks = {"modes": {"ticket": {"color": "red"}}, "panel_titles": {0.1: "lr = 0.1"}, "published": {}}
+    >>> ax = correlation_by_mode(pd.DataFrame(shares), p=0.2, **looks).axes[0]
+    >>> {tick.get_text(): float(bar.get_height()) for tick, bar in zip(ax.get_xticklabels(), ax.patches)}
+    {'against the initial weights': 0.6, 'against the trained weights': 0.2}
     """
     figure, axes = plt.subplots(1, len(panel_titles), figsize=(4.6 * len(panel_titles), 4), sharey=True, squeeze=False)
     against = {"initial": "initial weights", "trained": "trained weights"}
@@ -148,7 +179,15 @@ def correlation_by_mode(
 
 
 def admm_convergence(diagnostics: pd.DataFrame, panel_titles: dict[float, str]) -> Figure:
-    """Validation accuracy of ``W`` and of ``P_S(W)`` over the Z-steps, by sparsity: a working ADMM makes them meet."""
+    """Validation accuracy of ``W`` and of ``P_S(W)`` over the Z-steps, by sparsity: a working ADMM makes them meet.
+
+    >>> import pandas as pd
+    >>> from lib.plots import admm_convergence
+    >>> steps = {"lr_dense": 0.1, "sparsity": 0.9, "epoch": [1, 2], "accuracy": 0.9, "hardened_accuracy": [0.6, 0.9]}
+    >>> figure = admm_convergence(pd.DataFrame(steps), {0.1: "lr = 0.1"})
+    >>> [text.get_text() for text in figure.legends[0].get_texts()], figure.axes[0].get_ylabel()
+    (['90%, $W$', '90%, $P_S(W)$'], 'validation accuracy (%)')
+    """
     figure, axes = plt.subplots(
         1, len(panel_titles), figsize=(5.2 * len(panel_titles), 3.6), sharey=True, squeeze=False
     )

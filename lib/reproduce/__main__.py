@@ -13,7 +13,12 @@ from lib.study import PROJECT, ParameterError
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns 0, 1 when a study failed, 2 when it was asked for something that cannot be, 130 when interrupted."""
+    """Returns 0, 1 when a study failed, 2 when it was asked for something that cannot be, 130 when interrupted.
+
+    >>> from lib.reproduce.__main__ import main
+    >>> main(["--preset", "none"])  # says on stderr which presets there are
+    2
+    """
     parser = _parser()
     options = parser.parse_args(arguments)
     try:

@@ -20,14 +20,26 @@ from lib.study import PROJECT, ParameterError
 
 
 def folders(preset: str, reports: Path | None = None) -> tuple[Path, Path]:
-    """Where reports go, and where executed notebooks, logs and locks of the runs behind them lie."""
+    """Where reports go, and where executed notebooks, logs and locks of the runs behind them lie.
+
+    >>> from lib.reproduce.batch import folders
+    >>> from lib.study import PROJECT
+    >>> [folder.relative_to(PROJECT).as_posix() for folder in folders("quick")]
+    ['reports/quick', 'build/quick']
+    """
     reports = (reports or PROJECT / "reports" / preset).resolve()
     own = reports.parent == PROJECT / "reports"
     return reports, PROJECT / "build" / (reports.name if own else hashlib.sha256(str(reports).encode()).hexdigest()[:8])
 
 
 def state(study: str, values: dict[str, Any], reports: Path) -> str:
-    """``never ran``, ``failed``, ``stale`` (what it depends on has changed since) or ``complete``."""
+    """``never ran``, ``failed``, ``stale`` (what it depends on has changed since) or ``complete``.
+
+    >>> from pathlib import Path
+    >>> from lib.reproduce.batch import state
+    >>> state("01_lottery_ticket_vs_finetuning", {}, Path("no/such/reports"))
+    'never ran'
+    """
     if last_run(study, reports, failed=True):
         return "failed"
     run = last_run(study, reports)
@@ -37,7 +49,13 @@ def state(study: str, values: dict[str, Any], reports: Path) -> str:
 
 
 def overview(parameters: dict[str, dict[str, Any]], reports: Path) -> pd.DataFrame:
-    """Each study's state, and the time and memory of its last complete run."""
+    """Each study's state, and the time and memory of its last complete run.
+
+    >>> from pathlib import Path
+    >>> from lib.reproduce.batch import overview
+    >>> overview({"01_lottery_ticket_vs_finetuning": {}}, Path("no/such/reports")).values.tolist()
+    [['01_lottery_ticket_vs_finetuning', 'never ran', None, None]]
+    """
     rows = []
     for study, values in parameters.items():
         run = last_run(study, reports)
@@ -51,6 +69,10 @@ def chosen(parameters: dict[str, dict[str, Any]], only: Sequence[str] | None) ->
 
     Raises:
         ParameterError: an unknown study.
+
+    >>> from lib.reproduce.batch import chosen
+    >>> chosen({"01_tickets": {}, "05_costs": {}}, ["05"]), chosen({"01_tickets": {}, "05_costs": {}}, None)
+    (['05_costs'], ['01_tickets', '05_costs'])
     """
     if not only:
         return [*parameters]
@@ -84,6 +106,12 @@ def reproduce(
     Raises:
         ParameterError: the preset or a study's parameters are wrong, or an unknown study is asked for.
         OSError: the report folder cannot be written.
+
+    >>> from lib.reproduce import reproduce
+    >>> reproduce("smoke", only=["99"])
+    Traceback (most recent call last):
+        ...
+    lib.study.parameters.ParameterError: study '99' is unknown: allowed are 00_start_here, ...
     """
     parameters = preset_parameters(preset, changed)
     asked = chosen(parameters, only)
@@ -135,7 +163,7 @@ def _run_all(
                     text = f"{run.minutes:.1f} min, {run.memory_mb} MB" if run else "ran in another batch"
                 except OSError as error:
                     errors[study], text = str(error), "nothing was written"
-                tell(study, 1, 1)
+                bar.update(1 - done[study])
                 bar.write(f"{study}: {errors[study] or 'complete'} ({text})", file=sys.stderr)
         except BaseException:
             stop.set()

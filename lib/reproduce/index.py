@@ -18,6 +18,13 @@ def write_index(reports: Path, states: dict[str, str]) -> None:
 
     Args:
         states: by study, how it stands.
+
+    >>> from pathlib import Path
+    >>> from tempfile import TemporaryDirectory
+    >>> from lib.reproduce import write_index
+    >>> write_index(reports := Path((folder := TemporaryDirectory()).name), {"01_tickets": "never ran"})
+    >>> sorted(file.name for file in reports.iterdir()), "never ran" in (reports / "index.html").read_text()
+    (['claims.csv', 'index.html'], True)
     """
     found = [pd.read_csv(path, keep_default_na=False) for path in sorted((reports / "claims").glob("*.csv"))]
     found = [claims for claims in found if len(claims)]

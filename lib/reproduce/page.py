@@ -23,6 +23,12 @@ def render(executed: Path, *, run: dict[str, Any] | None = None, ledger: pd.Data
     Args:
         run: the record of the run, for the foot of the page.
         ledger: the study's claims, for the verdicts on top; their rows in the page get anchors ``claim-1``, ...
+
+    >>> from lib.reproduce import render
+    >>> from lib.study import NOTEBOOKS
+    >>> page = render(NOTEBOOKS / "01_lottery_ticket_vs_finetuning.ipynb")
+    >>> page[:15], "<math" in page, "<script" in page
+    ('<!doctype html>', True, False)
     """
     from nbconvert import HTMLExporter
 
@@ -37,7 +43,12 @@ def render(executed: Path, *, run: dict[str, Any] | None = None, ledger: pd.Data
 
 
 class Outline(NamedTuple):
-    """What an index tells of a report: its title, its answer as HTML, and what its first figure shows."""
+    """What an index tells of a report: its title, its answer as HTML, and what its first figure shows.
+
+    >>> from lib.reproduce.page import Outline
+    >>> Outline("Mine", "It costs <strong>0.2</strong> points.", "accuracy against rate").title
+    'Mine'
+    """
 
     title: str
     answer: str
@@ -45,7 +56,14 @@ class Outline(NamedTuple):
 
 
 def outline(executed: Path) -> Outline:
-    """That of an executed notebook, or of whatever part of it there is."""
+    """That of an executed notebook, or of whatever part of it there is.
+
+    >>> from pathlib import Path
+    >>> from lib.reproduce.page import outline
+    >>> from lib.study import NOTEBOOKS
+    >>> outline(NOTEBOOKS / "06_quantization.ipynb").title, outline(Path("lost.ipynb"))
+    ('Which numbers may weights be?', Outline(title='lost', answer='', figure=''))
+    """
     try:
         cells = nbformat.read(executed, 4).cells
     except (OSError, ValueError):
@@ -58,7 +76,12 @@ def outline(executed: Path) -> Outline:
 
 
 def first_figure(page: str) -> tuple[str, bytes]:
-    """What the first drawing of a page shows, as HTML, and the drawing as SVG; both empty if there is none."""
+    """What the first drawing of a page shows, as HTML, and the drawing as SVG; both empty if there is none.
+
+    >>> from lib.reproduce.page import first_figure
+    >>> first_figure('<img src="data:image/svg+xml;base64,PHN2Zy8+" alt="a line">'), first_figure("no image")
+    (('a line', b'<svg/>'), ('', b''))
+    """
     for image in re.finditer(r'<img[^>]* src="data:image/svg\+xml;base64,([^"]+)"[^>]*>', page):
         if alt := re.search(r' alt="([^"]*)"', image[0]):
             return alt[1], base64.b64decode(image[1])
@@ -66,7 +89,12 @@ def first_figure(page: str) -> tuple[str, bytes]:
 
 
 def mathml(markdown: str) -> str:
-    """``$$...$$`` and ``$...$`` as MathML, which browsers draw without a script."""
+    """``$$...$$`` and ``$...$`` as MathML, which browsers draw without a script.
+
+    >>> from lib.reproduce.page import mathml
+    >>> mathml("a share of $p$")
+    'a share of <math ...><mrow><mi>p</mi></mrow></math>'
+    """
     from latex2mathml.converter import convert
 
     markdown = re.sub(r"\$\$(.+?)\$\$", lambda m: convert(m[1].strip(), display="block"), markdown, flags=re.DOTALL)
@@ -74,7 +102,13 @@ def mathml(markdown: str) -> str:
 
 
 def lay_out(study: str, body: str, *, run: dict[str, Any] | None = None, ledger: pd.DataFrame | None = None) -> str:
-    """The page around a notebook's cells as HTML: answer and verdicts on top, contents, provenance at the foot."""
+    """The page around a notebook's cells as HTML: answer and verdicts on top, contents, provenance at the foot.
+
+    >>> from lib.reproduce.page import lay_out
+    >>> page = lay_out("09_mine", '<h1>Mine</h1><p>How.</p><p class="answer">Yes.</p>')
+    >>> "<title>Mine</title>" in page, page.index("Yes.") < page.index("How.")
+    (True, True)
+    """
     soup = BeautifulSoup(body, "html.parser")
     for prompt in soup.select(".jp-InputPrompt, .jp-OutputPrompt, .jp-Collapser"):
         prompt.decompose()
@@ -105,7 +139,12 @@ def lay_out(study: str, body: str, *, run: dict[str, Any] | None = None, ledger:
 
 @cache
 def template(name: str):
-    """A Jinja template of this folder."""
+    """A Jinja template of this folder.
+
+    >>> from lib.reproduce.page import template
+    >>> template("index.html.j2").name
+    'index.html.j2'
+    """
     loader = Environment(loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, autoescape=False)
     return loader.get_template(name)
 

@@ -14,12 +14,22 @@ from lib.study import PROJECT, ParameterError, check_parameters, parameters
 
 
 def studies() -> list[str]:
-    """The names of all study notebooks, in order."""
+    """The names of all study notebooks, in order.
+
+    >>> from lib.reproduce import studies
+    >>> studies()[:2]
+    ['00_start_here', '01_lottery_ticket_vs_finetuning']
+    """
     return sorted(p.stem for p in parameters.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
 
 
 def presets() -> list[str]:
-    """The names of the presets that exist."""
+    """The names of the presets that exist.
+
+    >>> from lib.reproduce import presets
+    >>> {"paper", "quick", "smoke"} <= set(presets())
+    True
+    """
     return sorted(p.stem for p in (parameters.NOTEBOOKS / "presets").glob("*.yaml"))
 
 
@@ -32,6 +42,10 @@ def preset_parameters(preset: str, changed: dict[str, Any] | None = None) -> dic
     Raises:
         ParameterError: unknown preset, a study that does not exist, a parameter that its notebook refuses, or a changed
             one that no study has.
+
+    >>> from lib.reproduce import preset_parameters
+    >>> preset_parameters("smoke", {"seeds": 2})["01_lottery_ticket_vs_finetuning"]["seeds"]
+    2
     """
     if preset not in presets():
         raise ParameterError(f"preset {preset!r} is unknown: allowed are {', '.join(presets())}")
@@ -54,7 +68,15 @@ def preset_parameters(preset: str, changed: dict[str, Any] | None = None) -> dic
 
 
 def prepare(preset: str, folder: Path) -> None:
-    """Write every notebook with the preset's parameters injected, and run none: the input of nbval."""
+    """Write every notebook with the preset's parameters injected, and run none: the input of nbval.
+
+    >>> from pathlib import Path
+    >>> from tempfile import TemporaryDirectory
+    >>> from lib.reproduce import prepare, studies
+    >>> prepare("smoke", Path((folder := TemporaryDirectory()).name))
+    >>> sorted(path.stem for path in Path(folder.name).iterdir()) == studies()
+    True
+    """
     from papermill import execute_notebook
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -72,14 +94,19 @@ def prepare(preset: str, folder: Path) -> None:
 def up_to_date_key(study: str, values: dict[str, Any]) -> str:
     """Changes when a run would: with the notebook's code, its parameters, its data, or a module of ``lib`` it imports.
 
-    Text cells and outputs do not count. Modules are found from import statements, and theirs, however far; where the
-    prices of technology are among them, the tables count too.
+    Text cells, outputs, comments and docstrings do not count. Modules are found from import statements, and theirs,
+    however far; where the prices of technology are among them, the tables count too.
+
+    >>> from lib.reproduce import up_to_date_key
+    >>> study = "01_lottery_ticket_vs_finetuning"
+    >>> [up_to_date_key(study, given) == up_to_date_key(study, {}) for given in ({"report_dir": "x"}, {"seeds": 99})]
+    [True, False]
     """
     cells = [c.source for c in nbformat.read(parameters.NOTEBOOKS / f"{study}.ipynb", 4).cells if c.cell_type == "code"]
     files = sorted(_imported("\n".join(c for c in cells if not c.lstrip().startswith(("%", "!")))))
     if PROJECT / "lib" / "costs" / "technology.py" in files:
         files += sorted((PROJECT / "data" / "technology").glob("*.csv"))
-    code = {p.relative_to(PROJECT).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+    code = {p.relative_to(PROJECT).as_posix(): _content(p) for p in files}
     full = check_parameters(study, values)
     named = [v for k, v in full.items() if k in ("dataset", "datasets", "lenet_datasets", "single_layer_datasets")]
     names = {n for value in named for n in ([value] if isinstance(value, str) else value)}
@@ -87,6 +114,17 @@ def up_to_date_key(study: str, values: dict[str, Any]) -> str:
     hidden = ("data_root", "report_dir")  # where files lie changes no result
     shown = {k: v for k, v in full.items() if k not in hidden}
     return hashlib.sha256(json.dumps([cells, shown, code, seen], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _content(path: Path) -> str:
+    """A file's text; that of Python without comments, docstrings and layout."""
+    if path.suffix != ".py":
+        return path.read_text()
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            node.body.pop(0)
+    return ast.dump(tree)
 
 
 def _imported(source: str) -> set[Path]:

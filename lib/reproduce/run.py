@@ -34,6 +34,12 @@ class Run:
         title, answer: of the report, as HTML. figure: what its first one shows, "" without any.
         minutes: of wall time, with whatever came from the cache. memory_mb: most memory of all its processes together,
             looked at three times a second. finished: UTC, to the minute.
+
+    >>> from lib.reproduce import Run
+    >>> took = {"minutes": 1.5, "memory_mb": 900, "finished": "2026-01-31 12:00", "provenance": {}}
+    >>> run = Run("09_mine", "key", error="ValueError: why", cell=3, title="Mine", answer="", figure="", **took)
+    >>> f"failed in cell {run.cell}: {run.error}"
+    'failed in cell 3: ValueError: why'
     """
 
     study: str
@@ -50,11 +56,29 @@ class Run:
 
 
 class Interrupted(Exception):
-    """The batch is being stopped: the run was ended and leaves nothing."""
+    """The batch is being stopped: the run was ended and leaves nothing.
+
+    >>> from pathlib import Path
+    >>> from tempfile import TemporaryDirectory
+    >>> from threading import Event
+    >>> from lib.reproduce import run_study
+    >>> (stop := Event()).set()
+    >>> with TemporaryDirectory() as folder:
+    ...     run_study("01_lottery_ticket_vs_finetuning", {}, Path(folder), Path(folder), stop=stop)
+    Traceback (most recent call last):
+        ...
+    lib.reproduce.run.Interrupted
+    """
 
 
 def last_run(study: str, reports: Path, *, failed: bool = False) -> Run | None:
-    """The study's last complete run in a report folder, or the failure after it, if there is one."""
+    """The study's last complete run in a report folder, or the failure after it, if there is one.
+
+    >>> from pathlib import Path
+    >>> from lib.reproduce import last_run
+    >>> last_run("01_lottery_ticket_vs_finetuning", Path("no/such/reports")) is None
+    True
+    """
     try:
         return Run(**json.loads(_record(study, reports, failed).read_text()))
     except (OSError, ValueError, TypeError):
@@ -85,6 +109,13 @@ def run_study(
 
     Raises:
         Interrupted: ``stop`` was set. OSError: a folder cannot be written.
+
+    >>> from pathlib import Path
+    >>> from lib.reproduce import run_study
+    >>> run_study("01_lottery_ticket_vs_finetuning", {"seeds": 0}, Path("reports"), Path("build"))
+    Traceback (most recent call last):
+        ...
+    lib.study.parameters.ParameterError: seeds = 0: allowed are whole numbers from 1
     """
     key, started = up_to_date_key(study, values), time.monotonic()
     for left in build.glob(f"{study}.*.run"):  # of a batch that was killed; whoever calls holds the study's lock
@@ -155,6 +186,14 @@ def failure(executed: Path, returncode: int) -> tuple[int | None, str]:
     Papermill calls every cell "completed" after a timeout, a dead kernel or Ctrl-C, so its exit code and an
     execution count on every code cell are asked for both. Cells are counted from 1, with text cells and without the
     one that Papermill injects.
+
+    >>> from pathlib import Path
+    >>> from tempfile import NamedTemporaryFile
+    >>> from nbformat import v4, write
+    >>> from lib.reproduce.run import failure
+    >>> write(v4.new_notebook(cells=[v4.new_code_cell("x = 1")]), (file := NamedTemporaryFile()).name)
+    >>> failure(Path(file.name), returncode=-9)
+    (1, '1 of 1 cells did not run (exit code -9: killed, or the kernel died)')
     """
     try:
         cells = nbformat.read(executed, 4).cells

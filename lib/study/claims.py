@@ -22,6 +22,7 @@ class Criterion:
 
     ``n = 1`` is for what no chance is in, such as sums of a published table: the value is its own interval.
 
+    >>> from lib.study import Criterion
     >>> Criterion(">=", 0.0, n=3).verdict(low=0.1, high=0.4, n=5)
     'reproduced'
     """
@@ -43,6 +44,10 @@ def interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, 
 
     Returns:
         ``(mean, low, high)``. The resampling is seeded: the same values give the same interval.
+
+    >>> from lib.study import interval
+    >>> interval([1.0, 2.0, 3.0]), interval([5.0])  # of three values it is their range; of one there is none
+    ((2.0, 1.0, 3.0), (5.0, nan, nan))
     """
     x = np.asarray(values, float)
     if len(x) < 2:
@@ -55,7 +60,12 @@ def interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, 
 
 @dataclass
 class Claim:
-    """A published statement, its criterion fixed before the run, and what tests it if not the study's own network."""
+    """A published statement, its criterion fixed before the run, and what tests it if not the study's own network.
+
+    >>> from lib.study import Claim, Criterion
+    >>> Claim("C1", "costs little", "nowhere", "0.1 points", Criterion("<=", 0.5), unit="points").wording
+    '<= 0.5 points, from 3 or more seeds'
+    """
 
     id: str
     statement: str
@@ -75,7 +85,16 @@ class Claim:
 
 
 def measured(row: dict[str, Any]) -> str:
-    """``mean [low, high]`` of a ledger row, with as many digits as the interval deserves."""
+    """``mean [low, high]`` of a ledger row, with as many digits as the interval deserves.
+
+    >>> from lib.study import measured
+    >>> measured({"measured": 0.2164, "low": 0.2101, "high": 0.2202, "n": 3})
+    '0.216 [0.210, 0.220]'
+    >>> measured({"measured": 21.6, "low": 19.4, "high": 23.1, "n": 3})
+    '21.60 [19.40, 23.10]'
+    >>> measured({"measured": float("nan")})
+    'not measured'
+    """
     if pd.isna(row["measured"]):
         return "not measured"
     if pd.isna(row["low"]):

@@ -15,6 +15,7 @@ def gain_at(gains: Sequence[float], accuracies: Sequence[float], floor: float) -
     Raises:
         ValueError: lists of different length, empty, or a gain that is not positive.
 
+    >>> from lib.study import gain_at
     >>> round(gain_at([1, 4, 16], [90, 89, 87], 88), 3)
     8.0
     """

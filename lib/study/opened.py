@@ -23,7 +23,17 @@ from lib.study.parameters import PROJECT, ParameterError, check_parameters, decl
 
 @dataclass
 class Study:
-    """An open study: its checked parameters, its provenance, and where its results and claims go."""
+    """An open study: its checked parameters, its provenance, and where its results and claims go.
+
+    >>> from lib.study import Criterion, Study
+    >>> study = Study("09_mine", "Mine", parameters={}, provenance={"commit": "unknown"})
+    >>> study.expect("C1", "costs little", source="nowhere", published="0.1 points", criterion=Criterion("<=", 0.5))
+    >>> study.settle("C1", [0.1, 0.3, 0.8])
+    >>> study.ledger()[["claim", "n", "verdict"]].values.tolist()
+    [['C1 costs little', 3, 'inconclusive']]
+    >>> study.answer("It costs {C1} points.").data
+    '<p class="answer">It costs <strong>0.40 [0.10, 0.80]</strong> points.</p>'
+    """
 
     name: str
     system: str
@@ -160,6 +170,12 @@ def open_study(name: str, system: str, namespace: dict[str, Any]) -> Study:
     Raises:
         ParameterError: a parameter is unknown, of the wrong type or out of range.
         OSError: the report folder cannot be written.
+
+    >>> from lib.study import open_study
+    >>> cell = {"sparsities": "[0.5, 0.9]", "seeds": 3}  # lists as Papermill passes them
+    >>> study = open_study("01_lottery_ticket_vs_finetuning", "Tickets", cell)
+    >>> cell["sparsities"], study.parameters["seeds"], study.report_dir
+    ([0.5, 0.9], 3, None)
     """
     given = {k: namespace[k] for k in declared(name) if k in namespace}
     given |= {k: namespace.get(k) for k in injected(namespace.get("In", []))}
@@ -178,7 +194,12 @@ def open_study(name: str, system: str, namespace: dict[str, Any]) -> Study:
 
 
 def provenance() -> dict[str, Any]:
-    """What a result depends on besides its parameters: commit, versions, device, threads."""
+    """What a result depends on besides its parameters: commit, versions, device, threads.
+
+    >>> from lib.study import provenance
+    >>> list(provenance()), provenance()["threads"] == torch.get_num_threads()
+    (['commit', 'python', 'torch', 'torchvision', 'numpy', 'pandas', 'device', 'threads'], True)
+    """
     place = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
     versions = ("torch", "torchvision", "numpy", "pandas")
     return {
@@ -191,7 +212,12 @@ def provenance() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The short git commit, with ``+`` behind it when tracked source was changed; ``unknown`` outside git."""
+    """The short git commit, with ``+`` behind it when tracked source was changed; ``unknown`` outside git.
+
+    >>> from lib.study.opened import commit
+    >>> commit() == "unknown" or len(commit().removesuffix("+")) >= 9
+    True
+    """
 
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=PROJECT, capture_output=True, text=True, check=True).stdout.strip()

@@ -17,7 +17,14 @@ NOTEBOOKS = PROJECT / "notebooks"
 
 
 class ParameterError(ValueError):
-    """A study's parameter is unknown, of the wrong type or out of range. Notebooks show it as one line."""
+    """A study's parameter is unknown, of the wrong type or out of range. Notebooks show it as one line.
+
+    >>> from lib.study import declared
+    >>> declared("99_none")
+    Traceback (most recent call last):
+        ...
+    lib.study.parameters.ParameterError: study '99_none' is unknown: allowed are 00_start_here, ...
+    """
 
     def _render_traceback_(self) -> list[str]:  # IPython's own protocol for a short display
         return [f"ParameterError: {self}"]
@@ -25,7 +32,13 @@ class ParameterError(ValueError):
 
 @dataclass(frozen=True)
 class Parameter:
-    """One line of a parameters cell: ``name: type = default  # help``."""
+    """One line of a parameters cell: ``name: type = default  # help``.
+
+    >>> from lib.study.parameters import Parameter
+    >>> seeds = Parameter("seeds", "int", 2, "a verdict needs 3")  # of the line `seeds: int = 2  # a verdict needs 3`
+    >>> seeds.default, seeds.help
+    (2, 'a verdict needs 3')
+    """
 
     name: str
     type: str
@@ -40,6 +53,10 @@ def declared(study: str) -> dict[str, Parameter]:
     Raises:
         ParameterError: no such study, not exactly one parameters cell, or a line in it that is not
             ``name: type = literal``.
+
+    >>> from lib.study import declared
+    >>> declared("01_lottery_ticket_vs_finetuning")["seeds"]
+    Parameter(name='seeds', type='int', default=..., help='independent repetitions...')
     """
     path = NOTEBOOKS / f"{study}.ipynb"
     if not path.is_file():
@@ -193,6 +210,14 @@ def check_parameters(study: str, given: dict[str, Any]) -> dict[str, Any]:
 
     Raises:
         ParameterError: names the parameter, its value and what is allowed.
+
+    >>> from lib.study import check_parameters
+    >>> check_parameters("01_lottery_ticket_vs_finetuning", {"sparsities": "[0.5, 0.9]"})["sparsities"]
+    [0.5, 0.9]
+    >>> check_parameters("01_lottery_ticket_vs_finetuning", {"sparsities": [1.5]})
+    Traceback (most recent call last):
+        ...
+    lib.study.parameters.ParameterError: sparsities = [1.5]: allowed are ... values, each in [0, 1)
     """
     known = declared(study)
     for name in given:
@@ -231,6 +256,11 @@ def check_parameters(study: str, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def injected(cells: Sequence[str]) -> list[str]:
-    """Names that Papermill's injected cell assigns: IPython keeps the source of what ran."""
+    r"""Names that Papermill's injected cell assigns: IPython keeps the source of what ran.
+
+    >>> from lib.study.parameters import injected
+    >>> injected(["lr = 0.1", "# Parameters\nseeds = 2\nepochs = 5"])
+    ['seeds', 'epochs']
+    """
     sources = [c for c in cells if c.lstrip().startswith("# Parameters\n")]
     return [t.id for source in sources for node in ast.parse(source).body for t in getattr(node, "targets", [])]

@@ -9,6 +9,14 @@ class Progress:
 
     ``report = progress.part("name")`` begins the next of ``total`` parts; ``report`` goes to a recipe or to
     `lib.training.fit` as its ``progress``.
+
+    >>> from lib.study import Progress
+    >>> progress = Progress(total=2)  # in a notebook one line, rewritten in place
+    {'text/plain': 'starting'}
+    >>> report = progress.part("dense")
+    >>> report(0.5, "epoch 5 of 10")
+    >>> progress.finished, progress.total  # in the first of two parts
+    (1, 2)
     """
 
     def __init__(self, total: int) -> None:
