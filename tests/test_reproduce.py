@@ -317,17 +317,19 @@ def test_two_batches_at_once_run_a_study_once(slow):
     assert (reports / "index.html").read_text().count('class="state complete"') == 2
 
 
-def test_a_full_disk_costs_the_study_and_no_report(small, monkeypatch):
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError("no such template")])
+def test_a_full_disk_costs_the_study_and_no_report(small, monkeypatch, error, capsys):
     folder, reports = small
     write_study(folder, "01_study", "value = 1")
     assert run_batch(reports) == 0
     good = (reports / "01_study.html").read_text()
 
     def full(*words, **named):
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr(room.run, "render", full)
     assert run_batch(reports, "--force") == 1
+    assert error.args[-1] in capsys.readouterr().err
     assert (reports / "01_study.html").read_text() == good
     assert last_run("01_study", reports).error == ""
 

@@ -161,8 +161,8 @@ def _run_all(
                     run = future.result()
                     errors[study] = run.error if run else ""
                     text = f"{run.minutes:.1f} min, {run.memory_mb} MB" if run else "ran in another batch"
-                except OSError as error:
-                    errors[study], text = str(error), "nothing was written"
+                except Exception as error:  # a full disk, a page that cannot be laid out: this study's, not the batch's
+                    errors[study], text = f"{type(error).__name__}: {error}".splitlines()[0], "nothing was written"
                 bar.update(1 - done[study])
                 bar.write(f"{study}: {errors[study] or 'complete'} ({text})", file=sys.stderr)
         except BaseException:

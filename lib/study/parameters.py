@@ -192,6 +192,7 @@ CHECKS: dict[str, Check] = {
     "epochs": _COUNT,
     "admm_epochs": _COUNT,
     "rewind_epoch": _NATURAL,
+    "first_seed": _NATURAL,
     "batch_size": _COUNT,
     "train_size": _NATURAL,
     "test_size": _NATURAL,

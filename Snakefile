@@ -1,0 +1,94 @@
+"""The batch on many machines, for who has them: an extra that needs `pip install "snakemake~=9.0"`.
+
+    snakemake --jobs 8 --config preset=paper                       # this machine
+    snakemake --jobs 30 --executor slurm --config preset=paper     # a cluster, with Snakemake's plugin for it
+
+Every network of a study is trained by a job of its own, which is the command of the README with `first_seed` and
+`seeds = 1`. All jobs share the cache of finished runs (`CACHE_ROOT`, on a file system that every machine sees), so that
+the job of the study itself finds its networks there and writes the results that one machine would write.
+
+Config: preset (quick), studies (all, by name), reports (reports/PRESET), parts (build/parts/PRESET), set (parameters over the preset's, {name: value}),
+split ({study: [name]}, parameters that hold a list: a job for each of its values).
+"""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+
+import yaml
+
+from lib.reproduce import preset_parameters
+from lib.study import declared
+
+
+def typed(value):
+    """What YAML would make of it: Snakemake hands numbers inside of --config on as text."""
+    return [typed(v) for v in value] if isinstance(value, list) else yaml.safe_load(str(value))
+
+
+def options(values):
+    return " ".join(f"-p {name} {shlex.quote(json.dumps(value))}" for name, value in values.items())
+
+
+PRESET = config.get("preset", "quick")
+PARTS = config.get("parts", f"build/parts/{PRESET}")
+REPORTS = config.get("reports", f"reports/{PRESET}")
+SET = {name: typed(value) for name, value in config.get("set", {}).items()}
+SPLIT = config.get("split", {})
+PARAMETERS = preset_parameters(PRESET, SET)
+STUDIES = str(config.get("studies", " ".join(PARAMETERS))).split()
+RUN = f"{sys.executable} -m lib.reproduce --preset {PRESET} {options(SET)}"
+CODE = [*map(str, Path("lib").rglob("*.py"))]
+
+
+def value(study, name):
+    return PARAMETERS[study].get(name, declared(study)[name].default)
+
+
+def parts(study):
+    """The jobs that share a study's training: a seed each, and a value of what is split."""
+    first = value(study, "first_seed")
+    points = [(name, i) for name in SPLIT.get(study, []) for i in range(len(value(study, name)))] or [("all", 0)]
+    return [f"{seed}-{name}-{i}" for seed in range(first, first + value(study, "seeds")) for name, i in points]
+
+
+def chosen(wildcards):
+    """What a part changes: its seed, and the one value of a list."""
+    seed, name, i = wildcards.part.rsplit("-", 2)
+    point = {name: [value(wildcards.study, name)[int(i)]]} if name != "all" else {}
+    return options({"first_seed": int(seed), "seeds": 1} | point)
+
+
+wildcard_constraints:
+    study=r"[0-9]{2}_\w+",
+
+
+rule index:
+    input:
+        expand("{reports}/runs/{study}.json", reports=REPORTS, study=STUDIES),
+    shell:
+        f"{RUN} --reports {REPORTS} {' '.join(STUDIES)}"
+
+
+rule study:
+    input:
+        lambda w: [f"{PARTS}/{w.study}/{part}/runs/{w.study}.json" for part in parts(w.study)],
+        "notebooks/{study}.ipynb",
+        CODE,
+    output:
+        REPORTS + "/runs/{study}.json",
+    shell:
+        f"{RUN} --reports {REPORTS} {{wildcards.study}}"
+
+
+rule part:
+    input:
+        "notebooks/{study}.ipynb",
+        CODE,
+    output:
+        f"{PARTS}/{{study}}/{{part}}/runs/{{study}}.json",
+    params:
+        chosen=chosen,
+    shell:
+        f"{RUN} {{params.chosen}} --reports {PARTS}/{{wildcards.study}}/{{wildcards.part}} {{wildcards.study}}"

@@ -1,0 +1,54 @@
+"""The batch through Snakemake, two jobs at a time: the numbers that one process gives. An extra: skips without it."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lib.reproduce import reproduce
+from lib.study import PROJECT
+
+NAME = "01_lottery_ticket_vs_finetuning"
+CHANGED = {"seeds": 2, "sparsities": [0.5]}
+
+
+@pytest.fixture
+def snakemake(tmp_path):
+    """Runs it on this project: ``snakemake(*words)`` returns what it said."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    found = shutil.which("snakemake", path=path) or pytest.skip("snakemake is not installed")
+
+    def run(*words, config=()):
+        places = [f"reports={tmp_path}/many/smoke", f"parts={tmp_path}/parts"]
+        command = [found, "--jobs", "2", "--nolock", *words, "--config", "preset=smoke", f"studies={NAME}", *places]
+        command += ["set={seeds: 2, sparsities: [0.5]}", *config]
+        done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout + done.stderr
+
+    return run
+
+
+def test_two_jobs_give_the_numbers_of_one(snakemake, tmp_path, monkeypatch):
+    monkeypatch.setenv("CACHE_ROOT", str(tmp_path / "shared"))
+    snakemake("--quiet", "all")
+    assert sorted(p.name for p in (tmp_path / "parts" / NAME).iterdir()) == ["0-all-0", "1-all-0"]
+
+    monkeypatch.setenv("CACHE_ROOT", str(tmp_path / "alone"))
+    assert reproduce("smoke", only=[NAME], changed=CHANGED, reports=tmp_path / "one" / "smoke") == {NAME: ""}
+    shared, alone = ({p.name for p in (tmp_path / n).rglob("*.pt")} for n in ("shared", "alone"))
+    assert shared == alone
+    for kind in ("results", "claims"):
+        many, one = (tmp_path / n / "smoke" / kind / f"{NAME}.csv" for n in ("many", "one"))
+        assert many.read_bytes() == one.read_bytes()
+    assert (tmp_path / "many" / "smoke" / "index.html").is_file()
+
+
+def test_a_job_for_each_seed_and_value(snakemake):
+    said = snakemake("--dry-run", "--printshellcmds", config=[f"split={{{NAME}: [top_fractions]}}"])
+    jobs = [line for line in said.splitlines() if "lib.reproduce" in line and "first_seed" in line]
+    assert len(jobs) == 2 * 5  # seeds, and values of top_fractions
+    assert all("-p seeds 1" in job and "-p top_fractions" in job for job in jobs)
