@@ -255,7 +255,7 @@ def forms_array(fragment: int, weight_bits: int = 8, input_bits: int = 16) -> Ar
 class Forms(Isaac):
     """FORMS (ISCA 2021): polarized fragments read one after the other, small fast converters, zeros ahead skipped.
 
-    Its 4-bit converter is 3.5 times cheaper than ISAAC's law makes one of 4 bits: ``own_converter = False`` takes that.
+    Its 4-bit converter is 3.3 times cheaper than ISAAC's law makes one of 4 bits: ``own_converter = False`` takes that.
     Row drivers, cells, registers and tiles are ISAAC's.
 
     >>> from lib.costs.designs import Forms

@@ -21,14 +21,14 @@ def _end_with(parent: int) -> None:
 def main(notebook: str, output: str, values: str) -> int:
     """Run it; 1 when a cell failed, which the output shows."""
     from papermill import execute_notebook
-    from papermill.exceptions import PapermillException, PapermillExecutionError
+    from papermill.exceptions import PapermillException
 
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     with open(values) as file:
         parameters = yaml.safe_load(file)
     try:
         execute_notebook(notebook, output, parameters, kernel_name="python3", progress_bar=False)
-    except (PapermillException, PapermillExecutionError) as error:
+    except PapermillException as error:
         sys.stderr.write(f"{error}\n")
         return 1
     return 0
