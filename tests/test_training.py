@@ -7,9 +7,9 @@ import pandas as pd
 import pytest
 import torch
 
-from lib import files, training
+from lib import files
 from lib.models import build
-from lib.training import Hook, TrainingError, cached, code_version, evaluate, fit, learning_rate
+from lib.training import Hook, TrainingError, cache, cached, code_version, evaluate, fit, learning_rate, loop
 
 
 def same(a, b):
@@ -95,8 +95,8 @@ def test_evaluate_counts_and_keeps_the_mode(images, net):
 
 def count_calls(monkeypatch):
     calls = []
-    real = training.batches
-    monkeypatch.setattr(training, "batches", lambda *a: calls.append(1) or real(*a))
+    real = loop.batches
+    monkeypatch.setattr(loop, "batches", lambda *a: calls.append(1) or real(*a))
     return calls
 
 
@@ -115,18 +115,18 @@ def test_cache_key_holds_all_that_determines_the_result(images, net, monkeypatch
     with torch.no_grad():
         other_net.fc1.weight[0, 0] += 1e-6
     object.__setattr__(other_data, "checksum", "another")
-    base = training._key(fit, net, (images,), {"epochs": 1, "lr": 0.05})
+    base = cache._key(fit, net, (images,), {"epochs": 1, "lr": 0.05})
     keys = [
-        training._key(fit, other_net, (images,), {"epochs": 1, "lr": 0.05}),
-        training._key(fit, net, (other_data,), {"epochs": 1, "lr": 0.05}),
-        training._key(fit, net, (images,), {"epochs": 1, "lr": 0.051}),
+        cache._key(fit, other_net, (images,), {"epochs": 1, "lr": 0.05}),
+        cache._key(fit, net, (other_data,), {"epochs": 1, "lr": 0.05}),
+        cache._key(fit, net, (images,), {"epochs": 1, "lr": 0.051}),
     ]
     torch.set_num_threads(2)
-    keys.append(training._key(fit, net, (images,), {"epochs": 1, "lr": 0.05}))
+    keys.append(cache._key(fit, net, (images,), {"epochs": 1, "lr": 0.05}))
     torch.set_num_threads(1)
-    monkeypatch.setattr(training, "learning_rate", lambda schedule, lr, progress: lr)
-    training.learning_rate.__module__ = "lib.training"
-    keys.append(training._key(fit, net, (images,), {"epochs": 1, "lr": 0.05}))
+    monkeypatch.setattr(loop, "learning_rate", lambda schedule, lr, progress: lr)
+    loop.learning_rate.__module__ = "lib.training.loop"
+    keys.append(cache._key(fit, net, (images,), {"epochs": 1, "lr": 0.05}))
     assert len({base, *keys}) == 6
 
 
@@ -202,8 +202,8 @@ def test_damaged_entry_is_never_trusted(images, net, damage, tmp_path):
 def _worker(images, net, path, results):
     torch.set_num_threads(1)
     calls = []
-    real = training.batches
-    training.batches = lambda *a: calls.append(1) or real(*a)
+    real = loop.batches
+    loop.batches = lambda *a: calls.append(1) or real(*a)
     cached(fit, net, images, epochs=2, lr=0.05)
     results.put((len(calls), float(net.fc1.weight.detach().sum())))
 

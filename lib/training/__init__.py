@@ -1,0 +1,36 @@
+"""Training: one bare loop with hooks, a cache of finished runs, and a count of what they computed."""
+
+from lib.training.cache import CACHE_ROOT, cached, code_version, fingerprint
+from lib.training.loop import (
+    Hook,
+    Progress,
+    Schedule,
+    TrainingError,
+    batches,
+    device,
+    evaluate,
+    fit,
+    learning_rate,
+    make_optimizer,
+)
+from lib.training.spent import charge, charge_all, metered
+
+__all__ = [
+    "CACHE_ROOT",
+    "Hook",
+    "Progress",
+    "Schedule",
+    "TrainingError",
+    "batches",
+    "cached",
+    "charge",
+    "charge_all",
+    "code_version",
+    "device",
+    "evaluate",
+    "fingerprint",
+    "fit",
+    "learning_rate",
+    "make_optimizer",
+    "metered",
+]

@@ -1,0 +1,153 @@
+"""What training computes: multiply-accumulates of every layer, forward and backward, at the density that was live.
+
+`metered` counts for any recipe, this project's or a user's own: it watches the forward passes of the network that is
+trained, and asks nothing of the recipe. `lib.costs.training_energy` puts a price on the counts.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, Literal
+
+import pandas as pd
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from lib.models import prunable
+from lib.training.loop import Progress
+
+Product = Literal["forward", "input_gradient", "weight_gradient"]
+COLUMNS = ["layer", "product", "bits_a", "bits_b", "macs"]
+
+
+class Meter:
+    """Counts of one network while it is trained; `metered` opens and closes it.
+
+    A forward pass in training mode costs ``N * positions * weights * density`` multiply-accumulates, its backward pass
+    as much for the gradient of the inputs (none for a layer whose inputs need no gradient, such as the first) and as
+    much for that of the weights. ``density`` is that of the layer's mask at that moment, 1 without one: what is zero
+    but held by no mask is computed like all else. Operands count as 32 bits wide. Passes in evaluation mode, norms,
+    activations and the optimizer are not counted.
+
+    >>> from lib.training.spent import Meter
+    >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
+    >>> with Meter(net) as meter:
+    ...     net(torch.ones(10, 4)).sum().backward()
+    >>> meter.frame()[["layer", "product", "macs"]].values.tolist()[:3]
+    [['0', 'forward', 120.0], ['0', 'weight_gradient', 120.0], ['1', 'forward', 60.0]]
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.layers = {id(layer): name for name, layer in model.named_modules()}
+        self.counts: Counter[tuple[str, str, int, int]] = Counter()
+        self.handles = [
+            layer.register_forward_hook(self._watch(name))
+            for name, layer in prunable(model).items()
+            if not getattr(layer, "charges_itself", False)
+        ]
+
+    def __enter__(self) -> "Meter":
+        _open.append(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _open.remove(self)
+        for handle in self.handles:
+            handle.remove()
+
+    def _watch(self, name: str) -> Callable:
+        def count(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:  # a closure: copies share it
+            if layer.training:
+                macs = dense_macs(layer, output) * _density(layer)
+                self.add(name, "forward", macs)
+                if output.requires_grad:
+                    if inputs[0].requires_grad:
+                        self.add(name, "input_gradient", macs)
+                    self.add(name, "weight_gradient", macs)
+
+        return count
+
+    def add(self, layer: str, product: Product, macs: float, bits: tuple[int, int] = (32, 32)) -> None:
+        """Count ``macs`` of operands of so many bits."""
+        self.counts[layer, product, *bits] += macs
+
+    def frame(self) -> pd.DataFrame:
+        """One row per layer, product and widths of its operands: ``layer, product, bits_a, bits_b, macs``."""
+        return pd.DataFrame([(*key, float(macs)) for key, macs in self.counts.items()], columns=COLUMNS)
+
+
+_open: list[Meter] = []
+
+
+def dense_macs(layer: nn.Module, output: Tensor) -> float:
+    """Multiply-accumulates of the forward pass that gave ``output``, all weights counted.
+
+    >>> from lib.training.spent import dense_macs
+    >>> conv = torch.nn.Conv2d(3, 8, 3, padding=1)
+    >>> dense_macs(conv, conv(torch.zeros(2, 3, 10, 10)))  # 2 images, 100 positions, 8 x 27 weights
+    43200.0
+    """
+    shape = (
+        layer.parametrizations.weight.original if parametrize.is_parametrized(layer, "weight") else layer.weight
+    ).shape
+    return output.numel() / shape[0] * shape.numel()
+
+
+def _density(layer: nn.Module) -> float:
+    """The share of weights that a mask leaves."""
+    chain = layer.parametrizations.weight if parametrize.is_parametrized(layer, "weight") else ()
+    found = [p.mask for p in chain if isinstance(getattr(p, "mask", None), Tensor)]
+    return float(found[0].count_nonzero()) / found[0].numel() if found else 1.0
+
+
+def charge(layer: nn.Module, product: Product, macs: float, bits: tuple[int, int] = (32, 32)) -> None:
+    """Add to every open meter that watches this very layer what no forward pass shows; nothing where there is none.
+
+    For layers that count all of their products (``charges_itself = True``), and for products beside the usual ones.
+
+    >>> from lib.training.spent import Meter, charge
+    >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3))
+    >>> with Meter(net) as meter:
+    ...     charge(net[0], "weight_gradient", 12.0, bits=(4, 16))
+    >>> meter.frame().values.tolist()
+    [['0', 'weight_gradient', 4, 16, 12.0]]
+    """
+    for meter in _open:
+        if id(layer) in meter.layers:
+            meter.add(meter.layers[id(layer)], product, macs, bits)
+
+
+def charge_all(spent: pd.DataFrame) -> None:
+    """Add what another process counted to every open meter.
+
+    >>> import pandas as pd
+    >>> from lib.training.spent import COLUMNS, Meter, charge_all
+    >>> with Meter(torch.nn.Linear(1, 1)) as meter:
+    ...     charge_all(pd.DataFrame([("fc", "forward", 32, 32, 5.0)], columns=COLUMNS))
+    >>> float(meter.frame()["macs"].sum())
+    5.0
+    """
+    for meter in _open:
+        for row in spent.itertuples(index=False):
+            meter.add(row.layer, row.product, row.macs, (row.bits_a, row.bits_b))
+
+
+def metered(
+    model: nn.Module, recipe: Callable[..., Any], *args: Any, progress: Progress | None = None, **kwargs: Any
+) -> tuple[Any, pd.DataFrame]:
+    """``recipe(model, *args, **kwargs)``, and what its training computed: ``cached(metered, model, recipe, ...)``.
+
+    Returns:
+        What the recipe returned, and `Meter.frame`: one row per layer, product and widths of its operands.
+
+    >>> from lib import data, models
+    >>> from lib.training import fit, metered
+    >>> images = data.load(train_size=200, test_size=100, validation_size=100)
+    >>> net = models.build("lenet300", images.shape, images.classes)
+    >>> log, spent = metered(net, fit, images, epochs=2, lr=0.05)
+    >>> total = spent.groupby("product")["macs"].sum() / 400  # an image's share
+    >>> total.tolist()  # 266,200 weights; the first layer's inputs need no gradient
+    [266200.0, 31000.0, 266200.0]
+    """
+    with Meter(model) as meter:
+        value = recipe(model, *args, progress=progress, **kwargs)
+    return value, meter.frame()
