@@ -1,6 +1,7 @@
-"""What a compressed network costs: bits of storage, multiply-accumulates, measured time."""
+"""What a compressed network costs: bits of storage, multiply-accumulates, measured time, and energy of training."""
 
 from lib.costs.compute import break_even, latency_ratio, macs, product_times, sparse_speedup
+from lib.costs.energy import training_energy
 from lib.costs.storage import compression, formats, network_storage
 
 __all__ = [
@@ -12,4 +13,5 @@ __all__ = [
     "network_storage",
     "product_times",
     "sparse_speedup",
+    "training_energy",
 ]

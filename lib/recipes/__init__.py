@@ -7,8 +7,18 @@ the weights that training goes on from. The loop is always `lib.training.fit`; r
 from lib.recipes.admm import admm, progressive, split
 from lib.recipes.budgets import search_budgets, search_rate
 from lib.recipes.clustering import deep_kmeans
+from lib.recipes.early_bird import (
+    channels_by_norm,
+    drawing_point,
+    early_bird,
+    mask_distances,
+    norms_of_channels,
+    ticket,
+)
+from lib.recipes.growing import contiguous_parts, grow_and_prune, parallel_grow_and_prune, random_masks
 from lib.recipes.inside import alternating, retrain_inside, snapped
 from lib.recipes.quantizing import partial_hardening, straight_through
+from lib.recipes.regrowth import rigl
 from lib.recipes.reweighted import reweighted, search_strength
 from lib.recipes.rewinding import State, iterative, layer_weights, one_shot, rewind, state_of
 from lib.recipes.tiles import group_lasso
@@ -17,16 +27,26 @@ __all__ = [
     "State",
     "admm",
     "alternating",
+    "channels_by_norm",
+    "contiguous_parts",
     "deep_kmeans",
+    "drawing_point",
+    "early_bird",
     "group_lasso",
+    "grow_and_prune",
     "iterative",
     "layer_weights",
+    "mask_distances",
+    "norms_of_channels",
     "one_shot",
+    "parallel_grow_and_prune",
     "partial_hardening",
     "progressive",
+    "random_masks",
     "retrain_inside",
     "reweighted",
     "rewind",
+    "rigl",
     "search_budgets",
     "search_rate",
     "search_strength",
@@ -34,4 +54,5 @@ __all__ = [
     "split",
     "state_of",
     "straight_through",
+    "ticket",
 ]

@@ -12,8 +12,9 @@ from lib.training.loop import (
     fit,
     learning_rate,
     make_optimizer,
+    recalibrate,
 )
-from lib.training.spent import charge, charge_all, metered
+from lib.training.spent import charge, charge_all, metered, uncounted
 
 __all__ = [
     "CACHE_ROOT",
@@ -33,4 +34,6 @@ __all__ = [
     "learning_rate",
     "make_optimizer",
     "metered",
+    "recalibrate",
+    "uncounted",
 ]

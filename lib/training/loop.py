@@ -7,6 +7,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lib.data import Data, Split
 
@@ -239,3 +240,32 @@ def evaluate(model: nn.Module, split: Split, batch_size: int = 200) -> float:
     )
     model.train(mode)
     return correct / len(split)
+
+
+@torch.no_grad()
+def recalibrate(model: nn.Module, data: Data, batch_size: int = 200, batches: int = 10) -> nn.Module:
+    """Find the mean and variance of every batch norm anew on training images, in place. Returns the model.
+
+    They are plain averages over the batches; what else the network holds is not touched. A pruned or merged network
+    otherwise carries the statistics of another one.
+
+    >>> from lib import data, models, training
+    >>> images = data.load(train_size=200, test_size=100, validation_size=100)
+    >>> model = models.build("vgg", images.shape, images.classes)
+    >>> float(training.recalibrate(model, images, batches=1).bn1_1.running_mean.abs().max()) > 0  # it was 0
+    True
+    """
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    if not norms:
+        return model
+    mode, momenta = model.training, [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the plain average
+    model.train()
+    for x in data.train.x.split(batch_size)[:batches]:
+        model(x)
+    model.train(mode)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    return model

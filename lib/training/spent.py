@@ -5,7 +5,8 @@ trained, and asks nothing of the recipe. `lib.costs.training_energy` puts a pric
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import pandas as pd
@@ -56,7 +57,7 @@ class Meter:
 
     def _watch(self, name: str) -> Callable:
         def count(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:  # a closure: copies share it
-            if layer.training:
+            if layer.training and self in _open:
                 macs = dense_macs(layer, output) * _density(layer)
                 self.add(name, "forward", macs)
                 if output.requires_grad:
@@ -76,6 +77,24 @@ class Meter:
 
 
 _open: list[Meter] = []
+
+
+@contextmanager
+def uncounted() -> Iterator[None]:
+    """What runs inside is no training: looks at copies of the network, for a log.
+
+    >>> from lib.training.spent import Meter, uncounted
+    >>> net = torch.nn.Linear(4, 3)
+    >>> with Meter(net) as meter, uncounted():
+    ...     y = net(torch.ones(10, 4))
+    >>> len(meter.frame())
+    0
+    """
+    paused = [_open.pop() for _ in range(len(_open))]
+    try:
+        yield
+    finally:
+        _open.extend(reversed(paused))
 
 
 def dense_macs(layer: nn.Module, output: Tensor) -> float:

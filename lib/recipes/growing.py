@@ -1,0 +1,271 @@
+"""Grow-and-prune: part after part of a sparse network is dense for a while (GaP; papers/pruning.md section 3)."""
+
+import os
+from collections.abc import Iterable, Sequence
+from copy import deepcopy
+from itertools import chain
+from typing import Any, Literal
+
+import joblib
+import pandas as pd
+import torch
+from torch import nn
+
+from lib.constraint import Masks, Plan, attach_masks, detach_masks, fitted, select, weights
+from lib.data import Data
+from lib.models import prunable
+from lib.recipes.rewinding import State, one_shot, state_of
+from lib.training import Progress, charge_all, evaluate, fit, metered, recalibrate, uncounted
+
+Parts = Sequence[Sequence[str]]
+
+
+def random_masks(model: nn.Module, plan: Plan, seed: int = 0) -> Masks:
+    """Masks of the plan's sets at random places: what the projection of random weights keeps.
+
+    Trained as they are, they are the static baseline of every method that is sparse from the start.
+
+    Raises:
+        ConstraintError: a set of values, which has no mask.
+
+    >>> from lib import models, pruning, recipes
+    >>> model = models.build("lenet300", (1, 28, 28), 10)
+    >>> masks = recipes.random_masks(model, pruning.uniform_plan(model, pruning.Unstructured(0.9)), seed=1)
+    >>> [int(mask.sum()) for mask in masks.values()]
+    [23520, 3000, 100]
+    """
+    generator = torch.Generator().manual_seed(seed)
+    drawn = {n: torch.randn(w.shape, generator=generator).to(w.device) for n, w in weights(model, plan).items()}
+    return select(fitted(model, plan), drawn)
+
+
+def contiguous_parts(plan: Plan, parts: int) -> list[list[str]]:
+    """The plan's layers, in their order, in so many runs of as equal numbers of layers as can be.
+
+    Raises:
+        ValueError: fewer layers than parts.
+
+    >>> from lib.pruning import Unstructured
+    >>> from lib.recipes import contiguous_parts
+    >>> contiguous_parts(dict.fromkeys(("conv1", "conv2", "fc1"), Unstructured(0.9)), 2)
+    [['conv1', 'conv2'], ['fc1']]
+    """
+    names = list(plan)
+    if not 1 <= parts <= len(names):
+        raise ValueError(f"parts = {parts}: allowed are 1 to {len(names)}, the number of planned layers")
+    return [[names[i] for i in part.tolist()] for part in torch.arange(len(names)).tensor_split(parts)]
+
+
+def _turns(plan: Plan, parts: int | Parts, rounds: int, order: str, seed: int) -> list[list[list[str]]]:
+    """For each round the parts that grow one after another; every layer grows once a round."""
+    if isinstance(parts, int):
+        parts = contiguous_parts(plan, parts)
+    parts = [list(part) for part in parts]
+    if sorted(chain(*parts)) != sorted(plan) or not all(parts):
+        raise ValueError(f"parts = {parts}: every layer of the plan belongs to one part: {', '.join(plan)}")
+    if rounds < 1:
+        raise ValueError(f"rounds = {rounds}: allowed are whole numbers from 1")
+    if order == "cyclic":
+        return [parts] * rounds
+    if order != "random":
+        raise ValueError(f"order = {order!r}: allowed are 'cyclic' and 'random'")
+    names, generator, turns = list(plan), torch.Generator().manual_seed(seed), []
+    for _ in range(rounds):
+        drawn = iter([names[i] for i in torch.randperm(len(names), generator=generator).tolist()])
+        turns.append([[next(drawn) for _ in part] for part in parts])
+    return turns
+
+
+def _pruned(model: nn.Module, plan: Plan) -> Masks:
+    """The whole plan's masks of the weights as they are; budgets for all layers together are shared out anew."""
+    return one_shot(model, fitted(model, plan))
+
+
+def grow_and_prune(
+    model: nn.Module,
+    plan: Plan,
+    data: Data,
+    *,
+    parts: int | Parts,
+    rounds: int,
+    epochs: int,
+    tune_epochs: int,
+    order: Literal["cyclic", "random"] = "cyclic",
+    seed: int = 0,
+    progress: Progress | None = None,
+    **fit_options: Any,
+) -> pd.DataFrame:
+    """C-GaP: part after part of the network becomes dense, trains, and is pruned again (Ma et al., ICLR 2022).
+
+    Before each step the weights are pruned to the plan; then all layers but those of the growing part are held inside
+    their masks, and the network trains for ``epochs``. What grows back starts at zero, with fresh momentum and the
+    schedule from its beginning. After the last round the network is pruned once more and trains inside its masks.
+
+    Args:
+        model: from random initial weights, as the method has it, or any others; left with its zeros, without masks.
+        plan: sets of supports: single weights, N:M, blocks, ...; budgets of a network (`LayerAdaptive`, or
+            `Unstructured` in scope "global") are the paper's non-uniform sparsity.
+        parts: how many runs of layers (`contiguous_parts`), or the layers of each part.
+        epochs: of one step; a round has a step for each part. tune_epochs: at the end.
+        order: "cyclic", or "random": parts of the same sizes drawn anew for every round, each layer in one of them.
+
+    Returns:
+        One row per step and one for the end: ``round`` and ``part`` (from 1; part 0 is the end), ``epochs`` spent,
+        ``exchanged``, the share of the part's weights that pruning keeps now and had removed before, ``accuracy`` on
+        validation images as trained, and ``pruned_accuracy`` after pruning to the plan and finding the statistics of
+        batch norms anew.
+
+    Raises:
+        ConstraintError: a set of values. ValueError: parts that do not hold every planned layer once, an unknown order.
+
+    >>> from lib import constraint, data, models, pruning, recipes
+    >>> images = data.load(train_size=200, test_size=100, validation_size=100)
+    >>> model = models.build("lenet300", images.shape, images.classes)
+    >>> plan = pruning.uniform_plan(model, pruning.Unstructured(0.9))
+    >>> log = recipes.grow_and_prune(model, plan, images, parts=3, rounds=1, epochs=1, tune_epochs=1, lr=0.05)
+    >>> log[["round", "part", "epochs"]].values.tolist(), round(constraint.sparsity(model), 3)
+    ([[1, 1, 1], [1, 2, 2], [1, 3, 3], [1, 0, 4]], 0.9)
+    """
+    turns = _turns(plan, parts, rounds, order, seed)
+    total, rows, spent = len(turns) * len(turns[0]) * epochs + tune_epochs, [], 0
+    for step, growing in enumerate(chain(*turns)):
+        masks = _pruned(model, plan)
+        held = {name: mask for name, mask in masks.items() if name not in growing}
+        detach_masks(attach_masks(model, masks if step else held))  # at first what grows is as it was initialized
+        attach_masks(model, held)
+        report = _share(progress, spent / total, epochs / total, f"step {step + 1}")
+        fit(model, data, epochs=epochs, seed=_order(seed, step), progress=report, **fit_options)
+        spent += epochs
+        detach_masks(model)
+        found = _pruned(model, plan)
+        row = {"round": step // len(turns[0]) + 1, "part": step % len(turns[0]) + 1, "epochs": spent}
+        row |= {"exchanged": _exchanged(masks, found, growing), "accuracy": evaluate(model, data.validation)}
+        pruned = attach_masks(deepcopy(model), found)
+        with uncounted():
+            recalibrate(pruned, data)
+        rows.append(row | {"pruned_accuracy": evaluate(pruned, data.validation)})
+    return pd.DataFrame([*rows, _tuned(model, plan, data, rounds, spent, tune_epochs, seed, progress, fit_options)])
+
+
+def _tuned(model, plan, data, rounds, spent, epochs, seed, progress, fit_options) -> dict[str, float]:
+    """Prune for good, and train inside the masks."""
+    attach_masks(model, _pruned(model, plan))
+    report = _share(progress, spent / (spent + epochs), epochs / (spent + epochs), "inside the masks")
+    fit(model, data, epochs=epochs, seed=_order(seed, 10**6), progress=report, **fit_options)
+    detach_masks(model)
+    accuracy = evaluate(model, data.validation)
+    return {"round": rounds, "part": 0, "epochs": spent + epochs, "accuracy": accuracy, "pruned_accuracy": accuracy}
+
+
+def _exchanged(before: Masks, after: Masks, layers: Iterable[str]) -> float:
+    """The share of the weights that stay which were removed before."""
+    new = sum(int((after[name] & ~before[name]).sum()) for name in layers)
+    return new / sum(int(after[name].sum()) for name in layers)
+
+
+def _order(seed: int, step: int) -> int:
+    """A seed for the order of batches: another one in every step, the same in paired runs."""
+    return 10_007 * seed + step
+
+
+def _share(progress: Progress | None, start: float, share: float, what: str) -> Progress | None:
+    if progress is None:
+        return None
+    return lambda done, text: progress(start + share * done, f"{what}: {text}")
+
+
+# --- parallel ---------------------------------------------------------------------------------------------------------
+
+
+def parallel_grow_and_prune(
+    model: nn.Module,
+    plan: Plan,
+    data: Data,
+    *,
+    parts: int | Parts,
+    rounds: int,
+    epochs: int,
+    tune_epochs: int,
+    processes: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+    **fit_options: Any,
+) -> pd.DataFrame:
+    """P-GaP: in each round a replica for every part trains with that part dense, each in a process of its own.
+
+    Starts from random masks. After a round one network is made of all replicas: a part's layers with their biases come
+    from the replica in which they grew; everything else (batch norms, layers outside the plan) is the average over the
+    replicas, where the paper's text leaves it open. Then it is pruned to the plan and the statistics of its batch norms
+    are found anew. A round costs as much training as one of `grow_and_prune`, in the time of one part.
+
+    Args:
+        processes: at the same time; None: as many as there are CPUs, at most one for each part. 1 stays in this
+            process. The result does not depend on it, bit for bit.
+
+    Returns:
+        As `grow_and_prune`, a row per round (``part`` is 0): ``epochs`` counts those of all replicas, ``exchanged`` is
+        of all layers, ``accuracy`` is that of the merged network before it is pruned.
+
+    Raises:
+        As `grow_and_prune`; ValueError for fewer than one process.
+
+    >>> from lib import constraint, data, models, pruning, recipes
+    >>> images = data.load(train_size=200, test_size=100, validation_size=100)
+    >>> model = models.build("lenet300", images.shape, images.classes)
+    >>> plan = pruning.uniform_plan(model, pruning.NM(1, 4))
+    >>> options = {"rounds": 1, "epochs": 1, "tune_epochs": 1, "lr": 0.05, "processes": 1}
+    >>> log = recipes.parallel_grow_and_prune(model, plan, images, parts=3, **options)
+    >>> log["epochs"].tolist(), constraint.sparsity(model)
+    ([3, 4], 0.75)
+    """
+    groups = _turns(plan, parts, rounds, "cyclic", seed)[0]
+    if processes is not None and processes < 1:
+        raise ValueError(f"processes = {processes}: allowed are whole numbers from 1, or None")
+    processes = min(processes or os.cpu_count() or 1, len(groups))
+    masks, rows = random_masks(model, plan, seed), []
+    total = rounds * len(groups) * epochs + tune_epochs
+    for r in range(rounds):
+        start, plain = state_of(attach_masks(model, masks)), detach_masks(deepcopy(model))
+        jobs = []
+        for i, part in enumerate(groups):
+            held = {name: mask for name, mask in masks.items() if name not in part}
+            seeded = fit_options | {"epochs": epochs, "seed": _order(seed, r * len(groups) + i)}
+            jobs.append(joblib.delayed(_grown)(plain, start, held, data, seeded))
+        done = joblib.Parallel(processes)(jobs)
+        for _, spent in done if processes > 1 else []:  # in this process the meter saw the replicas
+            charge_all(spent)
+        detach_masks(model).load_state_dict(_merged([state for state, _ in done], groups, model))
+        row = {"round": r + 1, "part": 0, "epochs": (r + 1) * len(groups) * epochs}
+        row["accuracy"] = evaluate(recalibrate(model, data), data.validation)
+        before, masks = masks, _pruned(model, plan)
+        row["exchanged"] = _exchanged(before, masks, masks)
+        row["pruned_accuracy"] = evaluate(recalibrate(attach_masks(model, masks), data), data.validation)
+        rows.append(row)
+        if progress:
+            progress(row["epochs"] / total, f"round {r + 1} of {rounds}, {row['pruned_accuracy']:.1%} pruned")
+    detach_masks(model)
+    spent = rounds * len(groups) * epochs
+    return pd.DataFrame([*rows, _tuned(model, plan, data, rounds, spent, tune_epochs, seed, progress, fit_options)])
+
+
+def _grown(model: nn.Module, state: State, held: Masks, data: Data, options: dict) -> tuple[State, pd.DataFrame]:
+    """A replica from ``state``, trained inside the masks that are held, and what it computed."""
+    replica = deepcopy(model)  # joblib hands on the very object when it stays in this process
+    replica.load_state_dict(state)
+    _, spent = metered(attach_masks(replica, held), fit, data, **options)
+    return state_of(replica), spent
+
+
+def _merged(states: list[State], groups: list[list[str]], model: nn.Module) -> State:
+    """One network of all replicas."""
+    home = {name: i for i, part in enumerate(groups) for name in part}
+    owner = {f"{n}.{p}": home[n] for n, m in prunable(model).items() if n in home for p, _ in m.named_parameters()}
+    merged = {}
+    for key, first in states[0].items():
+        if key in owner:
+            merged[key] = states[owner[key]][key]
+        elif first.is_floating_point():
+            merged[key] = torch.stack([state[key] for state in states]).mean(0)
+        else:
+            merged[key] = first
+    return merged

@@ -1,0 +1,131 @@
+"""Regrowth by gradient: masks that move while a sparse network trains (RigL)."""
+
+from collections.abc import Callable
+from math import cos, pi
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from lib.constraint import ConstraintError, Masks, Plan, attach_masks, detach_masks, leaf
+from lib.data import Data
+from lib.models import prunable
+from lib.pruning.groups import Unstructured
+from lib.pruning.selection import keep_largest
+from lib.recipes.growing import random_masks
+from lib.training import Hook, Progress, TrainingError, charge, fit
+from lib.training.spent import dense_macs
+
+
+class _Regrow(Hook):
+    """RigL: every few steps the smallest live weights go, and as many come where the gradient is largest."""
+
+    def __init__(self, model: nn.Module, masks: Masks, interval: int, share: float, last: int) -> None:
+        layers = prunable(model)
+        self.layers = {name: layers[name] for name in masks}
+        self.interval, self.share, self.last = interval, share, last
+        self.gradients: dict[str, Tensor] = {}
+        self.taps: list = []
+
+    def begin(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
+    def before_step(self, model: nn.Module, step: int) -> None:
+        if step % self.interval or not 0 < step < self.last:
+            return
+        for name, layer in self.layers.items():  # behind the mask: the gradient of removed weights too
+            mask = layer.parametrizations.weight[0]
+            self.taps.append(mask.register_forward_hook(self._tap(name)))
+            self.taps.append(layer.register_forward_hook(_charge_removed))
+
+    def _tap(self, name: str) -> Callable:
+        def tap(mask: nn.Module, inputs: tuple[Tensor, ...], weight: Tensor) -> None:
+            if weight.requires_grad:
+                weight.register_hook(lambda gradient: self.gradients.__setitem__(name, gradient))
+
+        return tap
+
+    @torch.no_grad()
+    def after_backward(self, model: nn.Module, step: int) -> None:
+        if not self.taps:
+            return
+        for tap in self.taps:
+            tap.remove()
+        self.taps = []
+        fraction = self.share / 2 * (1 + cos(pi * step / self.last))
+        for name, layer in self.layers.items():
+            self._move(layer, self.gradients.pop(name), fraction)
+        for parameter in model.parameters():  # the step that changes masks changes no weight
+            parameter.grad = None
+
+    @torch.no_grad()
+    def _move(self, layer: nn.Module, gradient: Tensor, fraction: float) -> None:
+        mask, weight = layer.parametrizations.weight[0].mask, leaf(layer)
+        live = int(mask.sum())
+        stay = keep_largest(torch.where(mask, weight.abs(), -1.0), live - int(fraction * live))
+        new = keep_largest(torch.where(stay, -1.0, gradient.abs()), live - int(stay.sum()))
+        for tensor in (weight, self.optimizer.state[weight].get("momentum_buffer")):
+            if tensor is not None:  # what comes begins at zero, without momentum
+                tensor[~stay] = 0.0
+        mask.copy_(stay | new)
+
+
+def _charge_removed(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    """The gradient of removed weights, which only this step needs."""
+    mask = layer.parametrizations.weight[0].mask
+    charge(layer, "weight_gradient", dense_macs(layer, output) * float((~mask).sum()) / mask.numel())
+
+
+def rigl(
+    model: nn.Module,
+    plan: Plan,
+    data: Data,
+    *,
+    epochs: int,
+    interval: int = 100,
+    share: float = 0.3,
+    until: float = 0.75,
+    seed: int = 0,
+    progress: Progress | None = None,
+    **fit_options: Any,
+) -> pd.DataFrame:
+    """RigL: sparse all the way, masks that move along the gradient (Evci et al., ICML 2020, arXiv 1911.11134).
+
+    From random masks of the plan. At every ``interval``-th step no weight moves; instead each layer loses the share
+    ``share / 2 (1 + cos(pi t / T))`` of its live weights of least magnitude, and as many come back where the gradient,
+    that of removed weights included, is largest: at zero, without momentum. ``T`` is ``until`` of all steps.
+
+    Args:
+        plan: `Unstructured` sets, whose numbers of weights each layer keeps. model: left with zeros, without masks.
+
+    Returns:
+        As `fit`.
+
+    Raises:
+        ConstraintError: other sets, which single weights would leave. TrainingError: an interval below 1, or shares
+        outside [0, 1].
+
+    >>> from lib import constraint, data, models, pruning, recipes
+    >>> images = data.load(train_size=200, test_size=100, validation_size=100)
+    >>> model = models.build("lenet300", images.shape, images.classes)
+    >>> plan = pruning.uniform_plan(model, pruning.Unstructured(0.9))
+    >>> log = recipes.rigl(model, plan, images, epochs=4, interval=2, lr=0.05)
+    >>> round(constraint.sparsity(model), 4)
+    0.9
+    """
+    if interval < 1 or not 0 <= share <= 1 or not 0 <= until <= 1:
+        raise TrainingError(
+            f"rigl: {interval=}, {share=}, {until=}: allowed are an interval from 1 and shares in [0, 1]"
+        )
+    for name, constraint in plan.items():
+        if not isinstance(constraint, Unstructured):
+            raise ConstraintError(f"{name}: rigl moves single weights, {type(constraint).__name__} would be left")
+    if fit_options.get("optimizer", "sgd") != "sgd":
+        raise TrainingError("rigl: optimizer = 'adam': allowed is 'sgd', whose momentum of new weights is cleared")
+    steps = epochs * -(-len(data.train) // fit_options.get("batch_size", 128))
+    masks = random_masks(model, plan, seed)
+    hook = _Regrow(attach_masks(model, masks), masks, interval, share, round(until * steps))
+    log = fit(model, data, epochs=epochs, seed=seed, hooks=(hook,), progress=progress, **fit_options)
+    detach_masks(model)
+    return log

@@ -1,0 +1,176 @@
+"""What training computes: the meter against sums by hand."""
+
+from copy import deepcopy
+
+import pandas as pd
+import pytest
+import torch
+
+from lib import costs, pruning, recipes, training
+from lib.constraint import attach_masks
+from lib.models import build
+from lib.pruning import Unstructured, uniform_plan
+from lib.training import Hook, cached, fit, metered
+
+OPTIONS = {"lr": 0.05, "batch_size": 100}
+
+
+def by_product(spent):
+    return spent.groupby("product")["macs"].sum()
+
+
+@pytest.mark.parametrize("name", ["lenet5", "vgg", "resnet8"])
+def test_a_dense_run_costs_three_forward_passes_less_the_first_input_gradient(images, name):
+    net = build(name, images.shape, images.classes)
+    table = costs.macs(net, images.shape).set_index("layer")["dense_macs"]
+    _, spent = metered(net, fit, images, epochs=1, **OPTIONS)
+    total, n = by_product(spent), len(images.train)
+    assert total["forward"] == n * table.sum() == total["weight_gradient"]
+    assert total["input_gradient"] == n * (table.sum() - table.iloc[0])
+    assert set(spent["layer"]) == set(table.index)
+
+
+def test_masks_count_at_their_density_and_plain_zeros_do_not(images, net):
+    masks = recipes.one_shot(net, uniform_plan(net, Unstructured(0.9)))
+    _, dense = metered(deepcopy(net), fit, images, epochs=1, **OPTIONS)
+    _, sparse = metered(attach_masks(deepcopy(net), masks), fit, images, epochs=1, **OPTIONS)
+    for layer, mask in masks.items():
+        share = sparse[sparse["layer"] == layer]["macs"].sum() / dense[dense["layer"] == layer]["macs"].sum()
+        assert share == pytest.approx(float(mask.float().mean()))
+    with torch.no_grad():
+        net.fc1.weight.zero_()
+    assert metered(net, fit, images, epochs=1, **OPTIONS)[1]["macs"].sum() == dense["macs"].sum()
+
+
+def test_a_smaller_network_costs_what_its_shapes_say(images):
+    net = build("vgg", images.shape, images.classes, width=8)
+    masks = recipes.one_shot(net, uniform_plan(net, pruning.Filter(0.5), keep_dense=("fc",)))
+    small = pruning.channels.compact(
+        pruning.channels.paths.zeroed(net, pruning.channels.follow(net, masks, images.train.x[:1])), images.train.x[:1]
+    )
+    _, spent = metered(small, fit, images, epochs=1, **OPTIONS)
+    assert by_product(spent)["forward"] == len(images.train) * costs.macs(small, images.shape)["dense_macs"].sum()
+    assert by_product(spent)["forward"] < 0.35 * len(images.train) * costs.macs(net, images.shape)["dense_macs"].sum()
+
+
+def test_looks_at_the_network_cost_nothing(images, net):
+    class Look(Hook):
+        def after_epoch(self, model, epoch):
+            training.evaluate(model, images.validation)
+            with training.uncounted():
+                training.recalibrate(deepcopy(model).train(), images)
+                deepcopy(model).train()(images.train.x[:10])
+
+    _, plain = metered(deepcopy(net), fit, images, epochs=1, **OPTIONS)
+    _, watched = metered(deepcopy(net), fit, images, epochs=1, hooks=(Look(),), **OPTIONS)
+    pd.testing.assert_frame_equal(plain, watched)
+
+
+def test_every_recipe_can_be_metered(images, net):
+    """ADMM's pull, straight-through and iterative pruning: as many passes as epochs, at the density that was live."""
+    plan = uniform_plan(net, Unstructured(0.9))
+    _, once = metered(deepcopy(net), fit, images, epochs=1, **OPTIONS)
+    _, spent = metered(deepcopy(net), recipes.admm, plan, images, epochs=2, rho=0.01, **OPTIONS)
+    assert spent["macs"].sum() == 2 * once["macs"].sum()
+    plans = [uniform_plan(net, Unstructured(s)) for s in (0.5, 0.75)]
+    start = recipes.state_of(net)
+    _, spent = metered(deepcopy(net), recipes.iterative, plans, images, start, epochs=1, **OPTIONS)
+    assert spent["macs"].sum() == pytest.approx(0.5 * once["macs"].sum(), rel=1e-3)  # the round inside the first mask
+
+
+def test_nothing_is_left_behind_and_a_second_meter_counts_alike(images, net):
+    first = metered(net, fit, images, epochs=1, **OPTIONS)[1]
+    assert not any(layer._forward_hooks for layer in net.modules())
+    pd.testing.assert_frame_equal(first, metered(net, fit, images, epochs=1, **OPTIONS)[1])
+
+    def fails(model, **_):
+        model(images.train.x[:10])
+        raise RuntimeError("out")
+
+    with pytest.raises(RuntimeError, match="out"):
+        metered(net, fails)
+    assert not any(layer._forward_hooks for layer in net.modules())
+    assert not training.spent._open
+
+
+def test_what_was_counted_comes_back_from_the_cache(images, net):
+    again = deepcopy(net)
+    log, spent = cached(metered, net, fit, images, epochs=1, **OPTIONS)
+    log_again, spent_again = cached(metered, again, fit, images, epochs=1, **OPTIONS)
+    pd.testing.assert_frame_equal(log, log_again)
+    pd.testing.assert_frame_equal(spent, spent_again)
+    assert torch.equal(net.fc1.weight, again.fc1.weight)
+    third = build("lenet300", images.shape, images.classes, seed=1)
+    cached(metered, third, recipes.rigl, uniform_plan(third, Unstructured(0.5)), images, epochs=1, **OPTIONS)
+    assert not torch.equal(third.fc1.weight, net.fc1.weight)  # another recipe is another entry
+
+
+def test_energy_is_the_bit_product_rule(images, net):
+    spent = pd.DataFrame(
+        [("a", "forward", 32, 32, 10.0), ("a", "weight_gradient", 4, 16, 16.0)],
+        columns=["layer", "product", "bits_a", "bits_b", "macs"],
+    )
+    priced = costs.training_energy(spent)
+    assert priced["equivalent_macs"].tolist() == [10.0, 1.0]
+    assert priced["energy_J"].tolist() == pytest.approx([4.6e-11, 4.6e-12])
+
+
+# --- the loop: skipping, stopping, going on ---------------------------------------------------------------------------
+
+
+class Stop(Hook):
+    def __init__(self, at):
+        self.at = at
+
+    def stops(self, model, step):
+        return step == self.at
+
+
+class Skip(Hook):
+    def __init__(self, steps):
+        self.steps, self.taken = steps, []
+
+    def skips(self, model, step):
+        return step in self.steps
+
+    def before_step(self, model, step):
+        self.taken.append(step)
+
+
+def test_a_run_that_stops_and_goes_on_is_the_same_run_without_momentum(images, net):
+    """Also within an epoch: the same batches at the same learning rates."""
+    plain = OPTIONS | {"epochs": 3, "momentum": 0.0, "schedule": "cosine"}
+    whole, halves = deepcopy(net), deepcopy(net)
+    fit(whole, images, **plain)
+    log = fit(halves, images, hooks=(Stop(13),), **plain)
+    assert log[["epoch", "images"]].values.tolist() == [[1, 1000], [2, 300]]
+    log = fit(halves, images, start_step=13, **plain)
+    assert log[["epoch", "images"]].values.tolist() == [[2, 700], [3, 1000]]
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), halves.parameters(), strict=True))
+
+
+def test_a_skipped_batch_moves_nothing(images, net):
+    """Not even momentum or weight decay; an epoch without a batch has no row."""
+    hook, start = Skip(set(range(10)) | {11, 13}), deepcopy(net)
+    log = fit(net, images, epochs=2, weight_decay=0.1, hooks=(hook,), **OPTIONS)
+    assert hook.taken == [10, 12, *range(14, 20)]
+    assert log[["epoch", "images"]].values.tolist() == [[2, 800]]
+    log = fit(start, images, epochs=1, weight_decay=0.1, hooks=(Skip(set(range(10))),), **OPTIONS)
+    assert log.empty
+    assert torch.equal(start.fc1.bias, build("lenet300", images.shape, images.classes, seed=1).fc1.bias)
+
+
+def test_stopping_at_once_leaves_the_network_as_it_was(images, net):
+    start = deepcopy(net)
+    assert fit(net, images, epochs=1, hooks=(Stop(0),), **OPTIONS).empty
+    assert torch.equal(start.fc1.weight, net.fc1.weight)
+
+
+def test_recalibration_gives_the_plain_average_of_batches(images):
+    net = build("vgg", images.shape, images.classes, width=4)
+    weights = {n: p.clone() for n, p in net.named_parameters()}
+    training.recalibrate(net, images, batch_size=250, batches=4)
+    outputs = [net.conv1_1(x).transpose(0, 1).flatten(1).mean(1) for x in images.train.x.split(250)]
+    assert torch.allclose(net.bn1_1.running_mean, torch.stack(outputs).mean(0), atol=1e-4)
+    assert net.bn1_1.momentum == 0.1
+    assert all(torch.equal(weights[n], p) for n, p in net.named_parameters())
