@@ -10,7 +10,8 @@ from lib import costs, pruning, recipes, training
 from lib.constraint import attach_masks
 from lib.models import build
 from lib.pruning import Unstructured, uniform_plan
-from lib.training import Hook, cached, fit, metered
+from lib.training import Hook, cached, code_version, fit, metered
+from lib.training.spent import Meter
 
 OPTIONS = {"lr": 0.05, "batch_size": 100}
 
@@ -174,3 +175,9 @@ def test_recalibration_gives_the_plain_average_of_batches(images):
     assert torch.allclose(net.bn1_1.running_mean, torch.stack(outputs).mean(0), atol=1e-4)
     assert net.bn1_1.momentum == 0.1
     assert all(torch.equal(weights[n], p) for n, p in net.named_parameters())
+
+
+def test_an_open_meter_is_no_part_of_a_key(net):
+    before = code_version(recipes.rigl), code_version(metered)
+    with Meter(net):
+        assert (code_version(recipes.rigl), code_version(metered)) == before

@@ -1,4 +1,4 @@
-"""Training schemes toward a plan: one-shot, iterative, ADMM, progressive, reweighted, straight-through, hardening.
+"""Training schemes: toward a plan (one-shot, ADMM, straight-through, ...), sparse from the start, and at less energy.
 
 Each recipe works on a model in place, for any plan whose constraints it makes sense for, and leaves the masks or
 the weights that training goes on from. The loop is always `lib.training.fit`; recipes only hook into it.
@@ -7,6 +7,7 @@ the weights that training goes on from. The loop is always `lib.training.fit`; r
 from lib.recipes.admm import admm, progressive, split
 from lib.recipes.budgets import search_budgets, search_rate
 from lib.recipes.clustering import deep_kmeans
+from lib.recipes.e2_train import MiniBatchDropping, e2_train, gate_of, predictive_signs, skippable
 from lib.recipes.early_bird import (
     channels_by_norm,
     drawing_point,
@@ -24,6 +25,7 @@ from lib.recipes.rewinding import State, iterative, layer_weights, one_shot, rew
 from lib.recipes.tiles import group_lasso
 
 __all__ = [
+    "MiniBatchDropping",
     "State",
     "admm",
     "alternating",
@@ -31,7 +33,9 @@ __all__ = [
     "contiguous_parts",
     "deep_kmeans",
     "drawing_point",
+    "e2_train",
     "early_bird",
+    "gate_of",
     "group_lasso",
     "grow_and_prune",
     "iterative",
@@ -41,6 +45,7 @@ __all__ = [
     "one_shot",
     "parallel_grow_and_prune",
     "partial_hardening",
+    "predictive_signs",
     "progressive",
     "random_masks",
     "retrain_inside",
@@ -50,6 +55,7 @@ __all__ = [
     "search_budgets",
     "search_rate",
     "search_strength",
+    "skippable",
     "snapped",
     "split",
     "state_of",

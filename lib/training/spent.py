@@ -4,7 +4,7 @@
 trained, and asks nothing of the recipe. `lib.costs.training_energy` puts a price on the counts.
 """
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -40,11 +40,7 @@ class Meter:
     def __init__(self, model: nn.Module) -> None:
         self.layers = {id(layer): name for name, layer in model.named_modules()}
         self.counts: Counter[tuple[str, str, int, int]] = Counter()
-        self.handles = [
-            layer.register_forward_hook(self._watch(name))
-            for name, layer in prunable(model).items()
-            if not getattr(layer, "charges_itself", False)
-        ]
+        self.handles = [layer.register_forward_hook(self._watch(name)) for name, layer in prunable(model).items()]
 
     def __enter__(self) -> "Meter":
         _open.append(self)
@@ -57,7 +53,7 @@ class Meter:
 
     def _watch(self, name: str) -> Callable:
         def count(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:  # a closure: copies share it
-            if layer.training and self in _open:
+            if layer.training and self in _open and not getattr(layer, "charges_itself", False):
                 macs = dense_macs(layer, output) * _density(layer)
                 self.add(name, "forward", macs)
                 if output.requires_grad:
@@ -76,7 +72,7 @@ class Meter:
         return pd.DataFrame([(*key, float(macs)) for key, macs in self.counts.items()], columns=COLUMNS)
 
 
-_open: list[Meter] = []
+_open: deque[Meter] = deque()  # not a list: which meters are open is no part of what code does (`code_version`)
 
 
 @contextmanager
@@ -111,11 +107,23 @@ def dense_macs(layer: nn.Module, output: Tensor) -> float:
     return output.numel() / shape[0] * shape.numel()
 
 
+def mask_of(layer: nn.Module) -> Tensor | None:
+    """The mask that holds a layer's weights, or None.
+
+    >>> from lib.constraint import attach_masks
+    >>> from lib.training.spent import mask_of
+    >>> net = attach_masks(torch.nn.Sequential(torch.nn.Linear(2, 1)), {"0": torch.tensor([[True, False]])})
+    >>> mask_of(net[0]).tolist(), mask_of(torch.nn.Linear(2, 1))
+    ([[True, False]], None)
+    """
+    chain = layer.parametrizations.weight if parametrize.is_parametrized(layer, "weight") else ()
+    return next((p.mask for p in chain if isinstance(getattr(p, "mask", None), Tensor)), None)
+
+
 def _density(layer: nn.Module) -> float:
     """The share of weights that a mask leaves."""
-    chain = layer.parametrizations.weight if parametrize.is_parametrized(layer, "weight") else ()
-    found = [p.mask for p in chain if isinstance(getattr(p, "mask", None), Tensor)]
-    return float(found[0].count_nonzero()) / found[0].numel() if found else 1.0
+    mask = mask_of(layer)
+    return 1.0 if mask is None else float(mask.count_nonzero()) / mask.numel()
 
 
 def charge(layer: nn.Module, product: Product, macs: float, bits: tuple[int, int] = (32, 32)) -> None:

@@ -1,0 +1,210 @@
+"""Selective layer update: a recurrent gate draws, image by image, which residual blocks run (arXiv 1910.13349)."""
+
+from math import nan
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from lib.constraint import leaf
+from lib.models import BasicBlock
+from lib.training import charge
+
+OPEN = 3.0  # the read-out's first bias: sigmoid(3) = 0.95, so that training begins with nearly every block
+
+
+class _Pass:
+    """One forward pass of a gated network: the memory of its gate, and what ran."""
+
+    def __init__(self, cost: float = 0.0, least: float = 0.0) -> None:
+        self.cost, self.least = cost, least
+        self.memory: tuple[Tensor, Tensor] | None = None
+        self.macs = self.executed = 0.0
+
+    @property
+    def share(self) -> float:
+        """Executed share of the gated blocks' multiply-accumulates."""
+        return self.executed / self.macs if self.macs else nan
+
+    def price(self, macs: float) -> float:
+        """The cost loss's gradient in one image's probability at a block of ``macs``; asked when the pass is over."""
+        return self.cost * (-1 if self.share < self.least else 1) * macs / self.macs
+
+
+class RecurrentGate(nn.Module):
+    """The probability that an image passes a block: an LSTM over the gated blocks in order, shared by all of them.
+
+    Block ``b``'s input ``(N, C, H, W)`` is averaged over its positions, projected to ``hidden`` numbers by a layer of
+    its own, and read out by the LSTM cell and one more layer as a logit. The cell's memory begins anew with each
+    forward pass of the network (Wang et al., NeurIPS 2019, section 3.2; SkipNet, Wang et al., ECCV 2018). The first
+    bias of the read-out is 3: nearly every block runs at the start.
+
+    Attributes:
+        cost: weight of the cost loss, the expected share of the gated blocks' multiply-accumulates.
+        least: the cost loss changes its sign while a batch executes less than this share.
+        keep: above 0, the gate is not asked: each image passes each block with this probability, which is the control
+            (stochastic depth, Huang et al. 2016, by image). A buffer, since evaluation depends on it.
+
+    >>> from lib.recipes.e2_train import RecurrentGate
+    >>> gate = RecurrentGate([8, 16])
+    >>> p = gate(torch.zeros(5, 8, 4, 4), 0)
+    >>> tuple(p.shape), bool((p > 0.8).all())
+    ((5,), True)
+    """
+
+    def __init__(self, channels: list[int], hidden: int = 10) -> None:
+        super().__init__()
+        self.projections = nn.ModuleList(nn.Linear(c, hidden) for c in channels)
+        self.cell = nn.LSTMCell(hidden, hidden)
+        self.read_out = nn.Linear(hidden, 1)
+        nn.init.constant_(self.read_out.bias, OPEN)
+        self.register_buffer("keep", torch.zeros(()))
+        self.cost, self.least = 0.0, 0.0
+        self.now = _Pass()
+
+    def forward(self, x: Tensor, index: int) -> Tensor:
+        """``(N, C, H, W)``, the input of gated block ``index`` -> probabilities ``(N,)``."""
+        if index == 0:
+            self.now = _Pass(self.cost, self.least)
+        if self.keep > 0:
+            return self.keep.expand(len(x))
+        features = self.projections[index](x.mean((2, 3)))  # (N, hidden)
+        h, c = self.cell(features, self.now.memory)
+        self._charge(len(x), index, h.requires_grad)
+        self.now.memory = (h, c) if index + 1 < len(self.projections) else None
+        return self.read_out(h).squeeze(1).sigmoid()
+
+    def _charge(self, images: int, index: int, learns: bool) -> None:
+        """The cell's products, which no meter sees: four gates from the features and from the last hidden state."""
+        if self.training:
+            half = 4.0 * images * self.cell.hidden_size**2
+            charge(self.cell, "forward", 2 * half)
+            if learns:
+                charge(self.cell, "input_gradient", half * (1 + (index > 0)))  # the first state is no one's output
+                charge(self.cell, "weight_gradient", 2 * half)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied and saved: all but the last pass, whose tensors belong to a graph."""
+        return self.__dict__ | {"now": _Pass()}
+
+
+class SkippedBlock(nn.Module):
+    """A residual block with an identity shortcut that only some images of a batch pass; the others leave as they came.
+
+    In training each image is drawn with its gate's probability ``p``, and the block runs on those drawn alone: its
+    batch norm sees no others, and its convolutions cost no more. In evaluation it runs where ``p > 0.5``; with a
+    constant ``keep`` it runs on all, and gives the expected output ``x + keep (F(x) - x)`` (Huang et al. 2016).
+
+    The paper's straight-through estimator, ``dL/dp = <dL/dout, F(x) - x>`` for every image, needs ``F(x)`` of those
+    that are skipped as well. Here executed images have ``<dL/dout, F(x) - x> / p`` and the skipped have 0. For a given
+    ``dL/dout`` that is the same on average, without bias; where the draw itself changes ``dL/dout``, the estimate is
+    of its value for executed images. The factor does no harm: in the logit it is ``p (1 - p) / p = 1 - p``.
+
+    >>> from lib.models import BasicBlock
+    >>> from lib.recipes.e2_train import RecurrentGate, SkippedBlock
+    >>> block = SkippedBlock(BasicBlock(4, 4, stride=1), RecurrentGate([4]), index=0).eval()
+    >>> x = torch.rand(2, 4, 5, 5)
+    >>> torch.equal(block(x), block.block(x))
+    True
+    >>> block.gate.read_out.bias.data.fill_(-9.0).item()
+    -9.0
+    >>> torch.equal(block(x), x)
+    True
+    """
+
+    def __init__(self, block: BasicBlock, gate: RecurrentGate, index: int) -> None:
+        super().__init__()
+        self.block, self.index = block, index
+        self._shared = (gate,)  # a tuple hides it: only the first block registers it, and copies of a network share one
+        if index == 0:
+            self.gate = gate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, C, H, W)`` -> ``(N, C, H, W)``."""
+        gate = self._shared[0]
+        p = gate(x, self.index)
+        macs = float(sum(leaf(conv).numel() for conv in (self.block.conv1, self.block.conv2)) * x[0, 0].numel())
+        gate.now.macs += macs * len(x)
+        if not self.training and gate.keep > 0:
+            gate.now.executed += macs * len(x)
+            return torch.lerp(x, self.block(x), gate.keep)
+        drawn = (torch.rand_like(p) < p if self.training else p > 0.5).nonzero().flatten()
+        gate.now.executed += macs * len(drawn)
+        some = x if len(drawn) == len(x) else x[drawn]
+        return _Passed.apply(x, self.block(some) if len(drawn) else some, p, drawn, gate.now, macs)
+
+
+class _Passed(torch.autograd.Function):
+    """``x`` with the rows ``drawn`` replaced by ``y``, and the gradient of their probabilities ``p``: see above."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, y: Tensor, p: Tensor, drawn: Tensor, now: _Pass, macs: float) -> Tensor:
+        if ctx.needs_input_grad[2]:
+            ctx.save_for_backward(drawn, p, y - x[drawn])
+        else:
+            ctx.save_for_backward(drawn)
+        ctx.now, ctx.macs = now, macs
+        return x.clone().index_copy_(0, drawn, y)  # a clone keeps the memory format, and with it every last bit
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        drawn, *saved = ctx.saved_tensors
+        of_p = None
+        if saved:
+            p, change = saved
+            of_p = torch.full_like(p, ctx.now.price(ctx.macs))  # linear in p, so its gradient is all there is to it
+            of_p[drawn] += (gradient[drawn] * change).flatten(1).sum(1) / p[drawn]
+        return gradient.clone().index_fill_(0, drawn, 0.0), gradient[drawn], of_p, None, None, None
+
+
+def skippable(model: nn.Module, seed: int = 0, hidden: int = 10) -> nn.Module:
+    """Put every residual block with an identity shortcut behind one recurrent gate, in place. Returns the model.
+
+    Blocks are those `lib.models.BasicBlock` whose shortcut is ``nn.Identity``, in the order of their definition, which
+    must be that of the forward pass. The same ``seed`` gives the same gate, and the global random state is left as it
+    was. Names of layers within change (``block1_1.conv1`` is now ``block1_1.block.conv1``), so do this before masks.
+
+    Raises:
+        ValueError: a network without such a block, or one that is gated already.
+
+    >>> from lib import models
+    >>> from lib.recipes.e2_train import skippable
+    >>> net = skippable(models.build("resnet14", (1, 28, 28), 10, width=8))
+    >>> [name for name, module in net.named_modules() if type(module).__name__ == "SkippedBlock"]
+    ['block1_1', 'block1_2', 'block2_2', 'block3_2']
+    """
+    if any(isinstance(m, SkippedBlock) for m in model.modules()):
+        raise ValueError("skippable: the network has gated blocks already")
+    found = [
+        (name, m)
+        for name, m in model.named_modules()
+        if name and isinstance(m, BasicBlock) and isinstance(m.shortcut, nn.Identity)
+    ]
+    if not found:
+        raise ValueError("skippable: the network has no residual block (BasicBlock) with an identity shortcut to skip")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        gate = RecurrentGate([block.conv1.in_channels for _, block in found], hidden)
+    gate.to(leaf(found[0][1].conv1).device)
+    for index, (name, block) in enumerate(found):
+        model.set_submodule(name, SkippedBlock(block, gate, index).train(block.training))
+    return model
+
+
+def gate_of(model: nn.Module) -> RecurrentGate:
+    """The gate of a network that `skippable` has prepared.
+
+    Raises:
+        ValueError: it has none.
+
+    >>> from lib import models
+    >>> from lib.recipes.e2_train import gate_of, skippable
+    >>> len(gate_of(skippable(models.build("resnet8", (1, 28, 28), 10, width=4))).projections)  # blocks
+    1
+    """
+    gates = [m for m in model.modules() if isinstance(m, RecurrentGate)]
+    if not gates:
+        raise ValueError("the network has no gate: call skippable(model) before it is trained")
+    return gates[0]

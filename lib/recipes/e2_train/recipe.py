@@ -1,0 +1,159 @@
+"""E2-Train: batches dropped, blocks skipped and signs predicted, each alone or all together (arXiv 1910.13349)."""
+
+from contextlib import nullcontext
+from math import isfinite, nan
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from torch import nn
+
+from lib.data import Data
+from lib.recipes.e2_train.gates import RecurrentGate, gate_of
+from lib.recipes.e2_train.signs import SignPrediction, predictive_signs
+from lib.training import Hook, Progress, TrainingError, fit
+
+
+class MiniBatchDropping(Hook):
+    """Stochastic mini-batch dropping: each batch is left out with probability ``share``, whatever the others did.
+
+    Nothing at all happens for a dropped batch; the learning rate goes on as if it had been seen. The code released with
+    the paper (Wang et al., NeurIPS 2019, section 3.1) still lets the optimizer step with zero gradients, so that there
+    momentum and weight decay go on moving the weights. The draw depends on ``seed`` and the step alone, and what a
+    smaller share drops a larger one drops too.
+
+    Raises:
+        TrainingError: a share outside [0, 1).
+
+    >>> from lib.recipes.e2_train import MiniBatchDropping
+    >>> half = MiniBatchDropping(0.5, seed=0)
+    >>> kept = sum(not half.skips(None, step) for step in range(1000))
+    >>> 450 <= kept <= 550
+    True
+    """
+
+    def __init__(self, share: float, seed: int = 0) -> None:
+        if not 0 <= share < 1:
+            raise TrainingError(f"drop = {share}: allowed are shares in [0, 1)")
+        self.share, self.seed = share, seed
+
+    def skips(self, model: nn.Module, step: int) -> bool:
+        """Whether the batch of this step is dropped."""
+        return bool(np.random.default_rng((self.seed, step)).random() < self.share)  # seeds are hashed: no neighbours
+
+
+class _Record(Hook):
+    """What ran and what was predicted, epoch by epoch."""
+
+    def __init__(self, gate: RecurrentGate | None, rule: SignPrediction | None) -> None:
+        self.gate, self.rule = gate, rule
+        self.rows: dict[int, dict[str, float]] = {}
+
+    def before_epoch(self, model: nn.Module, epoch: int) -> None:
+        self.epoch, self.executed, self.macs = epoch + 1, 0.0, 0.0
+        if self.rule:
+            self.rule.reset()
+
+    def after_backward(self, model: nn.Module, step: int) -> None:
+        row = {"executed": nan, "predicted": nan, "agreement": nan}
+        if self.gate:
+            self.executed, self.macs = self.executed + self.gate.now.executed, self.macs + self.gate.now.macs
+            row["executed"] = self.executed / self.macs
+        if self.rule:
+            row |= {"predicted": self.rule.predicted, "agreement": self.rule.agreement}
+        self.rows[self.epoch] = row
+
+
+def e2_train(
+    model: nn.Module,
+    data: Data,
+    *,
+    epochs: int,
+    lr: float,
+    drop: float = 0.0,
+    skip_cost: float | None = None,
+    least: float = 0.0,
+    keep: float | None = None,
+    signs: bool = False,
+    threshold: float = 0.05,
+    sign_scale: float = 0.01,
+    hooks: tuple[Hook, ...] = (),
+    progress: Progress | None = None,
+    **fit_options: Any,
+) -> pd.DataFrame:
+    """Train at less energy, in place: drop batches, skip blocks, predict signs (E2-Train, Wang et al., NeurIPS 2019).
+
+    Args:
+        drop: probability that a batch is left out (`MiniBatchDropping`, drawn from fit's ``seed``); the paper's is 0.5.
+        skip_cost: weight of the cost loss ``sum_b macs_b p_b / sum_b macs_b``, the mean over a batch's images, which
+            teaches the gate of a network that is `skippable` to skip; 0 lets the task alone decide.
+        least: while a batch executes less than this share of the gated blocks' work, the cost loss has the other sign.
+        keep: instead of a learned gate, pass each block with this probability: the control.
+        signs: 8-bit layers with `predictive_signs`; ``threshold`` is the paper's beta.
+        sign_scale: what the signs are multiplied by. They have magnitude 1, which is a hundred times a usual gradient
+            or more: ``lr * sign_scale`` is the rate of convolutions and linear layers, ``lr`` that of all else.
+        fit_options: as `fit`, weight decay and seed among them.
+
+    The weights that are left are floats in ordinary layers, also after training at 8 bits. Skipped blocks stay behind
+    their gate; in evaluation it is asked as well (`SkippedBlock`).
+
+    Returns:
+        One row per epoch that had a batch: ``epoch``, ``train_loss`` (cross-entropy, without the cost loss),
+        ``train_accuracy``, ``images``; ``executed``, the share of the gated blocks' multiply-accumulates that ran;
+        ``predicted``, the share of signs that were, and ``agreement``, the share of those that are the full
+        gradient's. NaN where there is no gate, or no sign.
+
+    Raises:
+        TrainingError: a value that is not allowed. ValueError: a network without a gate, where one is asked for.
+
+    >>> from lib import data, models
+    >>> from lib.recipes.e2_train import e2_train, skippable
+    >>> images = data.load(train_size=200, test_size=100, validation_size=100)
+    >>> net = skippable(models.build("resnet8", images.shape, images.classes, width=4))
+    >>> log = e2_train(net, images, epochs=1, lr=0.1, batch_size=20, drop=0.5, skip_cost=0.1, signs=True)
+    >>> share = log.loc[0].to_dict()
+    >>> share["images"] < 200, 0.5 < share["executed"] <= 1, 0 < share["predicted"] < 1
+    (True, True, True)
+    """
+    _check(skip_cost, least, keep, sign_scale)
+    dropping = MiniBatchDropping(drop, fit_options.get("seed", 0))
+    gate = gate_of(model) if _gated(model) or skip_cost is not None or keep is not None else None
+    if gate and (skip_cost is not None or keep is not None):
+        gate.keep.fill_(keep or 0.0)
+        gate.cost, gate.least = skip_cost or 0.0, least
+    swap = predictive_signs(model, threshold, scale=sign_scale) if signs else nullcontext()
+    try:
+        with swap as rule:
+            record = _Record(gate, rule)
+            log = fit(
+                model,
+                data,
+                epochs=epochs,
+                lr=lr,
+                hooks=(dropping, *hooks, record),
+                progress=progress,
+                **fit_options,
+            )
+    finally:
+        if gate:
+            gate.cost, gate.least = 0.0, 0.0  # they are this run's, and no state dictionary knows them
+    kept = [record.rows[epoch] for epoch in log["epoch"]]
+    more = pd.DataFrame(kept, columns=["executed", "predicted", "agreement"], dtype=float)
+    return pd.concat([log[["epoch", "train_loss", "train_accuracy", "images"]], more], axis=1)
+
+
+def _gated(model: nn.Module) -> bool:
+    return any(isinstance(m, RecurrentGate) for m in model.modules())
+
+
+def _check(skip_cost: float | None, least: float, keep: float | None, sign_scale: float) -> None:
+    if skip_cost is not None and not (skip_cost >= 0 and isfinite(skip_cost)):
+        raise TrainingError(f"skip_cost = {skip_cost}: allowed are numbers >= 0, or None for no cost loss")
+    if keep is not None and not 0 < keep <= 1:
+        raise TrainingError(f"keep = {keep}: allowed are probabilities in (0, 1], or None for the learned gate")
+    if skip_cost is not None and keep is not None:
+        raise TrainingError(f"{skip_cost=}, {keep=}: a constant keep has no gate that a cost could teach; give one")
+    if not 0 <= least <= 1 or (least and skip_cost is None):
+        raise TrainingError(f"{least=}, {skip_cost=}: allowed are shares in [0, 1], above 0 only with a skip_cost")
+    if not (sign_scale > 0 and isfinite(sign_scale)):
+        raise TrainingError(f"sign_scale = {sign_scale}: allowed are numbers > 0")

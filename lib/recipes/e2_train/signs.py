@@ -1,0 +1,247 @@
+"""Predictive sign gradients: eight bits forward, and most signs from four bits of the inputs (arXiv 1910.13349)."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from math import nan
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import conv2d, linear, pad
+from torch.nn.grad import conv2d_input, conv2d_weight
+
+from lib.models import prunable
+from lib.recipes.e2_train.gates import RecurrentGate
+from lib.training import TrainingError, charge
+from lib.training.spent import dense_macs, mask_of
+
+BITS = 8  # of weights and of layer inputs
+GRADIENT_BITS = 16  # of the gradient of a layer's output
+
+
+class Codes(NamedTuple):
+    """Integers (held as floats) and the one step that they count.
+
+    >>> from lib.recipes.e2_train.signs import Codes
+    >>> Codes(torch.tensor([2.0, -3.0]), torch.tensor(0.5)).value.tolist()
+    [1.0, -1.5]
+    """
+
+    codes: Tensor
+    step: Tensor
+
+    @property
+    def value(self) -> Tensor:
+        """What they stand for."""
+        return self.codes * self.step
+
+
+def quantized(x: Tensor, bits: int, signed: bool = True) -> Codes:
+    """``x`` in equal steps up to its largest magnitude; unsigned codes only where asked for, and nothing is negative.
+
+    >>> from lib.recipes.e2_train.signs import quantized
+    >>> quantized(torch.tensor([0.0, 1.0, 5.0]), bits=2, signed=False).codes.tolist()  # 0 to 3
+    [0.0, 1.0, 3.0]
+    >>> quantized(torch.tensor([0.0, 1.0, 5.0]), bits=2).value.tolist()  # -1 to 1
+    [0.0, 0.0, 5.0]
+    """
+    half, whole = 2.0 ** (bits - 1) - 1, 2.0**bits - 1
+    top = half if signed else torch.where(x.amin() < 0, half, whole)
+    largest = x.abs().amax()
+    step = torch.where(largest > 0, largest, 1.0) / top
+    return Codes((x / step).round(), step)
+
+
+def leading(x: Codes, bits: int) -> Tensor:
+    """The values of eight-bit codes at their ``bits`` most significant bits, rounded to nearest as in the paper's code.
+
+    >>> from lib.recipes.e2_train.signs import leading, quantized
+    >>> x = quantized(torch.tensor([0.0, 30.0, 255.0]), 8, signed=False)
+    >>> leading(x, bits=4).tolist()  # multiples of 16 up to 15 * 16
+    [0.0, 32.0, 240.0]
+    """
+    unit = 2.0 ** (BITS - bits)
+    top = torch.where(x.codes.amin() < 0, 2.0 ** (bits - 1) - 1, 2.0**bits - 1)
+    return (x.codes / unit).round().clamp(-top, top) * unit * x.step
+
+
+class SignPrediction:
+    """The rule that predicts signs of weight gradients, and how often it was used and right since `reset`.
+
+    >>> from lib.recipes.e2_train import SignPrediction
+    >>> rule = SignPrediction(threshold=0.5)
+    >>> rule.signs(rough=torch.tensor([4.0, -2.0, 1.0]), full=torch.tensor([3.0, 1.0, -1.0])).tolist()
+    [1.0, -1.0, -1.0]
+    >>> round(rule.predicted, 3), rule.agreement  # two of three, and one of the two rightly
+    (0.667, 0.5)
+    """
+
+    def __init__(
+        self, threshold: float = 0.05, msb_bits: int = 4, msb_bits_grad: int = GRADIENT_BITS, scale: float = 1.0
+    ) -> None:
+        if not threshold >= 0:
+            raise TrainingError(f"threshold = {threshold}: allowed are numbers >= 0, in shares of the largest")
+        if not 2 <= msb_bits <= BITS or not 2 <= msb_bits_grad <= GRADIENT_BITS:
+            raise TrainingError(f"{msb_bits=}, {msb_bits_grad=}: allowed are 2 to {BITS} and 2 to {GRADIENT_BITS}")
+        if not 0 < scale < float("inf"):
+            raise TrainingError(f"scale = {scale}: allowed are numbers > 0")
+        self.threshold, self.msb_bits, self.msb_bits_grad, self.scale = threshold, msb_bits, msb_bits_grad, scale
+        self.reset()
+
+    def reset(self) -> None:
+        """Count from zero."""
+        self._weights = self._predicted = self._right = 0
+
+    @property
+    def predicted(self) -> float:
+        """Share of weight gradients whose sign was predicted; NaN before the first."""
+        return self._predicted / self._weights if self._weights else nan
+
+    @property
+    def agreement(self) -> float:
+        """Share of the predicted signs that are the full gradient's; NaN without any."""
+        return self._right / self._predicted if self._predicted else nan
+
+    def signs(self, rough: Tensor, full: Tensor, live: Tensor | None = None) -> Tensor:
+        """Signs of ``rough`` where it is at least ``threshold`` times its largest magnitude, else of ``full``.
+
+        Where ``live`` (a mask) is False there is no weight: the sign is 0 and nothing is counted.
+        """
+        if live is not None:
+            rough, full = rough * live, full * live
+        size = rough.abs()
+        sure = size >= self.threshold * size.amax()
+        if live is not None:
+            sure &= live
+        self.last = int(sure.sum()) / max(weights := full.numel() if live is None else int(live.sum()), 1)
+        self._weights += weights
+        self._predicted += int(sure.sum())
+        self._right += int((sure & (rough.sign() == full.sign())).sum())
+        return torch.where(sure, rough, full).sign()
+
+
+Geometry = tuple | None
+"""Stride, padding, dilation and groups of a convolution; None for a linear layer."""
+
+
+class _SignProduct(torch.autograd.Function):
+    """The product of a layer's inputs and weights at few bits, and the signs of its weights' gradient."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, layer: nn.Module, geometry: Geometry, rule: SignPrediction) -> Tensor:
+        inputs, weights = quantized(x, BITS, signed=False), quantized(weight, BITS)
+        ctx.save_for_backward(*inputs, weights.value)
+        ctx.layer, ctx.geometry, ctx.rule = layer, geometry, rule
+        if geometry is None:
+            y = linear(inputs.value, weights.value)
+        else:
+            y = conv2d(inputs.value, weights.value, None, *geometry)
+        ctx.live = mask_of(layer)
+        density = 1.0 if ctx.live is None else int(ctx.live.sum()) / ctx.live.numel()
+        ctx.macs = dense_macs(layer, y) * density if layer.training else 0.0
+        _charge(ctx, "forward", (BITS, BITS))
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        *inputs, weight = ctx.saved_tensors
+        x, rule = Codes(*inputs), ctx.rule
+        of_x = of_weight = None
+        full = quantized(gradient, GRADIENT_BITS).value
+        if ctx.needs_input_grad[0]:
+            of_x = _input_gradient(full, weight, x.codes.shape, ctx.geometry)
+            _charge(ctx, "input_gradient", (GRADIENT_BITS, BITS))
+        if ctx.needs_input_grad[1]:
+            few = quantized(gradient, rule.msb_bits_grad).value
+            of_weight = rule.scale * rule.signs(
+                _weight_gradient(few, leading(x, rule.msb_bits), weight.shape, ctx.geometry),
+                _weight_gradient(full, x.value, weight.shape, ctx.geometry),
+                ctx.live,
+            )
+            _charge(ctx, "weight_gradient", (rule.msb_bits, rule.msb_bits_grad))
+            _charge(ctx, "weight_gradient", (BITS, GRADIENT_BITS), 1 - rule.last)
+        return of_x, of_weight, None, None, None
+
+
+def _charge(ctx, product: str, bits: tuple[int, int], share: float = 1.0) -> None:
+    if ctx.macs * share:
+        charge(ctx.layer, product, ctx.macs * share, bits)
+
+
+def _input_gradient(gradient: Tensor, weight: Tensor, shape: torch.Size, geometry: Geometry) -> Tensor:
+    return gradient @ weight if geometry is None else conv2d_input(shape, weight, gradient, *geometry)
+
+
+def _weight_gradient(gradient: Tensor, x: Tensor, shape: torch.Size, geometry: Geometry) -> Tensor:
+    if geometry is None:
+        return gradient.flatten(0, -2).T @ x.flatten(0, -2)  # (F, N) @ (N, C)
+    return conv2d_weight(x, shape, gradient, *geometry)
+
+
+def _forward(layer: nn.Module, rule: SignPrediction, x: Tensor) -> Tensor:
+    """What a layer computes while it is swapped; its bias is added apart, and so keeps its true gradient."""
+    if isinstance(layer, nn.Linear):
+        y = _SignProduct.apply(x, layer.weight, layer, None, rule)
+        return y if layer.bias is None else y + layer.bias
+    padding = layer.padding
+    if layer.padding_mode != "zeros" or isinstance(padding, str):
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        x, padding = pad(x, layer._reversed_padding_repeated_twice, mode), (0, 0)
+    geometry = (layer.stride, padding, layer.dilation, layer.groups)
+    y = _SignProduct.apply(x, layer.weight, layer, geometry, rule)
+    return y if layer.bias is None else y + layer.bias.view(-1, 1, 1)
+
+
+@contextmanager
+def predictive_signs(
+    model: nn.Module,
+    threshold: float = 0.05,
+    *,
+    scale: float = 1.0,
+    msb_bits: int = 4,
+    msb_bits_grad: int = GRADIENT_BITS,
+) -> Iterator[SignPrediction]:
+    """Within, convolutions and linear layers compute at few bits, and their weights' gradients are signs (PSG).
+
+    Forward: inputs and weights at 8 bits, in training and in evaluation. Backward: the gradient of a layer's output at
+    16 bits; the inputs' gradient is its product with the 8-bit weights. The weights' gradient ``g_msb`` is first found
+    from the ``msb_bits`` most significant bits of the inputs and ``msb_bits_grad`` of the output's gradient; where
+    ``|g_msb| >= threshold * max |g_msb|`` its sign is taken, and elsewhere that of the 8-bit by 16-bit product (Wang
+    et al., NeurIPS 2019, section 3.3, where the threshold 0.05 is called beta). Scales are a tensor's own: its largest
+    magnitude, symmetric, but unsigned for inputs without negative values.
+
+    ``weight.grad`` is then ``scale`` times -1, 0 or 1; biases and norms keep their true gradients. The weights that
+    are trained, and left in an ordinary network afterwards, are floats, never rounded themselves: whoever evaluates
+    after the block measures the float network, within it the 8-bit one. The simulation computes the full gradient of
+    all weights, to see how many signs were predicted rightly; hardware would only where none is predicted, and that is
+    what the energy meter is charged. The layers of a recurrent gate stay at 32 bits: the paper's code does so with its
+    LSTM and its read-out, but not with its projections.
+
+    Yields:
+        The rule, with the share ``predicted`` and the ``agreement`` since its ``reset``.
+
+    Raises:
+        TrainingError: a value that is not allowed, or layers that another such block has swapped.
+
+    >>> from lib.recipes.e2_train import predictive_signs
+    >>> layer = torch.nn.Linear(4, 3)
+    >>> with predictive_signs(layer) as rule:
+    ...     layer(torch.rand(5, 4)).square().sum().backward()
+    >>> set(layer.weight.grad.unique().tolist()) <= {-1.0, 0.0, 1.0}, 0 < rule.predicted <= 1
+    (True, True)
+    """
+    rule = SignPrediction(threshold, msb_bits, msb_bits_grad, scale)
+    gates = {id(m) for gate in model.modules() if isinstance(gate, RecurrentGate) for m in gate.modules()}
+    layers = [layer for layer in prunable(model).values() if id(layer) not in gates]
+    if any("forward" in vars(layer) for layer in layers):
+        raise TrainingError("predictive_signs: the network's layers are swapped already; leave the other block first")
+    for layer in layers:
+        layer.forward, layer.charges_itself = partial(_forward, layer, rule), True
+    try:
+        yield rule
+    finally:
+        for layer in layers:
+            del layer.forward, layer.charges_itself
