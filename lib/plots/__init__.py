@@ -39,6 +39,13 @@ from lib.plots.retraining import (
     correlation_against_p,
     correlation_by_mode,
 )
+from lib.plots.schedules import (
+    accuracy_against_energy,
+    accuracy_by_round,
+    lost_by_sparsity,
+    mask_distance_matrices,
+    parts_of_training,
+)
 from lib.plots.start import comparison
 from lib.plots.structures import (
     accuracy_against_choice,
@@ -78,8 +85,10 @@ __all__ = [
     "VERDICT_COLOURS",
     "accuracy_against_budget",
     "accuracy_against_choice",
+    "accuracy_against_energy",
     "accuracy_against_faults",
     "accuracy_against_sparsity",
+    "accuracy_by_round",
     "accuracy_by_structure",
     "admm_convergence",
     "broken_layer",
@@ -99,9 +108,12 @@ __all__ = [
     "ledger_table",
     "lost_against_bits",
     "lost_against_rate",
+    "lost_by_sparsity",
+    "mask_distance_matrices",
     "matched_compression",
     "measured",
     "pareto",
+    "parts_of_training",
     "savings",
     "show",
     "speedup_against_rate",

@@ -9,6 +9,7 @@ from lib.recipes.budgets import search_budgets, search_rate
 from lib.recipes.clustering import deep_kmeans
 from lib.recipes.e2_train import MiniBatchDropping, e2_train, gate_of, predictive_signs, skippable
 from lib.recipes.early_bird import (
+    ScalePull,
     channels_by_norm,
     drawing_point,
     early_bird,
@@ -16,16 +17,17 @@ from lib.recipes.early_bird import (
     norms_of_channels,
     ticket,
 )
-from lib.recipes.growing import contiguous_parts, grow_and_prune, parallel_grow_and_prune, random_masks
+from lib.recipes.growing import contiguous_parts, grow_and_prune, parallel_grow_and_prune, random_masks, static
 from lib.recipes.inside import alternating, retrain_inside, snapped
 from lib.recipes.quantizing import partial_hardening, straight_through
 from lib.recipes.regrowth import rigl
 from lib.recipes.reweighted import reweighted, search_strength
-from lib.recipes.rewinding import State, iterative, layer_weights, one_shot, rewind, state_of
+from lib.recipes.rewinding import State, iterative, layer_weights, one_shot, prune_and_tune, rewind, state_of
 from lib.recipes.tiles import group_lasso
 
 __all__ = [
     "MiniBatchDropping",
+    "ScalePull",
     "State",
     "admm",
     "alternating",
@@ -47,6 +49,7 @@ __all__ = [
     "partial_hardening",
     "predictive_signs",
     "progressive",
+    "prune_and_tune",
     "random_masks",
     "retrain_inside",
     "reweighted",
@@ -59,6 +62,7 @@ __all__ = [
     "snapped",
     "split",
     "state_of",
+    "static",
     "straight_through",
     "ticket",
 ]

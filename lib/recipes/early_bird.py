@@ -1,6 +1,7 @@
 """Early-Bird tickets: the channels that a network can do without show early in training (papers/pruning.md 15a)."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -115,13 +116,33 @@ def drawing_point(masks: Tensor, window: int = 5, tolerance: float = 0.1) -> int
     return None
 
 
-class _Watch(Hook):
-    """Looks at a mask at the steps that are due, before the batch, and pulls the scales of batch norms to zero."""
+@dataclass(frozen=True)
+class ScalePull(Hook):
+    """An L1 penalty of weight ``strength`` on batch norm scales, by its subgradient: what a ticket trains on with.
 
-    def __init__(
-        self, look: Callable[[nn.Module], Tensor], due: Callable[[int], bool], until: Callable | None, pull: float
-    ) -> None:
-        self.look, self.due, self.until, self.pull = look, due, until, pull
+    >>> from lib.recipes import ScalePull
+    >>> norm = torch.nn.BatchNorm2d(2)
+    >>> norm.weight.data, norm.weight.grad = torch.tensor([2.0, -3.0]), torch.zeros(2)
+    >>> ScalePull(0.5).after_backward(norm, step=0)
+    >>> norm.weight.grad.tolist()
+    [0.5, -0.5]
+    """
+
+    strength: float
+
+    @torch.no_grad()
+    def after_backward(self, model: nn.Module, step: int) -> None:
+        """Add the penalty's subgradient to the gradients."""
+        for norm in model.modules():
+            if self.strength and isinstance(norm, _BatchNorm) and norm.affine:
+                norm.weight.grad += self.strength * norm.weight.sign()
+
+
+class _Watch(Hook):
+    """Looks at a mask at the steps that are due, before the batch."""
+
+    def __init__(self, look: Callable[[nn.Module], Tensor], due: Callable[[int], bool], until: Callable | None) -> None:
+        self.look, self.due, self.until = look, due, until
         self.masks: list[Tensor] = []
         self.steps: list[int] = []
 
@@ -131,12 +152,6 @@ class _Watch(Hook):
         self.masks.append(self.look(model).cpu())
         self.steps.append(step)
         return self.until is not None and self.until(torch.stack(self.masks)) is not None
-
-    @torch.no_grad()
-    def after_backward(self, model: nn.Module, step: int) -> None:
-        for norm in model.modules():
-            if self.pull and isinstance(norm, _BatchNorm) and norm.affine:
-                norm.weight.grad += self.pull * norm.weight.sign()
 
 
 def early_bird(
@@ -165,8 +180,9 @@ def early_bird(
     Args:
         epochs: of the whole schedule, of which only the beginning is run.
         checks: for each epoch, evenly; the paper looks once.
-        pull: of an L1 penalty on batch norm scales, by its subgradient.
-        draw: False goes on to the end: the history that a drawing point can be read from later.
+        pull: strength of the L1 penalty on batch norm scales (`ScalePull`).
+        draw: False goes on to the end, or to ``stop_after``: a history that a drawing point can be read from, and a
+            network that a late ticket can.
 
     Returns:
         The masks (T, n), the steps at which they were taken, and the step where training ended: the drawing point, or
@@ -199,8 +215,9 @@ def early_bird(
         look = lambda net: torch.cat([m.flatten() for m in one_shot(net, plan).values()])  # noqa: E731
     until = (lambda masks: drawing_point(masks, window, tolerance)) if draw else None
     places = {i * steps // checks for i in range(checks)}
-    hook = _Watch(look, lambda step: step % steps in places, until, pull)
-    fit(model, data, epochs=epochs, seed=seed, hooks=(hook,), progress=progress, **fit_options)
+    hook = _Watch(look, lambda step: step % steps in places, until)
+    fit(model, data, epochs=epochs, seed=seed, hooks=(hook, ScalePull(pull)), progress=progress, **fit_options)
     masks = torch.stack(hook.masks)
     ended = draw and drawing_point(masks, window, tolerance) is not None
-    return masks, hook.steps, hook.steps[-1] if ended else epochs * steps
+    last = min(epochs, fit_options.get("stop_after") or epochs)
+    return masks, hook.steps, hook.steps[-1] if ended else last * steps

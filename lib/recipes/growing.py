@@ -39,6 +39,27 @@ def random_masks(model: nn.Module, plan: Plan, seed: int = 0) -> Masks:
     return select(fitted(model, plan), drawn)
 
 
+def static(
+    model: nn.Module, plan: Plan, data: Data, *, seed: int = 0, progress: Progress | None = None, **fit_options: Any
+) -> pd.DataFrame:
+    """Train inside random masks that never move, in place: what sparse training costs least, and at least achieves.
+
+    Returns:
+        As `fit`. The network is left with its zeros, without masks.
+
+    >>> from lib import constraint, data, models, pruning, recipes
+    >>> images = data.load(train_size=200, test_size=100, validation_size=100)
+    >>> model = models.build("lenet300", images.shape, images.classes)
+    >>> log = recipes.static(model, pruning.uniform_plan(model, pruning.NM(1, 4)), images, epochs=1, lr=0.05)
+    >>> constraint.sparsity(model)
+    0.75
+    """
+    attach_masks(model, random_masks(model, plan, seed))
+    log = fit(model, data, seed=seed, progress=progress, **fit_options)
+    detach_masks(model)
+    return log
+
+
 def contiguous_parts(plan: Plan, parts: int) -> list[list[str]]:
     """The plan's layers, in their order, in so many runs of as equal numbers of layers as can be.
 

@@ -1,12 +1,13 @@
-"""One-shot masks, iterative pruning, and setting a network back to weights that it had."""
+"""One-shot masks, pruning in steps, iterative pruning, and setting a network back to weights that it had."""
 
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from typing import Any
 
+import pandas as pd
 from torch import Tensor, nn
 
-from lib.constraint import Masks, Plan, attach_masks, detach_masks, select, weights
+from lib.constraint import Masks, Plan, attach_masks, detach_masks, fitted, select, weights
 from lib.data import Data
 from lib.training import Progress, fit
 
@@ -109,3 +110,45 @@ def iterative(
         rewind(model, start, masks)
     detach_masks(model)
     return found
+
+
+def prune_and_tune(
+    model: nn.Module,
+    plans: Sequence[Plan],
+    data: Data,
+    *,
+    dense_epochs: int,
+    epochs: int,
+    seed: int = 0,
+    progress: Progress | None = None,
+    **fit_options: Any,
+) -> pd.DataFrame:
+    """Train dense, then prune to one plan after the other and train inside each, in place (Han et al., NeurIPS 2015).
+
+    With one plan this is one-shot pruning with fine-tuning; with several, gradual pruning without rewinding. Every
+    training is a schedule of its own. The network is left with its zeros, without masks.
+
+    Returns:
+        As `fit`, the rows of all trainings, with ``stage`` (0: dense).
+
+    Raises:
+        ConstraintError: a set of values, which has no mask.
+
+    >>> from lib import constraint, data, models, pruning, recipes
+    >>> images = data.load(train_size=200, test_size=100, validation_size=100)
+    >>> model = models.build("lenet300", images.shape, images.classes)
+    >>> plans = [pruning.uniform_plan(model, pruning.Unstructured(sparsity)) for sparsity in (0.5, 0.75)]
+    >>> log = recipes.prune_and_tune(model, plans, images, dense_epochs=2, epochs=1, lr=0.05)
+    >>> log["stage"].tolist(), round(constraint.sparsity(model), 4)
+    ([0, 0, 1, 2], 0.75)
+    """
+    logs = []
+    for stage, (plan, length) in enumerate([(None, dense_epochs), *((plan, epochs) for plan in plans)]):
+        attach_masks(model, one_shot(model, fitted(model, plan)) if plan else {})
+        report = None
+        if progress:
+            report = lambda done, text, i=stage: progress((i + done) / (len(plans) + 1), f"stage {i}: {text}")  # noqa: E731
+        logs.append(fit(model, data, epochs=length, seed=10_007 * seed + stage, progress=report, **fit_options))
+        logs[-1].insert(0, "stage", stage)
+    detach_masks(model)
+    return pd.concat(logs, ignore_index=True)
