@@ -132,15 +132,19 @@ def _run_all(
     stop, done = threading.Event(), dict.fromkeys(todo, 0.0)
     current: dict[str, str] = {}
     bar = tqdm(
-        total=len(todo), desc="studies", bar_format="{desc} {bar} {n:.1f}/{total} [{elapsed}<{remaining}]{postfix}"
+        total=len(todo),
+        desc="studies",
+        bar_format="{desc} {bar} {n:.1f}/{total} [{elapsed}<{remaining}]{postfix}",
+        mininterval=0.2 if sys.stderr.isatty() else 60,  # a file or a CI log gets a line now and then, not megabytes
+        miniters=0,
     )
 
     def tell(study: str, cells: int, total: int) -> None:
         if total:
             current[study], fraction = f"{study.split('_')[0]}: cell {cells} of {total}", cells / total
+            bar.set_postfix_str(", ".join(current.values()), refresh=False)
             bar.update(fraction - done[study])
             done[study] = fraction
-            bar.set_postfix_str(", ".join(current.values()))
 
     def work(study: str) -> Run | None:
         with FileLock(build / f"{study}.lock"):
