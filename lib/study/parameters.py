@@ -174,6 +174,7 @@ CHECKS: dict[str, Check] = {
     "least": (lambda v: 0 <= v <= 1, "shares in [0, 1]"),
     "sign_threshold": (lambda v: v >= 0, "numbers from 0"),
     "sign_scale": _POSITIVE,
+    "second_lr": _POSITIVE,
     "width": _COUNT,
     "plain_shrink": _POSITIVE,
     "clipped_shrink": _POSITIVE,
