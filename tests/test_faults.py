@@ -485,7 +485,7 @@ def test_a_network_learns_to_live_with_faults(images):
     assert mean[1] > mean[0] + 0.03
 
 
-@pytest.mark.parametrize("recipe", ["admm", "progressive", "reweighted", "iterative"])
+@pytest.mark.parametrize("recipe", ["admm", "progressive", "reweighted", "iterative", "grow_and_prune", "rigl"])
 def test_every_recipe_trains_under_faults(recipe, trained, images):
     net = deepcopy(trained)
     plan = {"fc1": pruning.Column(0.5)}
@@ -496,6 +496,11 @@ def test_every_recipe_trains_under_faults(recipe, trained, images):
         recipes.progressive(net, [plan], images, search={"epochs": 1}, retrain={"epochs": 1}, **options)
     elif recipe == "reweighted":
         recipes.reweighted(net, plan, images, strength=1e-3, epochs=1, **options)
+    elif recipe == "grow_and_prune":
+        recipes.grow_and_prune(net, plan, images, parts=1, rounds=1, epochs=1, tune_epochs=1, **options)
+    elif recipe == "rigl":
+        plan = {"fc1": pruning.Unstructured(0.5)}
+        recipes.rigl(net, plan, images, epochs=1, interval=4, **options)
     else:
         recipes.iterative(net, [plan, {"fc1": pruning.Column(0.8)}], images, recipes.state_of(net), epochs=1, **options)
     assert {*net.state_dict()} == {*trained.state_dict()}

@@ -38,7 +38,10 @@ CONSTRAINTS = {  # name: the set at a loose and at a tight budget
     "shared shapes (SegPrune)": (pruning.SharedShapes(0.5, 8, 2), pruning.SharedShapes(0.5, 8, 2)),
     "aligned lines": (pruning.AlignedLines(0.25, 0.3, 6, 2), pruning.AlignedLines(0.5, 0.6, 6, 2)),
 }
-RECIPES = ("one-shot", "iterative", "ADMM", "ADMM, split pairs", "progressive", "reweighted", "group lasso")
+RECIPES = (
+    *("one-shot", "iterative", "ADMM", "ADMM, split pairs", "progressive", "reweighted", "group lasso"),
+    *("prune and tune", "static", "grow and prune", "grow in parallel", "RigL"),
+)
 INTERSECTIONS = (
     *("filter + column", "block-structured (BSP)", "patterns + kernels"),
     *("block lines (PIM-Prune)", "aligned lines"),
@@ -53,6 +56,8 @@ def refusal(name: str, recipe: str) -> str | None:
         return "is one set, not an intersection"
     if recipe in ("reweighted", "group lasso") and name in NO_GROUPS:
         return "has no fixed groups that a penalty could shrink"
+    if recipe == "RigL" and not name.startswith("unstructured"):
+        return "rigl moves single weights"
     return None
 
 
@@ -71,6 +76,17 @@ def run(recipe, model, plans, images):
     elif recipe in ("reweighted", "group lasso"):
         interval = 1 if recipe == "reweighted" else 0
         recipes.reweighted(model, plan, images, strength=1e-3, interval=interval, **OPTIONS)
+    elif recipe == "prune and tune":
+        recipes.prune_and_tune(model, plans, images, dense_epochs=1, **OPTIONS)
+    elif recipe == "static":
+        recipes.static(model, plan, images, **OPTIONS)
+    elif recipe == "RigL":
+        recipes.rigl(model, plan, images, interval=1, **OPTIONS)
+    elif recipe.startswith("grow"):
+        grow, one = recipes.grow_and_prune, {}
+        if recipe == "grow in parallel":
+            grow, one = recipes.parallel_grow_and_prune, {"processes": 1}
+        grow(model, plan, images, parts=3, rounds=1, tune_epochs=1, **one, **OPTIONS)
     if recipe != "one-shot":  # hardened already
         assert all(plan[n].member(w) for n, w in weights(model, plan).items() if plan[n].per_layer)
     return recipes.one_shot(model, plan)

@@ -167,6 +167,7 @@ def early_bird(
     pull: float = 1e-4,
     draw: bool = True,
     seed: int = 0,
+    hooks: tuple[Hook, ...] = (),
     progress: Progress | None = None,
     **fit_options: Any,
 ) -> tuple[Tensor, list[int], int]:
@@ -216,7 +217,7 @@ def early_bird(
     until = (lambda masks: drawing_point(masks, window, tolerance)) if draw else None
     places = {i * steps // checks for i in range(checks)}
     hook = _Watch(look, lambda step: step % steps in places, until)
-    fit(model, data, epochs=epochs, seed=seed, hooks=(hook, ScalePull(pull)), progress=progress, **fit_options)
+    fit(model, data, epochs=epochs, seed=seed, hooks=(*hooks, hook, ScalePull(pull)), progress=progress, **fit_options)
     masks = torch.stack(hook.masks)
     ended = draw and drawing_point(masks, window, tolerance) is not None
     last = min(epochs, fit_options.get("stop_after") or epochs)

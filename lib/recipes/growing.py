@@ -181,7 +181,7 @@ def _tuned(model, plan, data, rounds, spent, epochs, seed, progress, fit_options
 def _exchanged(before: Masks, after: Masks, layers: Iterable[str]) -> float:
     """The share of the weights that stay which were removed before."""
     new = sum(int((after[name] & ~before[name]).sum()) for name in layers)
-    return new / sum(int(after[name].sum()) for name in layers)
+    return new / max(sum(int(after[name].sum()) for name in layers), 1)  # a budget for all layers can empty some
 
 
 def _order(seed: int, step: int) -> int:

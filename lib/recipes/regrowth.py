@@ -87,6 +87,7 @@ def rigl(
     share: float = 0.3,
     until: float = 0.75,
     seed: int = 0,
+    hooks: tuple[Hook, ...] = (),
     progress: Progress | None = None,
     **fit_options: Any,
 ) -> pd.DataFrame:
@@ -126,6 +127,6 @@ def rigl(
     steps = epochs * -(-len(data.train) // fit_options.get("batch_size", 128))
     masks = random_masks(model, plan, seed)
     hook = _Regrow(attach_masks(model, masks), masks, interval, share, round(until * steps))
-    log = fit(model, data, epochs=epochs, seed=seed, hooks=(hook,), progress=progress, **fit_options)
+    log = fit(model, data, epochs=epochs, seed=seed, hooks=(*hooks, hook), progress=progress, **fit_options)
     detach_masks(model)
     return log
