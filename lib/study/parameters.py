@@ -176,6 +176,7 @@ CHECKS: dict[str, Check] = {
     "sign_scale": _POSITIVE,
     "second_lr": _POSITIVE,
     "width": _COUNT,
+    "second_width": _COUNT,
     "plain_shrink": _POSITIVE,
     "clipped_shrink": _POSITIVE,
     "clip": _POSITIVE,
