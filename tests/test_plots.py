@@ -3,8 +3,10 @@
 from itertools import combinations
 
 import numpy as np
+import pandas as pd
 import pytest
 
+from lib import plots
 from lib.plots.style import OWN_LOOK, PALETTE, looks
 
 
@@ -36,3 +38,10 @@ def test_the_first_colours_are_told_apart_with_every_colour_vision(kind):
 
     nearest = min(np.linalg.norm(seen(a) - seen(b)) for a, b in combinations(PALETTE[:5], 2))
     assert nearest > 0.15
+
+
+def test_networks_of_the_same_energy_are_drawn():
+    """Their mean is not always between the two ends: 0.1 + 0.1 + 0.1 is more than 0.3."""
+    goals = {"accuracy_percent": [0.1] * 3, "energy_nJ": [100.3] * 3, "tolerated_percent": [0.7] * 3}
+    figure = plots.joint(pd.DataFrame({"arm": ["a"] * 3} | goals), pd.Series({"a": True}))
+    assert len(figure.axes) == 2

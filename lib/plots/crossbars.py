@@ -10,7 +10,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from lib.plots.style import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, band, legend_beside, log_ticks, looks
+from lib.plots.style import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, band, legend_beside, log_ticks, looks, spread_of
 
 COMPONENTS = {
     "adc": BLUE,
@@ -213,9 +213,9 @@ def joint(results: pd.DataFrame, front: pd.Series) -> Figure:
         for arm, (colour, marker) in drawn.items():
             part = results[results["arm"] == arm]
             x, y = part["energy_nJ"] / 1000, part[goal]
-            spread = [[[v.mean() - v.min()], [v.max() - v.mean()]] for v in (x, y)]
             style = {"fmt": marker, "ms": 9, "color": colour, "elinewidth": 0.9, "label": arm}
-            ax.errorbar(x.mean(), y.mean(), spread[1], spread[0], mfc=colour if front[arm] else "white", **style)
+            style["mfc"] = colour if front[arm] else "white"
+            ax.errorbar(x.mean(), y.mean(), spread_of(y), spread_of(x), **style)
         ax.set(xlabel="energy of an image (uJ)", ylabel=label, xscale="log")
         log_ticks(ax.xaxis)
     axes[1].set_yscale("log")

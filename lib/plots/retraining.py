@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from lib.plots.style import BLUE, GREY, RED, band, legend_beside
+from lib.plots.style import BLUE, GREY, RED, band, legend_beside, spread_of
 
 
 def _sparsity_axis(ax: Axes, sparsities: Sequence[float]) -> None:
@@ -103,7 +103,7 @@ def accuracy_against_budget(
         for (mode, mask), runs in part.groupby(["mode", "mask"]):
             if mode in modes and mask in markers:
                 values = runs["accuracy_percent"]
-                spread = [[values.mean() - values.min()], [values.max() - values.mean()]]
+                spread = spread_of(values)
                 look = {"color": modes[mode]["color"], "marker": markers[mask], "ms": 7, "lw": 1}
                 ax.errorbar(runs["total_epochs"].iloc[0], values.mean(), spread, ls="", **look)
         ax.set(title=title, xlabel="epochs in total, mask search included", ylabel="test accuracy (%)", xscale="log")
@@ -164,7 +164,7 @@ def correlation_by_mode(
             for j, name in enumerate(against):
                 x = j + (i - (len(modes) - 1) / 2) * 0.8 / len(modes)
                 values = part.loc[(part["mode"] == mode) & (part["against"] == name), "r_p"]
-                spread = [[values.mean() - values.min()], [values.max() - values.mean()]]
+                spread = spread_of(values)
                 ax.bar(x, values.mean(), 0.75 / len(modes), color=style["color"], label=mode if j == 0 else None)
                 ax.errorbar(x, values.mean(), spread, color="0.2", lw=1)
                 for k, value in enumerate(published.get((mode, lr, name), [])):

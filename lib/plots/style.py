@@ -138,6 +138,18 @@ def log_ticks(axis: Axis, subs: Sequence[float] = (1, 2, 5)) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
+def spread_of(values: pd.Series) -> list[list[float]]:
+    """How far the lowest and the highest lie from the mean, as matplotlib's error bars take it; never below zero.
+
+    >>> import pandas as pd
+    >>> from lib.plots.style import spread_of
+    >>> spread_of(pd.Series([1.0, 2.0, 6.0])), spread_of(pd.Series([0.1, 0.1, 0.1]))[1]  # rounding: a mean above 0.1
+    ([[2.0], [3.0]], [0.0])
+    """
+    mean = values.mean()
+    return [[max(0.0, float(mean - values.min()))], [max(0.0, float(values.max() - mean))]]
+
+
 def lost_line(
     ax: Axes, runs: pd.DataFrame, by: str, x: str, label: str, colour: tuple, marker: str, **style: Any
 ) -> None:
