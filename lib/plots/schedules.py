@@ -9,16 +9,15 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from lib.plots.crossbars import pareto
-from lib.plots.style import GREY, band, legend_beside, log_ticks, looks
+from lib.plots.style import GREY, band, legend_beside, log_ticks, looks, spread_of
 
 
 def _point(ax: Axes, runs: pd.DataFrame, x: str, label: str, colour: tuple | str, marker: str, filled: bool) -> None:
     """The mean of some networks, with a cross from the lowest to the highest."""
     values, place = runs["accuracy_percent"], runs[x]
-    spread = [[[v.mean() - v.min()], [v.max() - v.mean()]] for v in (place, values)]
     face = colour if filled else "white"
     style = {"color": colour, "marker": marker, "ms": 6, "mfc": face, "elinewidth": 0.7, "ls": ""}
-    ax.errorbar(place.mean(), values.mean(), spread[1], spread[0], label=label, **style)
+    ax.errorbar(place.mean(), values.mean(), spread_of(values), spread_of(place), label=label, **style)
 
 
 def accuracy_against_energy(results: pd.DataFrame, reach: float = 8.0) -> Figure:
