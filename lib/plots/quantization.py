@@ -12,12 +12,12 @@ from torch import Tensor
 from lib.plots.style import BLUE, MARKERS, ORANGE, band, legend_beside, log_ticks, looks, lost_axis, lost_line
 
 
-def lost_against_bits(results: pd.DataFrame, most: float = 12.0) -> Figure:
+def lost_against_bits(results: pd.DataFrame, most: float | None = None) -> Figure:
     """Accuracy lost against bits for each weight, a panel for each network, a line for each kind of set.
 
     Args:
         results: columns ``model``, ``arm``, ``setting``, ``bits_per_weight``, ``drop`` (points); a row per network.
-        most: points lost at which the axis ends; a line may leave it.
+        most: points lost at which the axis ends; a line may leave it. None: where nine of ten networks are above.
 
     >>> import pandas as pd
     >>> from lib.plots import lost_against_bits
@@ -27,7 +27,8 @@ def lost_against_bits(results: pd.DataFrame, most: float = 12.0) -> Figure:
     (['lenet5', 'resnet8'], ['binary', 'ternary'])
     """
     names, arms = (list(dict.fromkeys(results[c])) for c in ("model", "arm"))
-    figure, axes = plt.subplots(1, len(names), figsize=(5.8 * len(names), 4.4), squeeze=False, sharey=True)
+    figure, axes = plt.subplots(1, len(names), figsize=(5.8 * len(names), 5.0), squeeze=False, sharey=True)
+    most = most or results["drop"].quantile(0.9) + 0.3
     for i, (ax, name) in enumerate(zip(axes[0], names, strict=True)):
         for arm, (colour, marker) in looks(arms).items():
             part = results[(results["model"] == name) & (results["arm"] == arm)]
