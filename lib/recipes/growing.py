@@ -14,7 +14,7 @@ from torch import nn
 from lib.constraint import Masks, Plan, attach_masks, detach_masks, fitted, select, weights
 from lib.data import Data
 from lib.models import prunable
-from lib.recipes.rewinding import State, one_shot, state_of
+from lib.recipes.rewinding import State, one_shot, stage_seed, state_of
 from lib.training import Progress, charge_all, evaluate, fit, metered, recalibrate, uncounted
 
 Parts = Sequence[Sequence[str]]
@@ -155,7 +155,7 @@ def grow_and_prune(
         detach_masks(attach_masks(model, masks if step else held))  # at first what grows is as it was initialized
         attach_masks(model, held)
         report = _share(progress, spent / total, epochs / total, f"step {step + 1}")
-        fit(model, data, epochs=epochs, seed=_order(seed, step), progress=report, **fit_options)
+        fit(model, data, epochs=epochs, seed=stage_seed(seed, step), progress=report, **fit_options)
         spent += epochs
         detach_masks(model)
         found = _pruned(model, plan)
@@ -165,28 +165,24 @@ def grow_and_prune(
         with uncounted():
             recalibrate(pruned, data)
         rows.append(row | {"pruned_accuracy": evaluate(pruned, data.validation)})
-    return pd.DataFrame([*rows, _tuned(model, plan, data, rounds, spent, tune_epochs, seed, progress, fit_options)])
+    report = _share(progress, spent / total, tune_epochs / total, "inside the masks")
+    end = _tuned(model, plan, data, epochs=tune_epochs, seed=stage_seed(seed, 10**6), progress=report, **fit_options)
+    return pd.DataFrame([*rows, {"round": rounds, "part": 0, "epochs": total, **end}])
 
 
-def _tuned(model, plan, data, rounds, spent, epochs, seed, progress, fit_options) -> dict[str, float]:
-    """Prune for good, and train inside the masks."""
+def _tuned(model: nn.Module, plan: Plan, data: Data, **fit_options: Any) -> dict[str, float]:
+    """Prune for good and train inside the masks; how accurate that is."""
     attach_masks(model, _pruned(model, plan))
-    report = _share(progress, spent / (spent + epochs), epochs / (spent + epochs), "inside the masks")
-    fit(model, data, epochs=epochs, seed=_order(seed, 10**6), progress=report, **fit_options)
+    fit(model, data, **fit_options)
     detach_masks(model)
     accuracy = evaluate(model, data.validation)
-    return {"round": rounds, "part": 0, "epochs": spent + epochs, "accuracy": accuracy, "pruned_accuracy": accuracy}
+    return {"accuracy": accuracy, "pruned_accuracy": accuracy}
 
 
 def _exchanged(before: Masks, after: Masks, layers: Iterable[str]) -> float:
     """The share of the weights that stay which were removed before."""
     new = sum(int((after[name] & ~before[name]).sum()) for name in layers)
     return new / max(sum(int(after[name].sum()) for name in layers), 1)  # a budget for all layers can empty some
-
-
-def _order(seed: int, step: int) -> int:
-    """A seed for the order of batches: another one in every step, the same in paired runs."""
-    return 10_007 * seed + step
 
 
 def _share(progress: Progress | None, start: float, share: float, what: str) -> Progress | None:
@@ -250,7 +246,7 @@ def parallel_grow_and_prune(
         jobs = []
         for i, part in enumerate(groups):
             held = {name: mask for name, mask in masks.items() if name not in part}
-            seeded = fit_options | {"epochs": epochs, "seed": _order(seed, r * len(groups) + i)}
+            seeded = fit_options | {"epochs": epochs, "seed": stage_seed(seed, r * len(groups) + i)}
             jobs.append(joblib.delayed(_grown)(plain, start, held, data, seeded))
         done = joblib.Parallel(processes)(jobs)
         for _, spent in done if processes > 1 else []:  # in this process the meter saw the replicas
@@ -265,8 +261,9 @@ def parallel_grow_and_prune(
         if progress:
             progress(row["epochs"] / total, f"round {r + 1} of {rounds}, {row['pruned_accuracy']:.1%} pruned")
     detach_masks(model)
-    spent = rounds * len(groups) * epochs
-    return pd.DataFrame([*rows, _tuned(model, plan, data, rounds, spent, tune_epochs, seed, progress, fit_options)])
+    report = _share(progress, 1 - tune_epochs / total, tune_epochs / total, "inside the masks")
+    end = _tuned(model, plan, data, epochs=tune_epochs, seed=stage_seed(seed, 10**6), progress=report, **fit_options)
+    return pd.DataFrame([*rows, {"round": rounds, "part": 0, "epochs": total, **end}])
 
 
 def _grown(model: nn.Module, state: State, held: Masks, data: Data, options: dict) -> tuple[State, pd.DataFrame]:

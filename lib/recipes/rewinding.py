@@ -112,6 +112,16 @@ def iterative(
     return found
 
 
+def stage_seed(seed: int, stage: int) -> int:
+    """A seed for one of several trainings: another order of batches in every stage, the same one in paired runs.
+
+    >>> from lib.recipes.rewinding import stage_seed
+    >>> stage_seed(1, 2) != stage_seed(1, 3)
+    True
+    """
+    return 10_007 * seed + stage
+
+
 def prune_and_tune(
     model: nn.Module,
     plans: Sequence[Plan],
@@ -148,7 +158,7 @@ def prune_and_tune(
         report = None
         if progress:
             report = lambda done, text, i=stage: progress((i + done) / (len(plans) + 1), f"stage {i}: {text}")  # noqa: E731
-        logs.append(fit(model, data, epochs=length, seed=10_007 * seed + stage, progress=report, **fit_options))
+        logs.append(fit(model, data, epochs=length, seed=stage_seed(seed, stage), progress=report, **fit_options))
         logs[-1].insert(0, "stage", stage)
     detach_masks(model)
     return pd.concat(logs, ignore_index=True)
