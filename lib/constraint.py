@@ -1,7 +1,7 @@
 """Sets of allowed weights, plans that assign them to layers, and masks that hold a network inside them.
 
 A `Constraint` is a set with a Euclidean projection; a *plan* is ``{layer name: Constraint}``. Functions here take a
-model and a plan and know nothing of any particular set (papers/pruning.md section A).
+model and a plan and know nothing of any particular set.
 """
 
 from collections.abc import Callable, Iterator, Mapping

@@ -1,8 +1,8 @@
 """Crossbars: how a layer's signed weights become conductances of memory cells, and what the cells read back as.
 
 Weights of a layer are divided by its range ``s``; a cell holds a level in [0, 1], from its lowest conductance G_min to
-its highest G_max (papers/pruning.md 1, papers/hardware.md 1.4 and 1.6). A weight is mapped once, wherever its
-convolution slides: a broken cell is broken at every position of the image.
+its highest G_max. A weight is mapped once, wherever its convolution slides: a broken cell is broken at every position
+of the image.
 """
 
 from dataclasses import dataclass, field, replace
@@ -41,7 +41,7 @@ class Mapping:
     ========================  ==================================  ==================  =========
 
     So a zero weight is two cells that are off under ``two_column``, and two cells that are on under ``differential``
-    (Yuan et al. 2021, papers/pruning.md 1). With ``weight_bits`` the weight is rounded to an integer in
+    (Yuan et al., ISQED 2021). With ``weight_bits`` the weight is rounded to an integer in
     ``[-(2^(W-1) - 1), 2^(W-1) - 1]`` first, ``0`` becomes ``2^(W-1)`` under ``offset``, and the number in place of each
     cell is spread over ``slices`` cells of ``cell_bits``, added up with powers of two. The highest slice of a pair is
     full only when ``cell_bits`` divides ``weight_bits - 1``; ``differential`` counts down from the largest number that

@@ -13,7 +13,7 @@ NAMES = ("lenet5", "lenet300", "resnet<6n+2>", "vgg", "any torchvision.models na
 def lenet5(shape: tuple[int, int, int], classes: int) -> nn.Module:
     """The Caffe LeNet-5: conv 20 and 50 of 5x5, each max-pooled, fc 500, fc ``classes`` (430,500 weights on 28x28).
 
-    ReLU after each convolution, the PyTorch form (papers/pruning.md section 0).
+    ReLU after each convolution, the PyTorch form.
 
     >>> from lib.models import lenet5, prunable
     >>> {name: layer.weight.numel() for name, layer in prunable(lenet5((1, 28, 28), 10)).items()}

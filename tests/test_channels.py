@@ -1,4 +1,4 @@
-"""Laws of removing filters from a whole network: outputs stay, sums and depthwise ties hold (papers/pruning.md 7)."""
+"""Laws of removing filters from a whole network: outputs stay, sums and depthwise ties hold."""
 
 from copy import deepcopy
 

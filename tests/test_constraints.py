@@ -1,4 +1,4 @@
-"""Laws that every constraint must obey (papers/pruning.md section A.1), and those of plans and masks."""
+"""Laws that every constraint must obey, and those of plans and masks."""
 
 from copy import deepcopy
 from itertools import combinations, pairwise

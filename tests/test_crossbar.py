@@ -35,7 +35,7 @@ def test_encodings_are_the_published_ones():
 
 
 def test_offset_slices_are_those_of_the_worked_example():
-    """papers/hardware.md 1.5, four signed bits on two-bit cells; the range 7 leaves -4 to 3 as they are."""
+    """Four signed bits on two-bit cells; the range 7 leaves -4 to 3 as they are."""
     w = torch.tensor([-2.0, 1, 3, -4])
     cells = Mapping("offset", 4, 2).encode(w, 7.0) * 3
     assert cells[0, 0].tolist() == [2, 1, 3, 0]
@@ -51,7 +51,7 @@ def test_a_zero_weight_is_off_or_on_in_every_slice():
 @pytest.mark.parametrize("m", [0.3, 0.8])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_one_broken_cell_does_what_the_paper_says(m, sign):
-    """The tables of papers/pruning.md 1: scheme, cell, stuck value -> weight for w > 0; w < 0 is the mirror image."""
+    """Worked out by hand: scheme, cell, stuck value -> weight for w > 0; w < 0 is the mirror image."""
     table = {
         ("two_column", 0, 0): 0, ("two_column", 0, 1): 1, ("two_column", 1, 0): m, ("two_column", 1, 1): m - 1,
         ("differential", 0, 1): m, ("differential", 0, 0): m - 1, ("differential", 1, 1): 0, ("differential", 1, 0): 1,

@@ -214,7 +214,7 @@ class TestBudgetsByCost:
 
 
 class TestOccupied:
-    """papers/hardware.md 4, with its fixtures."""
+    """Arrays worked out apart."""
 
     @pytest.mark.parametrize(
         ("shape", "keep", "dense", "left"), [((500, 50), (25, 250), 8, 2), ((800, 500), (250, 400), 112, 32)]

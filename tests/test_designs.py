@@ -1,4 +1,4 @@
-"""Technology tables and what designs make of them, against published totals and papers/hardware.md's arithmetic."""
+"""Technology tables, and what designs make of them, against published totals and arithmetic done elsewhere."""
 
 import pandas as pd
 import pytest
@@ -84,7 +84,7 @@ class TestIsaac:
         assert density == pytest.approx(7.5, rel=0.02)
 
     def test_events(self):
-        """papers/hardware.md 3.2."""
+        """ISAAC's power over its events, worked out apart."""
         events = Isaac(Array(adc_bits=8)).events(full=True)
         assert {part: pj for part, (_, pj) in events.items()} == pytest.approx(
             {"adc": 1.5625, "dac": 0.390625, "array": 30.0, "sample_hold": 0.000977, "shift_add": 0.01953}, rel=1e-3
@@ -92,7 +92,7 @@ class TestIsaac:
         assert Isaac(Array(adc_bits=8)).events(full=False)["array"][1] == pytest.approx(0.00183105, rel=1e-5)
 
     def test_converter_law(self):
-        """papers/hardware.md 3.3."""
+        """The fit of scaled converters, worked out apart."""
         (a, b), (c, d) = designs.converter_law()
         assert (a, b) == pytest.approx((0.19543, 0.000414), rel=1e-3)
         assert (c, d) == pytest.approx((81.727, 2.13353), rel=1e-5)
@@ -110,7 +110,7 @@ class TestIsaac:
 
     @pytest.mark.parametrize(("bits", "count", "area", "latency"), [(16, 246, 1.0513, 1027.2), (8, 125, 0.6396, 513.6)])
     def test_lenet(self, shapes, bits, count, area, latency):
-        """papers/hardware.md 6.1 and 6.2."""
+        """LeNet-5 with 16 and with 8 bits, worked out apart."""
         design = at_bits(Isaac(), bits, bits)
         tiles = arrays.tile(shapes, design.array)
         summary = design.summary(tiles)
@@ -125,7 +125,7 @@ class TestIsaac:
 
     @pytest.mark.parametrize(("size", "energy"), [(32, 3838.2), (64, 2563.8), (128, 1813.9), (256, 1476.5)])
     def test_array_sizes(self, shapes, size, energy):
-        """papers/hardware.md 6.3: converters of the flip rule's bits, 6 to 9."""
+        """Converters of the flip rule's bits, 6 to 9."""
         design = Isaac(Array(size, size, flip=True))
         found = design.energy(arrays.tile(shapes, design.array))[["adc", "dac", "array"]].sum().sum() / 1000
         assert found == pytest.approx(energy, rel=2e-3)
@@ -141,7 +141,7 @@ class TestIsaac:
 
 class TestForms:
     def test_fixture(self, shapes):
-        """papers/hardware.md 6.5, and ISAAC's hardware with the same weights beside it."""
+        """FORMS worked out apart, and ISAAC's hardware with the same weights beside it."""
         design = Forms()
         tiles = arrays.tile(shapes, design.array)
         assert design.energy(tiles)["adc"].sum() / 1000 == pytest.approx(4318.4, abs=0.3)
@@ -183,7 +183,7 @@ class TestForms:
 
 class TestCycles:
     def test_fixture(self):
-        """papers/hardware.md 3.5: inputs 0, 3, 5, 1 of 8 bits take 3 steps."""
+        """Inputs 0, 3, 5, 1 of 8 bits take 3 steps."""
         assert input_cycles(torch.tensor([[0], [3], [5], [1]]), 4, 8).tolist() == [[3]]
 
     def test_fragments_and_signs(self):
@@ -244,7 +244,7 @@ class TestOthers:
         assert timely[16] / value["isaac_power_efficiency"] == pytest.approx(11.0, abs=0.05)
 
     def test_digital(self):
-        """papers/hardware.md 6.6."""
+        """A digital accelerator, worked out apart."""
         assert designs.digital(2_293_000, "fp32") / 1e6 == pytest.approx(10.548, abs=5e-4)
         assert designs.digital(2_293_000) / 1e6 == pytest.approx(0.688, abs=5e-4)
         with pytest.raises(ValueError, match="kind = 'int4'"):

@@ -136,7 +136,7 @@ def test_clusters_are_clustered():
 
 
 def test_moments_are_those_of_the_table():
-    """papers/hardware.md 2.6 at 9.04 % and 1.75 %."""
+    """By hand at 9.04 % and 1.75 %."""
     table = {
         0.0: ((0.0729, 0.1079), (0, 0.16446), (0, 0.03439)),
         0.1: ((0.0621, 0.0944), (-0.0108, 0.1494), (-0.0108, 0.0323)),
@@ -190,7 +190,7 @@ def _disturbed(device, level, mapping=None, n=400_000):
 
 @pytest.mark.parametrize("sigma", [0.1, 0.4])
 def test_lognormal_moments(sigma):
-    """papers/hardware.md 2.2: the mean is exp(sigma^2/2), the relative deviation sqrt(exp(sigma^2) - 1)."""
+    """The mean is exp(sigma^2/2), the relative deviation sqrt(exp(sigma^2) - 1)."""
     free, corrected = (_disturbed(Variation(sigma, mean_corrected=c), 0.5) / 0.5 for c in (False, True))
     assert float(free.mean()) == pytest.approx(exp(sigma**2 / 2), rel=3e-3)
     assert float(corrected.mean()) == pytest.approx(1, rel=3e-3)
@@ -205,7 +205,7 @@ def test_gaussian_scales_with_the_state_and_additive_does_not():
 
 
 def test_published_deviations():
-    """Check values of papers/hardware.md 2.2."""
+    """Check values of the published polynomials."""
     half = torch.tensor([0.5])
     names = ("wan_1s_quartic", "wan_1day_quartic", "wan_2days_quartic")
     assert [float(Published(n).sigma(half)) * 40 for n in names] == pytest.approx([2.023, 3.909, 3.929], abs=1e-3)

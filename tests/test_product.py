@@ -51,7 +51,7 @@ OPTIONS = {"epochs": 1, "lr": 0.02}
 
 
 def refusal(name: str, recipe: str) -> str | None:
-    """Why a pair makes no sense (papers/pruning.md A.4), as the error says it; None where it works."""
+    """Why a pair makes no sense, as the error says it; None where it works."""
     if recipe == "ADMM, split pairs" and name not in INTERSECTIONS:
         return "is one set, not an intersection"
     if recipe in ("reweighted", "group lasso") and name in NO_GROUPS:

@@ -52,7 +52,7 @@ def test_escaped_runs_by_hand():
     [(0.2, 3, 6.0, 6.2, 7.0), (0.08, 5, 7.5, 8.1, 7.5), (0.02, 7, 9.7, 21.7, 14.7), (0.009, 8, 11.1, 44.6, 27.9)],
 )
 def test_random_positions_cost_what_the_closed_form_says(density, best, bits_per_nonzero, with_4, with_5):
-    """The table of papers/pruning.md section C: 2-bit weights, fillers per nonzero ``q^(2^k) / (1 - q^(2^k))``."""
+    """2-bit weights at random places: fillers per nonzero ``q^(2^k) / (1 - q^(2^k))``."""
     mask = torch.rand(2_000_000, generator=torch.Generator().manual_seed(0)) < density
     nonzero = int(mask.sum())
     for width, expected in ((best, bits_per_nonzero), (4, with_4), (5, with_5)):

@@ -1,6 +1,6 @@
 """Ternary by rule, expansions, powers of two, codebooks, unified blocks and factors: laws, and answers by brute force.
 
-`Expansion` and `SmartExchange` are no projections (papers/pruning.md A.4 item 5): applied twice they move, which is
+`Expansion` and `SmartExchange` are no projections: applied twice they move, which is
 asserted here, so that nobody comes to count on the contrary.
 """
 

@@ -1,4 +1,4 @@
-"""Converters at the columns of an array: how many bits they need, and what fewer do (papers/hardware.md 1.3)."""
+"""Converters at the columns of an array: how many bits they need, and what fewer do."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Arrays that a pruned network still occupies, by how its zeros are used (papers/hardware.md 4)."""
+"""Arrays that a pruned network still occupies, by how its zeros are used."""
 
 from typing import Literal, get_args
 

@@ -1,4 +1,4 @@
-"""The product of a matrix in arrays of cells and vectors, bit by bit (papers/hardware.md 1.2 to 1.6)."""
+"""The product of a matrix in arrays of cells and vectors, bit by bit."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace

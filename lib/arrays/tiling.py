@@ -1,6 +1,6 @@
 """How a network lies in arrays of cells: which arrays it takes, and how often they are read and converted.
 
-All of it follows from shapes alone (papers/hardware.md 1.1 and 1.2): nothing is run.
+All of it follows from shapes alone: nothing is run.
 """
 
 import warnings
@@ -210,7 +210,7 @@ def _only_known(model: nn.Module, layers: dict[str, nn.Module], skip: bool) -> N
 
 
 def tile(shapes: pd.DataFrame, array: Array) -> pd.DataFrame:
-    """Arrays and events of every layer for one input (papers/hardware.md 1.2), all weights included.
+    """Arrays and events of every layer for one input, all weights included.
 
     Args:
         shapes: rows of `layer_shapes`.

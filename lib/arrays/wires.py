@@ -1,4 +1,4 @@
-"""Resistance of wires: what of a cell's current is left at the end of its column (papers/hardware.md 2.4)."""
+"""Resistance of wires: what of a cell's current is left at the end of its column."""
 
 from collections import defaultdict
 from dataclasses import dataclass

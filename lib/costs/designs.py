@@ -2,7 +2,7 @@
 
 Energies are in pJ, areas in mm2, times in ns. Every figure is read from ``data/technology``; what follows from several
 is computed here and says how. Charging events alone assumes that nothing idle draws power: all totals are lower bounds,
-and absolute ones are good to 30 % at best (papers/hardware.md 9).
+and absolute ones are good to 30 % at best.
 """
 
 from collections.abc import Mapping as Dict
@@ -163,7 +163,7 @@ class Isaac(Design):
         return energy, area * self.array.columns / 128  # one converter for 128 columns in 100 ns
 
     def events(self, full: bool) -> dict[str, tuple[str, float]]:
-        """As in papers/hardware.md 3.2: power of a group over 100 ns, divided among its events at full occupancy."""
+        """Power of a group over 100 ns, divided among its events at full occupancy."""
         isaac, ima = table("isaac"), 8 * 128
         power = {c: isaac(f"ima_{c}", "power_mW") * READ_NS for c in ("dac", "array", "sample_hold", "shift_add")}
         cells = self.array.rows * self.array.columns / 128**2

@@ -6,7 +6,7 @@ from lib.costs.technology import table
 
 
 def training_energy(spent: pd.DataFrame) -> pd.DataFrame:
-    """What a training run cost, by layer and product (papers/hardware.md 7.7).
+    """What a training run cost, by layer and product, as E2-Train counts it.
 
     A product of operands of ``a`` and ``b`` bits counts ``a * b / 32^2`` of one of 32 bits, E2-Train's rule; one of 32
     bits takes a multiplication and an addition in floating point (Horowitz, ISSCC 2014, 45 nm). Arithmetic alone: no

@@ -1,4 +1,4 @@
-"""Bits of storage: data, index and tables apart (papers/pruning.md section C).
+"""Bits of storage: data, index and tables apart.
 
 A layer is described by its mask, or by a weight whose nonzeros are what is stored; ``bits`` is the width of a weight.
 Index widths are searched, never assumed: a width that suits one density ruins another. Biases and batch norm are left

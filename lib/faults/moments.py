@@ -1,4 +1,4 @@
-"""What stuck-at faults do to a weight on average, in closed form (papers/hardware.md 2.6)."""
+"""What stuck-at faults do to a weight on average, in closed form."""
 
 from torch import Tensor
 

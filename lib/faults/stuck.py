@@ -12,7 +12,7 @@ from lib.crossbar import CrossbarError, Mapping
 from lib.faults.chips import Device, events, failures, time_of
 
 RATIO = 5.2
-"""Stuck-on over stuck-off cells: 9.04 % and 1.75 % of all cells in Chen et al. 2015 (papers/hardware.md 2.5)."""
+"""Stuck-on over stuck-off cells: 9.04 % and 1.75 % of all cells in Chen et al. 2015."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class StuckAt(Device):
     Attributes:
         rate: share of all cells, on and off together, in [0, 1].
         ratio: stuck_on over stuck_off; 0: all are off, ``inf``: all are on.
-        stuck_on_value: conductance of a stuck_on cell in shares of G_max (measured up to 4, papers/hardware.md 2.5).
+        stuck_on_value: conductance of a stuck_on cell in shares of G_max (up to 4 in Liu et al., DAC 2017).
         array: length of a row and of a column of one array, in cells.
 
     >>> from lib.crossbar import Mapping

@@ -1,4 +1,4 @@
-"""Conductances that differ from what was written: write variation, read noise, drift (papers/hardware.md 2.2, 2.3).
+"""Conductances that differ from what was written: write variation, read noise, drift.
 
 Conductances stay above zero: a deviation that would leave the physical range ends at it.
 """

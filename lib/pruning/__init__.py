@@ -1,4 +1,4 @@
-"""Sparsity sets and their projections (papers/pruning.md section A.2), and plans made of them."""
+"""Sparsity sets and their projections, and plans made of them."""
 
 from lib.pruning.adaptive import GroupAdaptive, LayerAdaptive, SubmatrixAdaptive, SubmatrixByCost
 from lib.pruning.composed import DARB, BlockStructured, FilterColumn

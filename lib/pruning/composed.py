@@ -14,7 +14,7 @@ from lib.pruning.selection import keep_largest, kept
 
 @dataclass(frozen=True)
 class FilterColumn(SupportConstraint):
-    """Filter and column budgets together (StructADMM's combination; papers/pruning.md 4c, A.2 last row).
+    """Filter and column budgets together (StructADMM's combination).
 
     Choosing rows and columns at once has no closed form. The projection alternates: the best rows for the columns at
     hand, the best columns for those rows, until neither moves. Kept energy never falls, so it stops, at a choice that
@@ -57,7 +57,7 @@ class FilterColumn(SupportConstraint):
 
 @dataclass(frozen=True)
 class BlockStructured(SupportConstraint):
-    """RTMobile's BSP: column segments inside blocks, then whole rows of what is left (papers/pruning.md 8b).
+    """RTMobile's BSP: column segments inside blocks, then whole rows of what is left (arXiv 2002.11474).
 
     A projection of one step after the other, as published: not the nearest point of both together
     (``exact = False``). Blocks are ``height x width``; the published code counts blocks instead.
@@ -104,7 +104,7 @@ MENU = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 @dataclass(frozen=True)
 class DARB(SupportConstraint):
-    """Density-adaptive regular blocks: one survivor per block, with a block size for every row (papers/pruning.md 11).
+    """Density-adaptive regular blocks: one survivor per block, with a block size for every row (AAAI 2020).
 
     `fit` prunes the layer irregularly at ``sparsity`` and gives a row of density ``d`` a block size near ``1/d`` out of
     ``menu``, so that the layer stays within its budget: every row starts at the largest block, and the step to the next

@@ -33,7 +33,7 @@ def tiny_adc(n: int, rows: int = 128) -> NM:
 
 @dataclass(frozen=True)
 class PolarizedFragments(Constraint):
-    """All weights of ``rows`` consecutive rows of a column have one sign (FORMS, ISCA 2021; papers/pruning.md A.2).
+    """All weights of ``rows`` consecutive rows of a column have one sign (FORMS, ISCA 2021).
 
     Projection: the sign whose weights have more energy stays, the others become zero; exact. FORMS's own rule goes by
     the sign of the sum (``by = "sum"``), which is not the nearest point. Zeros stay zeros, so it goes with any mask.
@@ -80,7 +80,7 @@ class PolarizedFragments(Constraint):
 
 @dataclass(frozen=True)
 class AlignedLines(FilterColumn):
-    """Filter and column budgets that fill whole arrays of ``rows x filters`` (ISLPED 2019; papers/pruning.md 18).
+    """Filter and column budgets that fill whole arrays of ``rows x filters`` (Yuan et al., ISLPED 2019).
 
     What fills a part of an array costs a whole one: `fit` rounds both budgets to the nearest number of full arrays, one
     at least, or all there is if that is less. ``filters`` is an array's columns over the cells of a weight.
@@ -196,8 +196,8 @@ class SharedShapes(SupportConstraint):
     A segment is a filter's weights in a group of rows, a shape the rows that it keeps. Segments of one shape are put
     side by side in one array, where the rows that they lack disappear. Projection, for given shapes: the shape of most
     kept energy, exact. `fit` finds the shapes of each layer by voting: every segment's own best rows stand for
-    election, and the shape that adds most kept energy is taken, again and again (greedy cover; papers/pruning.md 13,
-    a reconstruction from the abstract).
+    election, and the shape that adds most kept energy is taken, again and again (greedy cover; a reconstruction from
+    the abstract).
 
     Attributes:
         sparsity: of the rows in each group. codes: by group of rows, each shape as a number whose bit ``i`` keeps row

@@ -1,9 +1,9 @@
 """Sets that remove whole groups of weights: tiles of the GEMM matrix, the weakest first.
 
 The GEMM matrix of a layer is ``(F, C*Kh*Kw)``: a row is a filter, a column one input position; a linear layer is its
-own matrix. Cut it into tiles of ``height x width`` weights, and most structures of the field are a choice of the two
-(papers/pruning.md A.2): filters ``1 x all``, columns ``all x 1``, channels ``all x Kh*Kw``, kernels ``1 x Kh*Kw``,
-blocks ``p x q``, single weights ``1 x 1``. The budget holds for the layer, or in every *region*, a larger tile.
+own matrix. Cut it into tiles of ``height x width`` weights, and most structures of the field are a choice of the two:
+filters ``1 x all``, columns ``all x 1``, channels ``all x Kh*Kw``, kernels ``1 x Kh*Kw``, blocks ``p x q``, single
+weights ``1 x 1``. The budget holds for the layer, or in every *region*, a larger tile.
 """
 
 from dataclasses import dataclass, field
@@ -186,8 +186,8 @@ class Groups(SupportConstraint):
 class Unstructured(Groups):
     """At most ``(1 - sparsity) * N`` nonzero weights, anywhere: in each layer, or in all layers that share it.
 
-    Projection: keep the largest by absolute value (papers/pruning.md A.2, rows 1 and 2). ``scope = "global"`` couples
-    the layers of a plan that hold an equal set.
+    Projection: keep the largest by absolute value. ``scope = "global"`` couples the layers of a plan that hold an equal
+    set.
 
     Raises:
         ConstraintError: sparsity outside [0, 1), or an unknown scope.
@@ -220,7 +220,7 @@ class Unstructured(Groups):
 
 @dataclass(frozen=True)
 class Filter(Groups):
-    """Whole filters, rows of the GEMM matrix (StructADMM, papers/pruning.md 4c); output neurons of a linear layer.
+    """Whole filters, rows of the GEMM matrix (StructADMM); output neurons of a linear layer.
 
     Layers with equal sets that name a ``coupled`` group lose the same filters, ranked by the norm over all: what
     layers that are added to one another need (`lib.pruning.channels`). A removed filter's bias and batch norm go with
@@ -253,7 +253,7 @@ class Filter(Groups):
 
 @dataclass(frozen=True)
 class Column(Groups):
-    """GEMM columns: one kernel position of one channel in all filters ("shape-wise", papers/pruning.md 4c).
+    """GEMM columns: one kernel position of one channel in all filters ("shape-wise", StructADMM).
 
     >>> from lib.pruning import Column
     >>> Column(0.5).project(torch.tensor([[1.0, 2.0], [3.0, 0.0]])).tolist()
@@ -271,7 +271,7 @@ class Column(Groups):
 
 @dataclass(frozen=True)
 class Channel(Groups):
-    """Input channels ``W[:, c, :, :]`` (papers/pruning.md 4c); input neurons of a linear layer.
+    """Input channels ``W[:, c, :, :]``; input neurons of a linear layer.
 
     >>> from lib.pruning import Channel
     >>> weight = torch.tensor([[[[3.0, 1.0]], [[0.5, 1.0]]], [[[1.0, 0.0]], [[2.0, 4.0]]]])  # F, C, Kh, Kw = 2, 2, 1, 2
@@ -290,7 +290,7 @@ class Channel(Groups):
 
 @dataclass(frozen=True)
 class Kernel(Groups):
-    """Whole kernels ``W[f, c, :, :]``: connectivity pruning (papers/pruning.md 9); single weights of a linear layer.
+    """Whole kernels ``W[f, c, :, :]``: connectivity pruning (PatDNN); single weights of a linear layer.
 
     >>> from lib.pruning import Kernel
     >>> weight = torch.tensor([[[[3.0, 1.0]], [[0.5, 1.0]]], [[[1.0, 0.0]], [[2.0, 4.0]]]])  # F, C, Kh, Kw = 2, 2, 1, 2
@@ -305,7 +305,7 @@ class Kernel(Groups):
 
 @dataclass(frozen=True)
 class Block(Groups):
-    """Blocks of ``height x width`` weights of the GEMM matrix (papers/pruning.md A.2).
+    """Blocks of ``height x width`` weights of the GEMM matrix.
 
     Ranked by L2 norm, which is the projection; released code of the field uses the L1 sum, which is not.
 
@@ -330,7 +330,7 @@ class Block(Groups):
 class PETile(Groups):
     """Tiles that a processing-element array works on in one pass: ``outputs`` filters x ``inputs`` whole channels.
 
-    PE-wise structured pruning (Yang, He and Fan, AAAI 2020; papers/pruning.md 14b).
+    PE-wise structured pruning (Yang, He and Fan, AAAI 2020).
 
     >>> from lib.pruning import PETile
     >>> PETile(0.5, outputs=4, inputs=4).group(torch.zeros(20, 8, 3, 3))  # 4 filters, 4 channels of 9
@@ -353,7 +353,7 @@ class PETile(Groups):
 
 @dataclass(frozen=True)
 class BlockColumns(Groups):
-    """Column segments inside blocks of ``height x width`` (BLK-REW and RTMobile's first step, papers/pruning.md 8).
+    """Column segments inside blocks of ``height x width`` (BLK-REW, arXiv 2001.08357; RTMobile's first step).
 
     Every block keeps the same share of its columns, or (``per = "layer"``) the layer keeps the strongest segments
     wherever they are. Height 1 is irregular pruning, the height of the matrix column pruning.
@@ -385,7 +385,7 @@ class BlockColumns(Groups):
 
 @dataclass(frozen=True)
 class BlockRows(Groups):
-    """Row segments inside blocks of ``height x width``: the same share in each (BLK-REW, papers/pruning.md 8a).
+    """Row segments inside blocks of ``height x width``: the same share in each (BLK-REW).
 
     >>> from lib.pruning import BlockRows
     >>> weight = torch.tensor([[9.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]])
@@ -446,7 +446,7 @@ class NM(Groups):
 
 
 def block_max(b: int) -> NM:
-    """BMWM: of every ``b`` consecutive weights of a row the largest alone (papers/pruning.md 11).
+    """BMWM: of every ``b`` consecutive weights of a row the largest alone (DARB, arXiv 1911.08020).
 
     >>> from lib.pruning import block_max
     >>> block_max(4).project(torch.tensor([[1.0, -4.0, 3.0, 2.0, 9.0, 8.0, 7.0, 6.0]])).tolist()

@@ -18,7 +18,7 @@ from lib.pruning.selection import keep_largest, keep_largest_in_rows, kept
 
 CENTRE, EDGES, CORNERS = 4, (1, 3, 5, 7), (0, 2, 6, 8)  # positions of a 3x3 kernel
 NATURAL = tuple(sum(1 << i for i in (CENTRE, *others)) for others in combinations((*range(4), *range(5, 9)), 3))
-"""The 56 natural patterns: the centre and any 3 of the other 8 (PatDNN, papers/pruning.md 9)."""
+"""The 56 natural patterns: the centre and any 3 of the other 8 (PatDNN, arXiv 2001.00138)."""
 
 
 def _published() -> dict[str, tuple[int, ...]]:
@@ -44,7 +44,7 @@ def _published() -> dict[str, tuple[int, ...]]:
 
 
 PUBLISHED = _published()
-"""The 21 patterns that the group's released code ships, by shape (papers/pruning.md 9); "T" are those of PCONV."""
+"""The 21 patterns that the group's released code ships, by shape; "T" are those of PCONV."""
 
 
 def kernels(weight: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ def most_frequent(codes: Tensor, count: int) -> tuple[int, ...]:
 
 
 def natural_patterns(weight: Tensor) -> Tensor:
-    """Each 3x3 kernel's natural pattern: the centre and the 3 largest of the other 8 (papers/pruning.md 9).
+    """Each 3x3 kernel's natural pattern: the centre and the 3 largest of the other 8.
 
     >>> from lib.pruning.patterns import natural_patterns
     >>> kernel = torch.tensor([[9.0, 0.2, 8.0], [0.3, 0.1, 0.2], [7.0, 0.0, 0.4]])  # the centre stays, however small
@@ -111,7 +111,7 @@ def natural_patterns(weight: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Patterns(SupportConstraint):
-    """Every kernel keeps the positions of one pattern of a library (PatDNN, PCONV; papers/pruning.md 9).
+    """Every kernel keeps the positions of one pattern of a library (PatDNN, arXiv 2001.00138; PCONV, arXiv 1909.05073).
 
     Projection: the pattern of largest kept energy, exact. Without a ``library``, `fit` takes the ``count`` natural
     patterns that the 3x3 kernels of all layers sharing the set vote for. ``library`` may be `NATURAL`, a family of
@@ -176,8 +176,8 @@ class Patterns(SupportConstraint):
 class PatternKernels(Patterns):
     """Patterns and connectivity together: at most ``(1 - sparsity) * F*C`` kernels, each in one pattern (PatDNN).
 
-    The exact joint projection (papers/pruning.md A.2): rank kernels by the energy that their *best pattern* keeps, not
-    by their norm. ``parts`` are the two sets for ADMM with two auxiliary pairs.
+    The exact joint projection: rank kernels by the energy that their *best pattern* keeps, not by their norm. ``parts``
+    are the two sets for ADMM with two auxiliary pairs.
 
     >>> from lib.pruning import PatternKernels
     >>> half = PatternKernels(library=(0b0011, 0b1100), sparsity=0.5)
@@ -211,7 +211,7 @@ class PatternKernels(Patterns):
 
 @dataclass(frozen=True)
 class PCNN(SupportConstraint):
-    """``n`` weights in every kernel, in at most ``patterns`` arrangements per layer (PCNN, papers/pruning.md 10).
+    """``n`` weights in every kernel, in at most ``patterns`` arrangements per layer (PCNN, arXiv 2002.04997).
 
     ``patterns = 0`` sets no limit: the ``n`` largest of each kernel. Otherwise `fit` picks each layer's patterns one
     after the other, each time the candidate that adds most kept energy: greedy on a submodular sum, so at least

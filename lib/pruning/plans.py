@@ -30,7 +30,7 @@ def uniform_plan(model: nn.Module, constraint: Constraint, keep_dense: tuple[str
 
 
 def correlation(theta: Mapping[str, Tensor], other: Mapping[str, Tensor], p: float) -> float:
-    """The correlation indicator ``R_p`` of two sets of layer weights (papers/pruning.md section 2).
+    """The correlation indicator ``R_p`` of two sets of layer weights (N. Liu et al., ICML 2021).
 
     ``R_p = sum_l |T_p(theta_l) & T_p(theta'_l)| / (p * sum_l N_l)``, with ``T_p`` the top ``p`` fraction of layer
     ``l`` by magnitude. Independent weights give about ``p``; 1 means the same large weights in every layer.

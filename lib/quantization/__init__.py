@@ -1,8 +1,8 @@
 """Value sets: what a layer's weights may be, alone or on what a sparsity set keeps.
 
 Pruning comes first and quantization after it, so a weight that is exactly zero is off the support: it takes no part in
-the choice of values and stays zero. A mask that is attached, or a network pruned before, is a frozen support
-(papers/pruning.md A.2, 5, 6). `Unified` is the exception: the sign of zero is + in a block that shares a magnitude.
+the choice of values and stays zero. A mask that is attached, or a network pruned before, is a frozen support. `Unified`
+is the exception: the sign of zero is + in a block that shares a magnitude.
 """
 
 from lib.quantization.activations import InputQuantizer, full_precision_activations, quantize_activations

@@ -1,4 +1,4 @@
-"""Ternary weights by a rule of thumb in place of the projection, and sums of such branches (papers/pruning.md 14a)."""
+"""Ternary weights by a rule of thumb in place of the projection, and sums of such branches (WACV 2019)."""
 
 from copy import deepcopy
 from dataclasses import dataclass

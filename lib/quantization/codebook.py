@@ -1,4 +1,4 @@
-"""Codebooks: a layer's weights, or pieces of it, share a few values found by k-means (papers/pruning.md 15b)."""
+"""Codebooks: a layer's weights, or pieces of it, share a few values found by k-means (Deep k-Means, ICML 2018)."""
 
 import warnings
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Sparse powers of two times a small basis, slice by slice (papers/pruning.md 15c)."""
+"""Sparse powers of two times a small basis, slice by slice (SmartExchange, ISCA 2020)."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -43,7 +43,7 @@ class Factors(NamedTuple):
 
 @dataclass(frozen=True)
 class SmartExchange(Constraint):
-    """``Ce @ B``: sparse powers of two times a small basis, slice by slice (ISCA 2020; papers/pruning.md 15c).
+    """``Ce @ B``: sparse powers of two times a small basis, slice by slice (Zhao et al., ISCA 2020, arXiv 2005.03403).
 
     A convolution's filter is a slice of ``C * Kh`` rows and ``Kw`` columns, a linear layer's row one of 3 columns; at
     most ``rows`` each. By turns: coefficients to powers of two, the basis by least squares, coefficients by least

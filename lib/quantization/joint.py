@@ -15,7 +15,7 @@ from lib.quantization.levels import STEP_BITS, Levels
 
 @dataclass(frozen=True)
 class Quantized(Constraint):
-    """What a sparsity set keeps, at levels: the exact joint projection of papers/pruning.md A.2, for any support set.
+    """What a sparsity set keeps, at levels: the exact joint projection, for any support set.
 
     Keeping a weight at its level saves ``g = w^2 - (w - q(w))^2`` of squared error against removing it. A support's
     projection keeps the most energy, so that of ``sqrt(g)`` saves the most; a weight that saves nothing is removed.

@@ -78,7 +78,7 @@ class Levels(Constraint):
     """Equal-distance levels ``{+-1 .. +-per_side} * step``, of which zero is one only if asked for.
 
     Without a step the set is free in it, and every projection takes the one with the least error (`best_step`); `fit`
-    freezes the one that suits the weights as they are, as ADMM-NN does before its iterations (papers/pruning.md 5).
+    freezes the one that suits the weights as they are, as ADMM-NN does before its iterations.
 
     Raises:
         ConstraintError: ``per_side`` is not a whole number from 1, or the step is not a positive number.

@@ -1,4 +1,4 @@
-"""Blocks whose weights share one magnitude: micro-structured unification (papers/pruning.md 12)."""
+"""Blocks whose weights share one magnitude: micro-structured unification (arXiv 2106.08301)."""
 
 from dataclasses import dataclass
 

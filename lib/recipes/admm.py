@@ -144,7 +144,7 @@ def admm(
     progress: Progress | None = None,
     **fit_options: Any,
 ) -> pd.DataFrame:
-    """ADMM toward a plan, in place, from a trained model: papers/pruning.md section B. Leaves ``W <- P_S(W)``.
+    """ADMM toward a plan, in place, from a trained model (Zhang et al., ECCV 2018). Leaves ``W <- P_S(W)``.
 
     W-step: ``interval`` epochs of the loss plus ``rho/2 * ||W - Z + U||^2``; then ``Z = P_S(W + U)`` and
     ``U = U + W - Z``; ``rho`` grows by ``rho_growth`` up to ``rho_max``. Masked retraining is up to the caller:
@@ -155,7 +155,7 @@ def admm(
         epochs: in all; a multiple of ``interval``.
         rescale_u: divide ``U`` by the growth of ``rho``, as scaled ADMM asks for and the released code does not.
         pairs: ``split`` gives each part of an intersection (`Constraint.parts`) an auxiliary pair of its own, as PatDNN
-            does for patterns and connectivity (papers/pruning.md 9); ``joint`` projects onto the intersection.
+            does for patterns and connectivity; ``joint`` projects onto the intersection.
         hooks: of `fit`, before ADMM's own.
 
     Returns:
@@ -197,7 +197,7 @@ def progressive(
     progress: Progress | None = None,
     **fit_options: Any,
 ) -> pd.DataFrame:
-    """Progressive ADMM: plans that tighten, each inside the support of the one before (papers/pruning.md 6).
+    """Progressive ADMM: plans that tighten, each inside the support of the one before (arXiv 1903.09769).
 
     ``model`` comes in trained; weights that are zero in it stay so. Each step fits its plan to the weights as they are,
     runs `admm` toward it with the zeros held, and retrains inside the support: sets of values straight through their

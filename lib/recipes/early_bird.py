@@ -1,4 +1,4 @@
-"""Early-Bird tickets: the channels that a network can do without show early in training (papers/pruning.md 15a)."""
+"""Early-Bird tickets: the channels that a network can do without show early in training (You et al., ICLR 2020)."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Grow-and-prune: part after part of a sparse network is dense for a while (GaP; papers/pruning.md section 3)."""
+"""Grow-and-prune: part after part of a sparse network is dense for a while (GaP; Ma et al., ICLR 2022)."""
 
 import os
 from collections.abc import Iterable, Sequence

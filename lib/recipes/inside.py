@@ -51,7 +51,7 @@ def retrain_inside(
     progress: Progress | None = None,
     **fit_options: Any,
 ) -> pd.DataFrame:
-    """Retrain hardened weights inside their sets: each gradient becomes its part along the set (papers/pruning.md A.1).
+    """Retrain hardened weights inside their sets: each gradient becomes its part along the set.
 
     Which weights share a magnitude or an entry stays as it is; what they share is trained. Momentum and, for cones,
     weight decay stay inside as well, so plain SGD does; membership is looked at after every epoch.
@@ -128,7 +128,7 @@ def alternating(
     progress: Progress | None = None,
     **fit_options: Any,
 ) -> pd.DataFrame:
-    """Epochs of plain training and projections by turns, in place: SmartExchange's retraining (papers/pruning.md 15c).
+    """Epochs of plain training and projections by turns, in place: SmartExchange's retraining (ISCA 2020).
 
     Ends with a projection. Unlike `straight_through` the weights themselves are moved, so that what a set takes away
     has to grow back; unlike `admm` nothing pulls toward the set in between.

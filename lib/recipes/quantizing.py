@@ -40,9 +40,9 @@ def straight_through(
 ) -> pd.DataFrame:
     """Train latent weights through their projection, in place, from a trained model. Leaves ``W <- P_S(W)``.
 
-    Every forward pass sees ``P_S(W)``, and the gradient there moves ``W`` (papers/pruning.md A.3). Masks that are
-    attached stay, and what they removed is off the support. Sets that adapt (`fitted`) keep what they have; levels
-    with a free step find it anew at every pass.
+    Every forward pass sees ``P_S(W)``, and the gradient there moves ``W``. Masks that are attached stay, and what they
+    removed is off the support. Sets that adapt (`fitted`) keep what they have; levels with a free step find it anew at
+    every pass.
 
     Returns:
         As `fit`; loss and accuracy are those of the projected network.
@@ -98,7 +98,7 @@ def partial_hardening(
     progress: Progress | None = None,
     **fit_options: Any,
 ) -> pd.DataFrame:
-    """Snap the weights nearest to their levels, freeze them, let the others make up for it (papers/pruning.md 5).
+    """Snap the weights nearest to their levels, freeze them, let the others make up for it (ADMM-NN, arXiv 1812.11677).
 
     Each round freezes, in every layer and at every level, the given share of the weights that are still free, nearest
     first, and retrains the rest with `fit`; at last all are snapped: ``W <- P_S(W)``. What is free by then has moved

@@ -27,7 +27,7 @@ def _penalized(plan: Plan) -> list[Plan]:
             if not hasattr(part, "group_norms"):
                 raise ConstraintError(
                     f"{name}: {type(part).__name__} has no fixed groups that a penalty could shrink "
-                    "(papers/pruning.md A.4 item 6); use admm"
+                    "during training; use admm"
                 )
     return split(plan) if any(len(c.parts) > 1 for c in plan.values()) else [plan]
 
@@ -104,7 +104,7 @@ def reweighted(
     progress: Progress | None = None,
     **fit_options: Any,
 ) -> pd.DataFrame:
-    """Reweighted group lasso toward a plan, in place, from a trained model (papers/pruning.md 4a). Leaves ``P_S(W)``.
+    """Reweighted group lasso toward a plan, in place, from a trained model (arXiv 2004.05531). Leaves ``P_S(W)``.
 
     Minimizes the loss plus ``strength * sum_G alpha_G * ||W_G||`` over the groups of every layer's set, and refreshes
     ``alpha_G = 1 / (||W_G|| + eps * mean norm)`` every ``interval`` epochs: a group that has become small is pushed

@@ -79,7 +79,7 @@ def iterative(
     progress: Progress | None = None,
     **fit_options: Any,
 ) -> list[Masks]:
-    """Iterative magnitude pruning with rewinding (Frankle and Carbin 2019; papers/pruning.md section 2).
+    """Iterative magnitude pruning with rewinding (Frankle and Carbin, ICLR 2019).
 
     ``model`` comes in trained. Each round prunes it to the next, tighter plan, rewinds what is left to ``start``
     (``theta_0``, or ``theta_k``) and trains it again; the last plan's mask needs no training after it. So the search

@@ -1,4 +1,4 @@
-"""Group lasso that leaves strong groups alone, with or without ternary weights (papers/pruning.md 14b)."""
+"""Group lasso that leaves strong groups alone, with or without ternary weights (Yang, He and Fan, AAAI 2020)."""
 
 from typing import Any
 

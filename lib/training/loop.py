@@ -82,7 +82,7 @@ Schedule = Literal["constant", "step", "cosine"]
 def learning_rate(schedule: Schedule, lr: float, progress: float) -> float:
     """The learning rate at a fraction ``progress`` in [0, 1) of the run.
 
-    ``step`` multiplies by 0.1 at 8/15 and at 12/15 (epochs 80 and 120 of 150, papers/pruning.md section 2).
+    ``step`` multiplies by 0.1 at 8/15 and at 12/15 (epochs 80 and 120 of 150: N. Liu et al., ICML 2021).
 
     >>> from lib.training import learning_rate
     >>> [round(learning_rate("step", 0.1, progress), 4) for progress in (0.0, 0.6, 0.9)]

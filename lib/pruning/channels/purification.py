@@ -23,7 +23,7 @@ def purify(
     emptiness: Sequence[float] = (0.75, 0.5, 0.25),
     progress: Progress | None = None,
 ) -> Masks:
-    """Masks without the input channels that column pruning has nearly emptied (P-RM, papers/pruning.md 7).
+    """Masks without the input channels that column pruning has nearly emptied (P-RM, arXiv 1905.00136).
 
     An input channel of a layer has ``Kh*Kw`` columns (behind a flattened map ``H*W``). Its *emptiness* is the share of
     them without a weight, its *importance* the squared norm of those left. In each layer, channels that are at least
