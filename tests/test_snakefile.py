@@ -35,10 +35,8 @@ def snakemake(tmp_path):
 def test_two_jobs_give_the_numbers_of_one(snakemake, tmp_path, monkeypatch):
     monkeypatch.setenv("CACHE_ROOT", str(tmp_path / "shared"))
     snakemake("--quiet", "all")
-    assert sorted(p.name for p in (tmp_path / "parts" / NAME).iterdir()) == [
-        "1-all-0",
-        "2-all-0",
-    ]  # smoke begins with the second network
+    parts = sorted(p.name for p in (tmp_path / "parts" / NAME).iterdir())
+    assert parts == ["1-all-0", "2-all-0"]  # smoke begins with the second network
 
     monkeypatch.setenv("CACHE_ROOT", str(tmp_path / "alone"))
     assert reproduce("smoke", only=[NAME], changed=CHANGED, reports=tmp_path / "one" / "smoke") == {NAME: ""}
