@@ -144,6 +144,13 @@ def test_verdicts(sign, low, high, n, verdict):
     assert Criterion(sign, 0.0, n=3).verdict(low, high, n) == verdict
 
 
+def test_rounding_decides_no_verdict():
+    assert interval([0.2, 0.2, 0.175])[2] > 0.2  # the mean of three times 0.2, in floating point
+    assert Criterion("<=", 0.2).verdict(*interval([0.2, 0.2, 0.175])[1:], 3) == "reproduced"
+    assert Criterion("<=", 0.2).verdict(*interval([0.2, 0.2, 0.225])[1:], 3) == "inconclusive"
+    assert Criterion("<=", 0.2).verdict(0.2 + 1e-9, 0.3, 3) == "not reproduced"
+
+
 def test_interval_covers_the_mean_about_as_often_as_it_says():
     rng = np.random.default_rng(0)
     hits = [low <= 0 <= high for _, low, high in (interval(rng.normal(size=30)) for _ in range(300))]

@@ -35,7 +35,8 @@ class Criterion:
         """``reproduced`` if all of [low, high] meets the bound, ``not reproduced`` if none does."""
         if n < self.n or not (np.isfinite(low) and np.isfinite(high)):
             return "inconclusive"
-        met = [v >= self.bound if self.sign == ">=" else v <= self.bound for v in (low, high)]
+        slack = 1e-12 * max(1.0, abs(self.bound))  # rounding decides nothing: in floating point 0.2 * 3 / 3 > 0.2
+        met = [v >= self.bound - slack if self.sign == ">=" else v <= self.bound + slack for v in (low, high)]
         return "reproduced" if all(met) else "inconclusive" if any(met) else "not reproduced"
 
 
