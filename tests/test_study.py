@@ -56,6 +56,19 @@ def test_bad_parameters_are_named_in_one_line(given, message):
     assert len(error.value._render_traceback_()) == 1
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"single_rates": [50.0]}, r"single_rates = \[50.0\]: allowed are members of \[12.0, 40.0, 100.0\]"),
+        ({"level_rates": [40.0, 101.0]}, r"level_rates = \[40.0, 101.0\]: allowed are rates up to 100.0"),
+        ({"train_sizes": [0, 0]}, "one for each of datasets"),
+    ],
+)
+def test_parameters_that_do_not_fit_each_other_are_named(given, message):
+    with pytest.raises(ParameterError, match=message):
+        check_parameters("04_extreme_compression", given)
+
+
 def test_good_parameters_come_with_defaults():
     values = check_parameters(NAME, {"epochs": 2, "weight_decay": 0})
     assert values["epochs"] == 2

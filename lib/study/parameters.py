@@ -259,9 +259,11 @@ def check_parameters(study: str, given: dict[str, Any]) -> dict[str, Any]:
     for several, sizes in (("lenet_datasets", "lenet_train_sizes"), ("datasets", "train_sizes")):
         if len(values.get(several, [])) != len(values.get(sizes, [])):
             raise ParameterError(f"{sizes} = {values[sizes]!r}: one for each of {several} = {values[several]!r}")
-    for inner in ("single_rates", "level_rates"):
-        if not set(values.get(inner, [])) <= set(values.get("chain_rates", [])):
-            raise ParameterError(f"{inner} = {values[inner]!r}: allowed are members of {values['chain_rates']!r}")
+    chain = values.get("chain_rates", [])
+    if not set(values.get("single_rates", [])) <= set(chain):
+        raise ParameterError(f"single_rates = {values['single_rates']!r}: allowed are members of {chain!r}")
+    if max(values.get("level_rates", []), default=0.0) > max(chain, default=0.0):
+        raise ParameterError(f"level_rates = {values['level_rates']!r}: allowed are rates up to {max(chain)!r}")
     try:
         for several in ("lenet_datasets", "datasets", "single_layer_datasets"):
             for name in values.get(several, []):
