@@ -25,72 +25,81 @@ def drop_against(
     *,
     x: str,
     xlabel: str,
-    marks: Mapping[float, str],
-    published_drop: float = 0.0,
+    marks: Mapping[float, tuple[float, str]],
+    of: str,
     most: float = 5.0,
 ) -> Figure:
     """Accuracy lost against a rate or compression, a panel for each data set, a line for each arm.
 
     Args:
         results: columns ``dataset``, ``arm``, ``nominal`` (the step), ``drop`` (points) and ``x``; a row per network.
-        marks: published rates and their labels, drawn as crosses at ``published_drop``.
+        marks: published rates with the points lost and a label, drawn as crosses in the panel of the data set ``of``.
         most: points lost at which the axis ends; a line may leave it.
 
     >>> import pandas as pd
     >>> from lib.plots import drop_against
     >>> networks = {"dataset": "mnist", "arm": ["ADMM", "one-shot"], "nominal": 10, "rate": 10.1, "drop": [0.1, 0.8]}
-    >>> shown = {"x": "rate", "xlabel": "rate", "marks": {8.0: "Han", 500.0: "ours"}}  # of the marks those within reach
+    >>> marks = {8.0: (0.2, "Han"), 500.0: (0.0, "ours")}  # of these the ones within reach are drawn
+    >>> shown = {"x": "rate", "xlabel": "rate", "marks": marks, "of": "mnist"}
     >>> figure = drop_against(pd.DataFrame(networks), ["ADMM", "one-shot"], **shown)
     >>> sorted(text.get_text() for text in figure.legends[0].get_texts()), [t.get_text() for t in figure.axes[0].texts]
     (['ADMM', 'one-shot', 'published'], ['Han'])
     """
     shown = results[results["arm"].isin(arms)]
     names = list(dict.fromkeys(shown["dataset"]))
-    figure, axes = plt.subplots(1, len(names), figsize=(6.2 * len(names), 4.2), squeeze=False, sharey=True)
+    figure, axes = plt.subplots(1, len(names), figsize=(5.4 * len(names), 4.2), squeeze=False)
     for ax, name in zip(axes[0], names, strict=True):
+        panel = shown[shown["dataset"] == name]
         for arm, (colour, marker) in looks(arms).items():
-            part = shown[(shown["dataset"] == name) & (shown["arm"] == arm)]
+            part = panel[panel["arm"] == arm]
             if len(part):
                 lost_line(ax, part, "nominal", x, arm, colour, marker)
         _log_axis(ax, xlabel)
-        inside = {rate: text for rate, text in marks.items() if rate <= 1.5 * shown[x].max()}
-        ax.plot([*inside], [published_drop] * len(inside), "kx", ms=7, mew=1.5, label="published", ls="")
-        for rate, text in inside.items():
-            ax.annotate(
-                text, (rate, published_drop), (0, 6), textcoords="offset points", fontsize="x-small", ha="center"
-            )
+        label = "published"
+        for rate, (lost, text) in marks.items() if name == of else ():
+            if rate <= 1.5 * panel[x].max():
+                ax.plot(rate, lost, "kx", ms=7, mew=1.5, label=label, ls="")
+                ax.annotate(text, (rate, lost), (0, 6), textcoords="offset points", fontsize="x-small", ha="center")
+                label = None
         ax.set_title(name)
-        lost_axis(ax, shown, most)
+        lost_axis(ax, panel, most)
     legend_beside(figure, axes[0][0])
     return figure
 
 
 def drop_against_compression(
-    results: pd.DataFrame, arms: Sequence[str], *, marks: Mapping[float, str], most: float = 3.0
+    results: pd.DataFrame, arms: Sequence[str], *, marks: Mapping[float, str], of: str, most: float = 5.0
 ) -> Figure:
     """Accuracy lost against compression in data only (solid) and with index (dashed), a panel for each data set.
+
+    Args:
+        results: columns ``dataset``, ``arm``, ``nominal`` (the step), ``drop`` (points), ``data_only``, ``with_index``.
+        marks: compressions in data only and their labels, dotted in the panel of the data set ``of``.
+        most: points lost at which the axis ends.
 
     >>> import pandas as pd
     >>> from lib.plots import drop_against_compression
     >>> bits = {"nominal": [10, 40], "data_only": [40.0, 150.0], "with_index": [25.0, 80.0], "drop": [0.1, 0.9]}
-    >>> figure = drop_against_compression(pd.DataFrame({"dataset": "mnist", "arm": "ADMM"} | bits), ["ADMM"], marks={})
+    >>> networks = pd.DataFrame({"dataset": "mnist", "arm": "ADMM"} | bits)
+    >>> figure = drop_against_compression(networks, ["ADMM"], marks={100: "100x"}, of="mnist")
     >>> [text.get_text() for text in figure.legends[0].get_texts()]
     ['ADMM, data only', 'ADMM, with index']
     """
     shown = results[results["arm"].isin(arms)]
     names = list(dict.fromkeys(shown["dataset"]))
-    figure, axes = plt.subplots(1, len(names), figsize=(6.2 * len(names), 4.2), squeeze=False, sharey=True)
+    figure, axes = plt.subplots(1, len(names), figsize=(5.4 * len(names), 4.2), squeeze=False)
     for ax, name in zip(axes[0], names, strict=True):
+        panel = shown[shown["dataset"] == name]
         for arm, (colour, marker) in looks(arms).items():
-            part = shown[(shown["dataset"] == name) & (shown["arm"] == arm)]
+            part = panel[panel["arm"] == arm]
             lost_line(ax, part, "nominal", "data_only", f"{arm}, data only", colour, marker)
             lost_line(ax, part, "nominal", "with_index", f"{arm}, with index", colour, marker, ls="--", mfc="white")
         _log_axis(ax, "compression: bits of 32-bit dense weights / bits stored")
-        for value, text in marks.items():
+        for value, text in marks.items() if name == of else ():
             ax.axvline(value, color=GREY, lw=1, ls=":")
             ax.annotate(text, (value, 1.01), xycoords=("data", "axes fraction"), fontsize="x-small", ha="center")
         ax.set_title(name, pad=16)
-        lost_axis(ax, shown, most)
+        lost_axis(ax, panel, most)
     legend_beside(figure, axes[0][0])
     return figure
 
