@@ -173,15 +173,21 @@ def lost_line(
 def lost_axis(ax: Axes, shown: pd.DataFrame, most: float) -> None:
     """Points lost in ``drop``, less is higher, down to ``most``; the dense network is the dashed line.
 
+    Where even the best arm loses about as much, the axis reaches down to twice its loss: no panel is empty.
+
     >>> import matplotlib.pyplot as plt
     >>> import pandas as pd
     >>> from lib.plots.style import lost_axis
     >>> lost_axis(ax := plt.figure().add_subplot(), pd.DataFrame({"drop": [0.5, 40.0]}), most=5.0)
     >>> [float(end) for end in ax.get_ylim()], ax.get_ylabel()
     ([5.0, -0.2], 'points of accuracy lost')
+    >>> lost_axis(ax, pd.DataFrame({"drop": [7.0, 40.0]}), most=5.0)
+    >>> [float(end) for end in ax.get_ylim()]
+    [14.0, -0.2]
     """
     ax.axhline(0, color=GREY, ls="--", lw=1.2)
-    ax.set_ylim(min(most, shown["drop"].max() + 0.2), min(-0.2, shown["drop"].min() - 0.2))
+    least, largest = shown["drop"].min(), shown["drop"].max()
+    ax.set_ylim(min(max(most, 2 * least), largest + 0.2), min(-0.2, least - 0.2))
     ax.set_ylabel("points of accuracy lost")
 
 
