@@ -45,3 +45,16 @@ def test_networks_of_the_same_energy_are_drawn():
     goals = {"accuracy_percent": [0.1] * 3, "energy_nJ": [100.3] * 3, "tolerated_percent": [0.7] * 3}
     figure = plots.joint(pd.DataFrame({"arm": ["a"] * 3} | goals), pd.Series({"a": True}))
     assert len(figure.axes) == 2
+
+
+def test_published_points_are_drawn_for_their_own_data_set_alone():
+    networks = {"dataset": ["mnist", "fashion_mnist"], "arm": "ADMM", "nominal": 10, "rate": 10.0, "drop": [0.1, 3.0]}
+    networks = pd.DataFrame(networks | {"data_only": 10.0, "with_index": 5.0})
+    marks = {8.0: (0.2, "8x")}
+    by_rate = plots.drop_against(networks, ["ADMM"], x="rate", xlabel="rate", marks=marks, of="mnist")
+    by_bits = plots.drop_against_compression(networks, ["ADMM"], marks={8.0: "8x"}, of="mnist")
+    for figure in (by_rate, by_bits):
+        assert {ax.get_title(): [t.get_text() for t in ax.texts] for ax in figure.axes} == {
+            "mnist": ["8x"],
+            "fashion_mnist": [],
+        }
