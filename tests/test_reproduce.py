@@ -177,7 +177,7 @@ def test_what_a_run_depends_on(small):
 
 def test_only_modules_that_are_imported_count():
     found = {p.relative_to(study.PROJECT).as_posix() for p in room.plan._imported("from lib.study import open_study")}
-    assert {"lib/__init__.py", "lib/study/opened.py", "lib/files.py", "lib/data.py"} <= found
+    assert {"lib/__init__.py", "lib/study/opened.py", "lib/files.py", "lib/data/loading.py"} <= found
     assert not any(name.startswith(("lib/pruning", "lib/faults", "lib/reproduce")) for name in found)
     tables = {p.name for p in room.plan._imported("from lib.costs import designs")}
     assert "technology.py" in tables

@@ -22,7 +22,7 @@ from torch.func import functional_call, vmap
 
 from lib.constraint import detach_masks
 from lib.crossbar import CrossbarError, Mapping, as_mapping
-from lib.data import Split
+from lib.data import Split, Task
 from lib.faults.chips import Device
 from lib.faults.stuck import StuckAt
 from lib.faults.variation import ReadNoise, stream
@@ -105,7 +105,7 @@ class _Bench:
     def __init__(self, model: nn.Module, mapping: Mapped, split: Split, batch_size: int) -> None:
         self.mapping = on_crossbars(model, mapping)
         self.model = detach_masks(deepcopy(model)).eval().to(memory_format=torch.channels_last)
-        self.split = Split(split.x.contiguous(memory_format=torch.channels_last), split.y)
+        self.split = split.to(split.x.device)
         self.batch_size = batch_size
         layers = prunable(self.model)
         self.layers = {name: layers[name] for name in self.mapping}
@@ -240,13 +240,15 @@ def _run(bench: _Bench, tasks: list[tuple[Devices, int]], processes: int) -> Ite
         light = copy(bench)
         images, labels, light.split = bench.split.x.numpy(), bench.split.y.numpy(), None  # arrays are shared, not sent
         with joblib.Parallel(processes, return_as="generator_unordered", mmap_mode="c") as pool:
-            for done in pool(joblib.delayed(_in_worker)(light, images, labels, part) for part in parts):
+            for done in pool(
+                joblib.delayed(_in_worker)(light, images, labels, bench.split.task, part) for part in parts
+            ):
                 yield from done
 
 
-def _in_worker(bench: _Bench, images: np.ndarray, labels: np.ndarray, tasks: list[tuple[Devices, int]]) -> list:
+def _in_worker(bench: _Bench, images: np.ndarray, labels: np.ndarray, task: Task, tasks: list) -> list:
     torch.set_num_threads(1)
-    bench.split = Split(torch.from_numpy(images), torch.from_numpy(labels))
+    bench.split = Split(torch.from_numpy(images), torch.from_numpy(labels), task)
     return [(d, chip, bench.trial(d, chip)) for d, chip in tasks]
 
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
 
 from lib.constraint import attach_masks, fitted
 from lib.data import Data, Split
@@ -165,4 +164,4 @@ def _moved(kept: Kept, layer: str, factor: float, sizes: Mapping[str, int]) -> K
 def _loss(model: nn.Module, split: Split, batch_size: int = 500) -> float:
     model.eval()
     pairs = zip(split.x.split(batch_size), split.y.split(batch_size), strict=True)
-    return sum(float(cross_entropy(model(x), y, reduction="sum")) for x, y in pairs) / len(split)
+    return sum(float(split.task.loss(model(x), y)) * len(y) for x, y in pairs) / len(split)

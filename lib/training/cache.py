@@ -127,7 +127,7 @@ def fingerprint(value: Any) -> Any:
     (True, False)
     """
     if isinstance(value, Data):
-        return ["data", value.checksum, value.classes]
+        return ["data", value.checksum, value.classes, fingerprint(value.task)]
     if isinstance(value, nn.Module):
         return ["module", repr(value), fingerprint(value.state_dict())]
     if isinstance(value, Tensor):

@@ -1,0 +1,23 @@
+"""Data sets by name or folder, as in-memory tensors in a fixed train / validation / test split, with their task."""
+
+from lib.data.folders import fingerprint
+from lib.data.loading import check_name, load
+from lib.data.named import NAMES, SHIPPED_ROOT, data_root
+from lib.data.splits import Data, DataError, Split
+from lib.data.task import PADDING, Task, accuracy, classification
+
+__all__ = [
+    "NAMES",
+    "PADDING",
+    "SHIPPED_ROOT",
+    "Data",
+    "DataError",
+    "Split",
+    "Task",
+    "accuracy",
+    "check_name",
+    "classification",
+    "data_root",
+    "fingerprint",
+    "load",
+]
