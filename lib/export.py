@@ -28,9 +28,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import nn
 
+from lib.constraint import State, state_of
 from lib.files import write_whole
-from lib.models import prunable
-from lib.recipes.rewinding import State, state_of
+from lib.shapes import prunable
 
 
 class Packed(NamedTuple):

@@ -15,7 +15,8 @@ def lenet5(shape: tuple[int, int, int], classes: int) -> nn.Module:
 
     ReLU after each convolution, the PyTorch form.
 
-    >>> from lib.models import lenet5, prunable
+    >>> from lib.models import lenet5
+    >>> from lib.shapes import prunable
     >>> {name: layer.weight.numel() for name, layer in prunable(lenet5((1, 28, 28), 10)).items()}
     {'conv1': 500, 'conv2': 25000, 'fc1': 400000, 'fc2': 5000}
     """
@@ -42,7 +43,8 @@ def lenet5(shape: tuple[int, int, int], classes: int) -> nn.Module:
 def lenet300(shape: tuple[int, int, int], classes: int) -> nn.Module:
     """LeNet-300-100: two hidden layers of 300 and 100 neurons (266,200 weights on 28x28).
 
-    >>> from lib.models import lenet300, prunable
+    >>> from lib.models import lenet300
+    >>> from lib.shapes import prunable
     >>> {name: layer.weight.numel() for name, layer in prunable(lenet300((1, 28, 28), 10)).items()}
     {'fc1': 235200, 'fc2': 30000, 'fc3': 1000}
     """
@@ -62,7 +64,8 @@ def lenet300(shape: tuple[int, int, int], classes: int) -> nn.Module:
 def vgg(shape: tuple[int, int, int], classes: int, width: int = 16) -> nn.Module:
     """A small VGG: three stages of two 3x3 convolutions with batch norm, ``width``, 2x and 4x channels; one fc.
 
-    >>> from lib.models import prunable, vgg
+    >>> from lib.shapes import prunable
+    >>> from lib.models import vgg
     >>> [len(layer.weight) for layer in prunable(vgg((3, 32, 32), 10, width=8)).values()]
     [8, 8, 16, 16, 32, 32, 10]
     """
@@ -108,7 +111,8 @@ def resnet(shape: tuple[int, int, int], classes: int, depth: int = 20, width: in
 
     Shortcuts that change shape are 1x1 convolutions (option B of that paper).
 
-    >>> from lib.models import prunable, resnet
+    >>> from lib.shapes import prunable
+    >>> from lib.models import resnet
     >>> layers = prunable(resnet((3, 32, 32), 10, depth=20))
     >>> len(layers), [name for name in layers if "shortcut" in name]
     (22, ['block2_1.shortcut.0', 'block3_1.shortcut.0'])
@@ -171,7 +175,8 @@ def build(name: str, shape: tuple[int, int, int], classes: int, seed: int = 0, *
 
     The global random state is left as it was.
 
-    >>> from lib.models import build, prunable
+    >>> from lib.models import build
+    >>> from lib.shapes import prunable
     >>> sum(layer.weight.numel() for layer in prunable(build("lenet5", (1, 28, 28), 10)).values())
     430500
     >>> a, b = (build("lenet5", (1, 28, 28), 10, seed=3) for _ in range(2))
@@ -182,13 +187,3 @@ def build(name: str, shape: tuple[int, int, int], classes: int, seed: int = 0, *
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return make(shape, classes, **options).to(memory_format=torch.channels_last)
-
-
-def prunable(model: nn.Module) -> dict[str, nn.Module]:
-    """The convolution and linear layers by name, in forward-definition order: what a plan may constrain.
-
-    >>> from lib.models import build, prunable
-    >>> list(prunable(build("lenet5", (1, 28, 28), 10)))
-    ['conv1', 'conv2', 'fc1', 'fc2']
-    """
-    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}

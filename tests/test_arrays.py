@@ -11,12 +11,12 @@ import torch
 import torchvision
 from torch import nn
 
-from lib import arrays, crossbar, data, faults, models, training
-from lib.arrays import Array, Converter, Programmed, Wires, exact_bits
-from lib.arrays.wires import in_series, on_lines
+from lib import crossbar, data, faults, models, training
 from lib.constraint import harden
-from lib.crossbar import CrossbarError, Mapping, Polarized
+from lib.crossbar import Array, Converter, CrossbarError, Mapping, Polarized, Programmed, Wires, exact_bits
+from lib.crossbar.wires import in_series, on_lines
 from lib.pruning import PolarizedFragments, uniform_plan
+from lib.shapes import layer_shapes
 
 OFFSET = Mapping("offset", 8, 2)
 EVENTS = {"adc": 1.5625, "dac": 0.390625, "cell": 30 / 128**2, "array": 30.0}  # pJ, from ISAAC's table
@@ -34,7 +34,7 @@ def lenet():
 
 @pytest.fixture(scope="module")
 def shapes(lenet):
-    return arrays.layer_shapes(lenet, (1, 28, 28))
+    return layer_shapes(lenet, (1, 28, 28))
 
 
 def used(tiles):
@@ -63,7 +63,7 @@ class TestCounts:
         assert shapes["macs"].sum() == 2_293_000
 
     def test_16_bits(self, shapes):
-        tiles = arrays.tile(shapes, Array(mapping=Mapping("offset", 16, 2), input_bits=16))
+        tiles = crossbar.tile(shapes, Array(mapping=Mapping("offset", 16, 2), input_bits=16))
         assert tiles["arrays"].tolist() == [2, 16, 224, 4]
         assert tiles["adc_used"].tolist() == [1_474_560, 1_638_400, 448_000, 5120]
         assert tiles["adc_full"].tolist() == [2_359_296, 2_097_152, 458_752, 8192]
@@ -72,25 +72,25 @@ class TestCounts:
         assert used(tiles).tolist() == pytest.approx([2551.5, 3735.0, 953.75, 12.297], abs=6e-4)
         assert full(tiles).tolist() == pytest.approx([5160.96, 4587.52, 1003.52, 17.92], abs=1e-9)
         assert tiles["steps"].sum() * 100e-9 == pytest.approx(1.0272e-3)
-        total = arrays.network_total(tiles)
+        total = crossbar.network_total(tiles)
         assert (total["arrays"], total["adc_used"], total["dac_used"]) == (246, 3_566_080, 2_926_400)
 
     def test_8_bits(self, shapes):
-        tiles = arrays.tile(shapes, Array())
+        tiles = crossbar.tile(shapes, Array())
         assert tiles["arrays"].tolist() == [1, 8, 112, 4]
         assert tiles["adc_used"].sum() == 891_520
         assert tiles["adc_full"].sum() == 1_232_896
         assert used(tiles).sum() == pytest.approx(1813.918, abs=2e-3)
         assert full(tiles).sum() == pytest.approx(2696.96)
-        assert arrays.tile(shapes, Array(input_bits=16))["adc_used"].sum() == 1_783_040
+        assert crossbar.tile(shapes, Array(input_bits=16))["adc_used"].sum() == 1_783_040
 
     def test_pairs(self, shapes):
         pair = Mapping("two_column", 8, 2)
-        digital = arrays.tile(shapes, Array(mapping=pair))
+        digital = crossbar.tile(shapes, Array(mapping=pair))
         assert digital["arrays"].sum() == 246
         assert digital["adc_used"].sum() == 1_783_040
-        assert arrays.tile(shapes, Array(mapping=pair, analog_difference=True))["adc_used"].sum() == 891_520
-        apart = arrays.tile(shapes, Array(mapping=pair, pair="arrays"))
+        assert crossbar.tile(shapes, Array(mapping=pair, analog_difference=True))["adc_used"].sum() == 891_520
+        apart = crossbar.tile(shapes, Array(mapping=pair, pair="arrays"))
         assert apart["arrays"].tolist() == [2, 16, 224, 8]
 
     @pytest.mark.parametrize(
@@ -103,23 +103,23 @@ class TestCounts:
         ],
     )
     def test_sizes(self, shapes, size, count, adc, dac):
-        total = arrays.network_total(arrays.tile(shapes, Array(size, size)))
+        total = crossbar.network_total(crossbar.tile(shapes, Array(size, size)))
         assert (total["arrays"], total["adc_used"], total["dac_used"]) == (count, adc, dac)
 
     def test_classic(self):
-        shapes = arrays.layer_shapes(lenet_classic(), (1, 28, 28))
-        wide = arrays.tile(shapes, Array(mapping=Mapping("offset", 16, 2), input_bits=16))
+        shapes = layer_shapes(lenet_classic(), (1, 28, 28))
+        wide = crossbar.tile(shapes, Array(mapping=Mapping("offset", 16, 2), input_bits=16))
         assert wide["arrays"].tolist() == [1, 2, 32, 6, 1]
         assert wide["adc_used"].sum() == 1_085_184
         assert wide["adc_full"].sum() == 2_095_104
-        narrow = arrays.tile(shapes, Array())
+        narrow = crossbar.tile(shapes, Array())
         assert narrow["arrays"].sum() == 23
         assert narrow["adc_used"].sum() == 271_296
         assert used(narrow).sum() == pytest.approx(562.818, abs=2e-3)
 
     def test_fragments(self, shapes):
         array = Array(mapping=Polarized(weight_bits=8, cell_bits=2, fragment=8), input_bits=16, active_rows=8)
-        tiles = arrays.tile(shapes, array)
+        tiles = crossbar.tile(shapes, array)
         assert tiles["arrays"].sum() == 125
         assert tiles["adc_used"].tolist() == [2_949_120, 12_902_400, 3_200_000, 40_320]
         assert tiles["steps"].tolist() == [576 * 16 * 4, 64 * 16 * 16, 16 * 16, 16 * 16]
@@ -128,52 +128,52 @@ class TestCounts:
         """PRIME's conversions per multiply-accumulate, both cells of a pair subtracted before one."""
         mapping = Mapping("two_column", 8, 4)
         array = Array(256, 256, mapping, input_bits=6, dac_bits=3, pair="arrays", analog_difference=True)
-        tiles = arrays.tile(arrays.layer_shapes(nn.Sequential(nn.Linear(25600, 25600)), (25600,)), array)
+        tiles = crossbar.tile(layer_shapes(nn.Sequential(nn.Linear(25600, 25600)), (25600,)), array)
         assert tiles["adc_used"].sum() / tiles["macs"].sum() == pytest.approx(0.015625)
 
     def test_isaac_limit(self):
         """One conversion a multiply-accumulate at 16 bits, a quarter at 8."""
-        shapes = arrays.layer_shapes(nn.Sequential(nn.Linear(1280, 640)), (1280,))
-        wide = arrays.tile(shapes, Array(mapping=Mapping("offset", 16, 2), input_bits=16))
+        shapes = layer_shapes(nn.Sequential(nn.Linear(1280, 640)), (1280,))
+        wide = crossbar.tile(shapes, Array(mapping=Mapping("offset", 16, 2), input_bits=16))
         assert wide["adc_used"].sum() == shapes["macs"].sum()
-        assert arrays.tile(shapes, Array())["adc_used"].sum() * 4 == shapes["macs"].sum()
+        assert crossbar.tile(shapes, Array())["adc_used"].sum() * 4 == shapes["macs"].sum()
 
     def test_groups(self):
         """Every group takes arrays of its own; a depthwise layer as many as it has channels."""
         net = nn.Sequential(nn.Conv2d(32, 32, 3, groups=32, padding=1), nn.Conv2d(32, 64, 1, groups=2))
-        tiles = arrays.tile(arrays.layer_shapes(net, (32, 8, 8)), Array())
+        tiles = crossbar.tile(layer_shapes(net, (32, 8, 8)), Array())
         assert tiles["arrays"].tolist() == [32, 2]
         assert tiles["cells"].tolist() == [32 * 9 * 4, 2 * 16 * 32 * 4]
 
     def test_channel_aligned(self):
         """MNSIM's rule: 14 channels of a 3x3 kernel in 128 rows."""
-        shapes = arrays.layer_shapes(nn.Sequential(nn.Conv2d(64, 10, 3)), (64, 5, 5))
-        assert arrays.tile(shapes, Array())["arrays"].item() == ceil(576 / 128)
-        assert arrays.tile(shapes, Array(128, tiling="channel_aligned"))["arrays"].item() == ceil(64 / 14)
+        shapes = layer_shapes(nn.Sequential(nn.Conv2d(64, 10, 3)), (64, 5, 5))
+        assert crossbar.tile(shapes, Array())["arrays"].item() == ceil(576 / 128)
+        assert crossbar.tile(shapes, Array(128, tiling="channel_aligned"))["arrays"].item() == ceil(64 / 14)
         with pytest.raises(CrossbarError, match="channel_aligned: kernels of 9 weights, and arrays of 8 rows"):
-            arrays.tile(shapes, Array(8, 8, tiling="channel_aligned"))
+            crossbar.tile(shapes, Array(8, 8, tiling="channel_aligned"))
 
     def test_large_networks_from_shapes_alone(self):
         with torch.device("meta"):
             nets = torchvision.models.resnet50(), torchvision.models.vgg16()
-        counted = [arrays.tile(arrays.layer_shapes(net, (3, 224, 224)), Array()) for net in nets]
+        counted = [crossbar.tile(layer_shapes(net, (3, 224, 224)), Array()) for net in nets]
         assert [t["macs"].sum() for t in counted] == [4_089_184_256, 15_470_264_320]
         assert all(t["arrays"].gt(0).all() for t in counted)
 
     def test_replication_shortens_the_slowest_layer(self, shapes):
-        tiles = arrays.balanced(arrays.tile(shapes, Array()), 200)
+        tiles = crossbar.balanced(crossbar.tile(shapes, Array()), 200)
         copies = tiles.set_index("layer")["replication"]
         assert (tiles["arrays"] * tiles["replication"]).sum() <= 200
         assert copies["conv1"] > copies["conv2"] > copies["fc1"] == 1
         slowest = (tiles["steps"] / tiles["replication"]).max()
         assert slowest < tiles["steps"].max() / 9
         with pytest.raises(CrossbarError, match="one copy of the network takes 125"):
-            arrays.balanced(arrays.tile(shapes, Array()), 124)
+            crossbar.balanced(crossbar.tile(shapes, Array()), 124)
 
     def test_the_model_is_left_as_it_was(self, lenet):
         net = deepcopy(lenet).train()
         before = deepcopy(net.state_dict())
-        arrays.layer_shapes(net, (1, 28, 28))
+        layer_shapes(net, (1, 28, 28))
         assert net.training
         assert not net.conv1._forward_hooks
         assert all(torch.equal(a, b) for a, b in zip(before.values(), net.state_dict().values(), strict=True))
@@ -181,11 +181,11 @@ class TestCounts:
     def test_other_layers_are_named(self):
         net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(4, 2, 3))
         with pytest.raises(CrossbarError, match=r"the model also has 1 \(ConvTranspose2d\)"):
-            arrays.layer_shapes(net, (3, 8, 8))
+            layer_shapes(net, (3, 8, 8))
         with pytest.warns(UserWarning, match=r"left out, as arrays do not hold them: 1 \(ConvTranspose2d\)"):
-            assert len(arrays.layer_shapes(net, (3, 8, 8), skip=True)) == 1
+            assert len(layer_shapes(net, (3, 8, 8), skip=True)) == 1
         with pytest.raises(CrossbarError, match="no convolution and no linear layer"):
-            arrays.layer_shapes(nn.Sequential(nn.ReLU()), (3,))
+            layer_shapes(nn.Sequential(nn.ReLU()), (3,))
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ class TestConverters:
         """Few sums are large: a range that cuts them off loses less."""
         sums = torch.randn(10_000, generator=torch.Generator().manual_seed(0)).abs() * 10
         sums[0] = 384
-        full, found = Converter.up_to(384, 4, whole=False), arrays.calibrated(sums, 4, signed=False)
+        full, found = Converter.up_to(384, 4, whole=False), crossbar.calibrated(sums, 4, signed=False)
         errors = [float((c.convert(sums) - sums).square().mean()) for c in (full, found)]
         assert errors[1] < errors[0] / 3
         assert found.codes * found.step < 100
@@ -392,30 +392,30 @@ class TestWires:
     def test_lines(self, cells, conductance, ohms, loss):
         """A column of equal cells, all rows at one voltage."""
         line = torch.full((cells, 1), conductance, dtype=torch.float64)
-        found = 1 - float(arrays.effective(line, 1e-9, ohms).sum()) / (cells * conductance)
+        found = 1 - float(crossbar.effective(line, 1e-9, ohms).sum()) / (cells * conductance)
         digits = len(str(loss).partition(".")[2])
         assert round(100 * found, digits) == loss
 
     def test_closed_form(self):
-        assert round(100 * arrays.line_loss(128, 1e-5, 2.12), 2) == 10.17
-        small = arrays.line_loss(64, 1e-7, 2.12)
+        assert round(100 * crossbar.line_loss(128, 1e-5, 2.12), 2) == 10.17
+        small = crossbar.line_loss(64, 1e-7, 2.12)
         assert small == pytest.approx(2.12e-7 * 64**2 / 3, rel=1e-3)
-        assert arrays.line_loss(64, 0.0, 2.12) == 0
+        assert crossbar.line_loss(64, 0.0, 2.12) == 0
 
     def test_against_kirchhoff(self):
         g = torch.rand(2, 7, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 1e-3
         g[0, 2] = 0  # a row without cells
-        found = arrays.effective(g, 3.0, 5.0)
+        found = crossbar.effective(g, 3.0, 5.0)
         for one, expected in zip(found, g, strict=True):
             assert one.numpy() == pytest.approx(nodal(expected.numpy(), 3.0, 5.0), rel=1e-9)
 
     def test_cheap_rules_are_right_where_little_is_lost(self):
         g = torch.rand(16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 1e-7
-        exact = arrays.effective(g, 1.0, 2.0)
+        exact = crossbar.effective(g, 1.0, 2.0)
         lost = float((g - exact).sum())
         assert 0 < float((g - in_series(g, 1.0, 2.0)).sum()) < lost  # no current shared
         column = torch.full((64, 1), 1e-5, dtype=torch.float64)
-        exact = float(arrays.effective(column, 1e-9, 2.12).sum())
+        exact = float(crossbar.effective(column, 1e-9, 2.12).sum())
         assert float(on_lines(column, 1.0, 2.12).sum()) == pytest.approx(exact, rel=2e-3)
 
     @pytest.mark.parametrize("pair", ["columns", "arrays"])
@@ -434,7 +434,7 @@ class TestWires:
                 inside = matrix[i : i + 8, j : j + 12]
                 whole = torch.zeros(8, 12)  # empty rows on top, far from the ground
                 whole[8 - inside.shape[0] :, : inside.shape[1]] = inside
-                weak = arrays.effective(whole / 1e4, 2.0, 6.0) * 1e4
+                weak = crossbar.effective(whole / 1e4, 2.0, 6.0) * 1e4
                 expected[i : i + 8, j : j + 12] = weak[8 - inside.shape[0] :, : inside.shape[1]]
             here = found[:, [side]] if pair == "arrays" else found
             assert here.permute(3, 2, 1, 0).flatten(1) == pytest.approx(expected, rel=1e-5)
@@ -461,10 +461,10 @@ def trained(few):
 class TestNetworks:
     def test_exact_arrays_are_the_quantized_network(self, trained, few):
         """By hand: inputs and weights rounded, everything else as it was."""
-        net = arrays.on_arrays(trained, Array(), few.train.x[:50])
+        net = crossbar.on_arrays(trained, Array(), few.train.x[:50])
         x = few.test.x[:20]
         by_hand = deepcopy(trained).eval()
-        for name, layer in models.prunable(by_hand).items():
+        for name, layer in shapes.prunable(by_hand).items():
             scale = layer.weight.detach().abs().max() / 127
             layer.weight.data = (layer.weight.data / scale).round() * scale
             inputs = net.get_submodule(name).inputs
@@ -485,37 +485,37 @@ class TestNetworks:
         torch.manual_seed(0)
         nn.init.normal_(layer.weight)
         x = torch.randn(5, 6, 9, 7)
-        net = arrays.on_arrays(nn.Sequential(layer), Array(mapping=Mapping("offset", 16, 4), input_bits=16), x)
+        net = crossbar.on_arrays(nn.Sequential(layer), Array(mapping=Mapping("offset", 16, 4), input_bits=16), x)
         with torch.no_grad():
             assert net(x) == pytest.approx(layer(x), abs=5e-3)
 
     def test_tokens(self):
         torch.manual_seed(0)
         layer, x = nn.Linear(6, 4), torch.randn(5, 3, 6)
-        net = arrays.on_arrays(nn.Sequential(layer), Array(mapping=Mapping("offset", 16, 4), input_bits=16), x)
+        net = crossbar.on_arrays(nn.Sequential(layer), Array(mapping=Mapping("offset", 16, 4), input_bits=16), x)
         with torch.no_grad():
             assert net(x) == pytest.approx(layer(x), abs=5e-3)
 
     def test_batches_do_not_matter(self, trained, few):
-        net = arrays.on_arrays(trained, Array(adc_bits=6), few.train.x[:50])
+        net = crossbar.on_arrays(trained, Array(adc_bits=6), few.train.x[:50])
         with torch.no_grad():
             whole = net(few.test.x[:40])
             assert torch.equal(torch.cat([net(part) for part in few.test.x[:40].split(7)]), whole)
 
     def test_named_layers_only(self, trained, few):
-        net = arrays.on_arrays(trained, {"fc1": Array()}, few.train.x[:20])
-        assert isinstance(net.fc1, arrays.ArrayLayer)
+        net = crossbar.on_arrays(trained, {"fc1": Array()}, few.train.x[:20])
+        assert isinstance(net.fc1, crossbar.ArrayLayer)
         assert isinstance(net.conv1, nn.Conv2d)
         assert isinstance(trained.fc1, nn.Linear)
         with pytest.raises(CrossbarError, match="names layer 'fc9'"):
-            arrays.on_arrays(trained, {"fc9": Array()}, few.train.x[:20])
+            crossbar.on_arrays(trained, {"fc9": Array()}, few.train.x[:20])
 
     def test_converters_wires_and_faults_cost_accuracy(self, trained, few):
         images = few.train.x[:50]
         plain = training.evaluate(trained, few.test)
 
         def accuracy(array, **options):
-            return training.evaluate(arrays.on_arrays(trained, array, images, **options), few.test)
+            return training.evaluate(crossbar.on_arrays(trained, array, images, **options), few.test)
 
         assert abs(accuracy(Array()) - plain) <= 0.02
         assert accuracy(Array(adc_bits=2)) < plain - 0.1
@@ -526,8 +526,8 @@ class TestNetworks:
         net = deepcopy(trained)
         harden(net, uniform_plan(net, PolarizedFragments(8)))
         array = Array(mapping=Polarized(weight_bits=8, cell_bits=2, fragment=8), active_rows=8, adc_bits=5)
-        offset = arrays.on_arrays(net, Array(), few.train.x[:50])
-        polarized = arrays.on_arrays(net, array, few.train.x[:50])
+        offset = crossbar.on_arrays(net, Array(), few.train.x[:50])
+        polarized = crossbar.on_arrays(net, array, few.train.x[:50])
         with torch.no_grad():
             assert polarized(few.test.x[:50]) == pytest.approx(offset(few.test.x[:50]), abs=1e-4)
 
@@ -552,9 +552,9 @@ class TestPolarizedMapping:
 
     def test_a_plan_for_the_sweep(self, trained, few):
         net = deepcopy(trained)
-        for layer in models.prunable(net).values():
+        for layer in shapes.prunable(net).values():
             layer.weight.data.abs_()
-        plan = {n: Polarized().of(layer.weight) for n, layer in models.prunable(net).items()}
+        plan = {n: Polarized().of(layer.weight) for n, layer in shapes.prunable(net).items()}
         healthy = faults.on_chip(net, plan, faults.StuckAt(0.0), 0)
         for a, b in zip(net.parameters(), healthy.parameters(), strict=True):
             assert a.detach() == pytest.approx(b.detach(), abs=1e-6)

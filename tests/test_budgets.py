@@ -5,12 +5,12 @@ from copy import deepcopy
 import pytest
 import torch
 
-from lib.constraint import attach_masks, fitted, weights
-from lib.models import prunable
-from lib.pruning import LayerAdaptive, Unstructured, kept, uniform_plan
+from lib.constraint import attach_masks, fitted, kept, weights
+from lib.pruning import LayerAdaptive, Unstructured, uniform_plan
 from lib.quantization import Levels, Quantized
 from lib.recipes import one_shot, progressive, search_budgets, search_rate
 from lib.recipes.budgets import _loss, _moved
+from lib.shapes import prunable
 from lib.training import cached, evaluate, fit
 
 TRAIN = {"epochs": 2, "lr": 0.05, "seed": 3}

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from lib.channels import compact, coupled, follow, residual_groups
 from lib.constraint import ConstraintError, attach_masks, detach_masks, masks, select, weights
-from lib.models import build, prunable
+from lib.models import build
 from lib.pruning import Filter
-from lib.pruning.channels import compact, coupled, follow, residual_groups
+from lib.shapes import prunable
 
 NETS = [
     ("lenet5", (1, 28, 28), {}),

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from lib.constraint import attach_masks, harden, masks
-from lib.costs.compute import break_even, latency_ratio, macs, product, product_times, sparse_speedup, sparse_weight
-from lib.models import build, prunable
+from lib.costs.compute import break_even, latency_ratio, product, product_times, sparse_speedup, sparse_weight
+from lib.models import build
 from lib.pruning import Filter
+from lib.shapes import macs, prunable
 
 
 def test_lenet5_macs():

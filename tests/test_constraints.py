@@ -15,12 +15,15 @@ from lib.constraint import (
     detach_masks,
     fitted,
     harden,
+    keep_largest,
+    keep_largest_in_rows,
+    kept,
     masks,
     project,
     select,
     weights,
 )
-from lib.models import build, prunable
+from lib.models import build
 from lib.pruning import (
     DARB,
     NATURAL,
@@ -48,13 +51,11 @@ from lib.pruning import (
     Unstructured,
     block_max,
     correlation,
-    keep_largest,
-    keep_largest_in_rows,
-    kept,
     rounds,
     uniform_plan,
 )
 from lib.pruning.adaptive import _lamp
+from lib.shapes import prunable
 
 GROUPS = {  # constraint: height and width of a group, then of the region that has the budget, on the GEMM matrix
     Unstructured(0.0): lambda f, k, a: ((1, 1), (f, k)),

@@ -7,10 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from lib import arrays, data, models, recipes, training
-from lib.arrays import Array, exact_bits
+from lib import crossbar, data, models, recipes, training
 from lib.constraint import ConstraintError, attach_masks, fitted, harden, weights
-from lib.crossbar import CrossbarError, Mapping
+from lib.crossbar import Array, CrossbarError, Mapping, exact_bits
 from lib.pruning import (
     NM,
     AlignedLines,
@@ -23,6 +22,7 @@ from lib.pruning import (
     tiny_adc,
     uniform_plan,
 )
+from lib.shapes import layer_shapes
 
 
 def random(*shape, seed=0):
@@ -103,7 +103,7 @@ class TestAlignedLines:
         for c in (FilterColumn(0.45, 0.55), AlignedLines(0.45, 0.55, rows=32, filters=8)):
             copy = deepcopy(net)
             harden(copy, fitted(copy, uniform_plan(copy, c)))
-            found = arrays.occupied(copy, (300,), array)
+            found = crossbar.occupied(copy, (300,), array)
             counts[type(c)] = int(found["arrays"].iloc[0]), int(found["kept"].iloc[0])
         assert counts[AlignedLines][0] <= counts[FilterColumn][0]
         assert counts[AlignedLines][1] / counts[AlignedLines][0] > counts[FilterColumn][1] / counts[FilterColumn][0]
@@ -164,11 +164,11 @@ class TestTinyADC:
         weight = tiny_adc(8, 128).project(random(10, 256))
         x = torch.randint(0, 256, (256, 20), generator=torch.Generator().manual_seed(0))
         mapping = Mapping("two_column", 8, 2)
-        exact = arrays.Programmed(weight, Array(mapping=mapping))(x)
-        product = arrays.Programmed(weight, Array(mapping=mapping, adc_bits=5))
-        product.converter = arrays.Converter(5)
+        exact = crossbar.Programmed(weight, Array(mapping=mapping))(x)
+        product = crossbar.Programmed(weight, Array(mapping=mapping, adc_bits=5))
+        product.converter = crossbar.Converter(5)
         assert torch.equal(product(x), exact)
-        product.converter = arrays.Converter(3)
+        product.converter = crossbar.Converter(3)
         assert not torch.equal(product(x), exact)
 
 
@@ -197,13 +197,13 @@ class TestBudgetsByCost:
     def test_products_of_a_network(self):
         """By vectors, the rate is that of products; by weights, convolutions keep most of theirs."""
         net = models.build("lenet5", (1, 28, 28), 10, seed=0)
-        shapes = arrays.layer_shapes(net, (1, 28, 28))
+        shapes = layer_shapes(net, (1, 28, 28))
         costs = tuple(zip(shapes["layer"], shapes["vectors"], strict=True))
         saved = {}
         for c in (SubmatrixAdaptive(3.0), SubmatrixByCost(3.0, costs)):
             copy = deepcopy(net)
             harden(copy, fitted(copy, uniform_plan(copy, c)))
-            products = (arrays.occupied(copy, (1, 28, 28), Array())["kept"] * shapes["vectors"]).sum()
+            products = (crossbar.occupied(copy, (1, 28, 28), Array())["kept"] * shapes["vectors"]).sum()
             saved[type(c)] = shapes["macs"].sum() / products
         assert saved[SubmatrixByCost] == pytest.approx(3.0, rel=0.05)
         assert saved[SubmatrixAdaptive] < 2
@@ -221,16 +221,16 @@ class TestOccupied:
     )
     def test_lines(self, shape, keep, dense, left):
         net = pruned(shape, keep)
-        assert arrays.occupied(net, (shape[0],), Array(), "none")["arrays"].item() == dense
-        found = arrays.occupied(net, (shape[0],), Array())
+        assert crossbar.occupied(net, (shape[0],), Array(), "none")["arrays"].item() == dense
+        found = crossbar.occupied(net, (shape[0],), Array())
         assert found["arrays"].item() == left
         assert found["index_bits"].item() == 0
         assert found["kept"].item() == keep[0] * keep[1]
 
     def test_none_is_the_dense_network(self):
         net = models.build("lenet5", (1, 28, 28), 10, seed=0)
-        tiles = arrays.tile(arrays.layer_shapes(net, (1, 28, 28)), Array())
-        found = arrays.occupied(net, (1, 28, 28), Array(), "none")
+        tiles = crossbar.tile(layer_shapes(net, (1, 28, 28)), Array())
+        found = crossbar.occupied(net, (1, 28, 28), Array(), "none")
         assert found[tiles.columns].equals(tiles)
 
     def test_blocks(self):
@@ -238,7 +238,7 @@ class TestOccupied:
         layer = nn.Linear(8, 6)
         nn.init.zeros_(layer.weight)
         layer.weight.data[:3, :4], layer.weight.data[5, 4:] = 1, 1
-        found = arrays.occupied(nn.Sequential(layer), (8,), Array(4, 8), "blocks").iloc[0]
+        found = crossbar.occupied(nn.Sequential(layer), (8,), Array(4, 8), "blocks").iloc[0]
         assert found["arrays"] == 2 + 1  # 3 filters of 4 cells in arrays of 8 columns, and 1
         assert found["index_bits"] == (3 + 1) * 3
         assert found["adc_used"] == (3 + 1) * 4 * 8
@@ -249,8 +249,8 @@ class TestOccupied:
         layer = nn.Linear(4, 4)
         nn.init.zeros_(layer.weight)
         layer.weight.data[:2, :2], layer.weight.data[2:, 2:] = 1, 1
-        found = arrays.occupied(nn.Sequential(layer), (4,), Array(4, 8), "shapes").iloc[0]
-        assert arrays.occupied(nn.Sequential(layer), (4,), Array(4, 8), "none")["arrays"].item() == 2
+        found = crossbar.occupied(nn.Sequential(layer), (4,), Array(4, 8), "shapes").iloc[0]
+        assert crossbar.occupied(nn.Sequential(layer), (4,), Array(4, 8), "none")["arrays"].item() == 2
         assert found["arrays"] == 1
         assert found["utilization"] == 1
         assert found["steps"] == 2 * 8  # one strip after the other
@@ -261,21 +261,21 @@ class TestOccupied:
         conv = nn.Conv2d(4, 4, 1, groups=2, bias=False)
         nn.init.zeros_(conv.weight)
         conv.weight.data[0] = 1
-        found = arrays.occupied(nn.Sequential(conv), (4, 3, 3), Array()).iloc[0]
+        found = crossbar.occupied(nn.Sequential(conv), (4, 3, 3), Array()).iloc[0]
         assert found["arrays"] == 1
         assert found["cells"] == 2 * 4
-        assert arrays.occupied(nn.Sequential(conv), (4, 3, 3), Array(), "none")["arrays"].item() == 2
+        assert crossbar.occupied(nn.Sequential(conv), (4, 3, 3), Array(), "none")["arrays"].item() == 2
 
     def test_an_empty_layer_takes_nothing(self):
-        found = arrays.occupied(pruned((8, 8), (0, 0)), (8,), Array()).iloc[0]
+        found = crossbar.occupied(pruned((8, 8), (0, 0)), (8,), Array()).iloc[0]
         assert (found["arrays"], found["adc_used"], found["utilization"]) == (0, 0, 0)
 
     def test_masks_count(self):
         net = pruned((8, 8), (8, 8))
         attach_masks(net, {"0": torch.arange(64).view(8, 8) < 16})
-        assert arrays.occupied(net, (8,), Array())["kept"].item() == 16
+        assert crossbar.occupied(net, (8,), Array())["kept"].item() == 16
 
     @pytest.mark.parametrize(("options", "message"), [({"rule": "luck"}, "rule = 'luck'"), ({"rows": 200}, "1 to 128")])
     def test_refusals(self, options, message):
         with pytest.raises(CrossbarError, match=message):
-            arrays.occupied(pruned((8, 8), (8, 8)), (8,), Array(), **options)
+            crossbar.occupied(pruned((8, 8), (8, 8)), (8,), Array(), **options)

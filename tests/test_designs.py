@@ -5,17 +5,17 @@ import pytest
 import torch
 from torch import nn
 
-from lib import arrays, models
-from lib.arrays import Array, input_cycles
-from lib.costs import designs, technology
+from lib import crossbar, models, technology
+from lib.costs import designs
 from lib.costs.designs import Forms, Isaac, Prime, Timely, at_bits
-from lib.costs.technology import TechnologyError, table
-from lib.crossbar import CrossbarError, Mapping
+from lib.crossbar import Array, CrossbarError, Mapping, input_cycles
+from lib.shapes import layer_shapes
+from lib.technology import TechnologyError, table
 
 
 @pytest.fixture(scope="module")
 def shapes():
-    return arrays.layer_shapes(models.build("lenet5", (1, 28, 28), 10, seed=0), (1, 28, 28))
+    return layer_shapes(models.build("lenet5", (1, 28, 28), 10, seed=0), (1, 28, 28))
 
 
 class TestTables:
@@ -112,7 +112,7 @@ class TestIsaac:
     def test_lenet(self, shapes, bits, count, area, latency):
         """LeNet-5 with 16 and with 8 bits, worked out apart."""
         design = at_bits(Isaac(), bits, bits)
-        tiles = arrays.tile(shapes, design.array)
+        tiles = crossbar.tile(shapes, design.array)
         summary = design.summary(tiles)
         assert summary["arrays"] == count
         assert round(summary["area_mm2"], 4) == area
@@ -127,13 +127,13 @@ class TestIsaac:
     def test_array_sizes(self, shapes, size, energy):
         """Converters of the flip rule's bits, 6 to 9."""
         design = Isaac(Array(size, size, flip=True))
-        found = design.energy(arrays.tile(shapes, design.array))[["adc", "dac", "array"]].sum().sum() / 1000
+        found = design.energy(crossbar.tile(shapes, design.array))[["adc", "dac", "array"]].sum().sum() / 1000
         assert found == pytest.approx(energy, rel=2e-3)
 
     def test_replication_costs_area_and_saves_time(self, shapes):
         design = Isaac()
-        tiles = arrays.tile(shapes, design.array)
-        copied = arrays.balanced(tiles, 250)
+        tiles = crossbar.tile(shapes, design.array)
+        copied = crossbar.balanced(tiles, 250)
         assert design.latency(copied, pipelined=True) < design.latency(tiles, pipelined=True) / 9
         assert design.energy(copied)["total"].sum() == design.energy(tiles)["total"].sum()
         assert design.summary(copied)["area_mm2"] > 1.5 * design.summary(tiles)["area_mm2"]
@@ -143,10 +143,10 @@ class TestForms:
     def test_fixture(self, shapes):
         """FORMS worked out apart, and ISAAC's hardware with the same weights beside it."""
         design = Forms()
-        tiles = arrays.tile(shapes, design.array)
+        tiles = crossbar.tile(shapes, design.array)
         assert design.energy(tiles)["adc"].sum() / 1000 == pytest.approx(4318.4, abs=0.3)
         isaac = at_bits(Isaac(), 8, 16)
-        assert isaac.energy(arrays.tile(shapes, isaac.array))["adc"].sum() / 1000 == pytest.approx(2786.0, abs=0.1)
+        assert isaac.energy(crossbar.tile(shapes, isaac.array))["adc"].sum() / 1000 == pytest.approx(2786.0, abs=0.1)
 
     @pytest.mark.parametrize(("fragment", "ns"), [(4, 487.6), (8, 243.8), (16, 121.9)])
     def test_times(self, fragment, ns):
@@ -163,7 +163,7 @@ class TestForms:
 
     def test_skipping(self, shapes):
         design = Forms()
-        tiles = arrays.tile(shapes, design.array)
+        tiles = crossbar.tile(shapes, design.array)
         cycles = dict.fromkeys(tiles["layer"], 4.0)
         assert design.energy(tiles, cycles=cycles)["total"].sum() == pytest.approx(
             design.energy(tiles)["total"].sum() / 4
@@ -194,8 +194,8 @@ class TestCycles:
     def test_by_hand(self):
         torch.manual_seed(0)
         layer, x = nn.Conv2d(3, 4, 3, padding=1), torch.rand(2, 3, 6, 6) ** 4
-        net = arrays.on_arrays(nn.Sequential(layer), Array(), x)
-        found = arrays.effective_cycles(net, x, (4, 27)).set_index("fragment")["cycles"]
+        net = crossbar.on_arrays(nn.Sequential(layer), Array(), x)
+        found = crossbar.effective_cycles(net, x, (4, 27)).set_index("fragment")["cycles"]
         whole = nn.functional.unfold(net[0].whole(x), 3, padding=1).permute(1, 0, 2).flatten(1)  # (27, vectors)
         for f in (4, 27):
             parts = [whole[i : i + f].amax(0).int().tolist() for i in range(0, 27, f)]
@@ -205,13 +205,13 @@ class TestCycles:
 
     def test_refusals(self):
         with pytest.raises(CrossbarError, match="0 layers in arrays"):
-            arrays.effective_cycles(nn.Linear(3, 3), torch.ones(1, 3), (4,))
+            crossbar.effective_cycles(nn.Linear(3, 3), torch.ones(1, 3), (4,))
 
 
 class TestOthers:
     def test_prime_has_no_absolute_figures(self, shapes):
         design = Prime()
-        tiles = arrays.tile(shapes, design.array)
+        tiles = crossbar.tile(shapes, design.array)
         for ask in (lambda: design.energy(tiles), lambda: design.area(3), lambda: design.latency(tiles)):
             with pytest.raises(TechnologyError, match="PRIME prints no absolute"):
                 ask()
@@ -221,9 +221,9 @@ class TestOthers:
 
     def test_timely_shares_conversions(self):
         """12 arrays side by side convert their inputs once, 12 below each other their sums once."""
-        shapes = arrays.layer_shapes(nn.Sequential(nn.Linear(12 * 256, 12 * 128)), (12 * 256,))
+        shapes = layer_shapes(nn.Sequential(nn.Linear(12 * 256, 12 * 128)), (12 * 256,))
         shared, alone = (Timely(across=n, down=n) for n in (12, 1))
-        both = [d.energy(arrays.tile(shapes, d.array)).iloc[0] for d in (shared, alone)]
+        both = [d.energy(crossbar.tile(shapes, d.array)).iloc[0] for d in (shared, alone)]
         assert both[1]["dtc"] == pytest.approx(12 * both[0]["dtc"])
         assert both[1]["tdc"] == pytest.approx(12 * both[0]["tdc"])
         assert both[0]["input_reads"] == pytest.approx(12 * 256 * 12.736)
@@ -259,8 +259,8 @@ class TestOthers:
     def test_large_networks(self):
         with torch.device("meta"):
             net = models.build("resnet50", (3, 224, 224), 1000)
-        shapes = arrays.layer_shapes(net, (3, 224, 224))
+        shapes = layer_shapes(net, (3, 224, 224))
         for design in (Isaac(), Forms(), Timely()):
-            summary = design.summary(arrays.tile(shapes, design.array))
+            summary = design.summary(crossbar.tile(shapes, design.array))
             assert isinstance(summary, pd.Series)
             assert (summary > 0).all()

@@ -8,19 +8,11 @@ from torch import nn
 from torch.nn.functional import conv2d, cross_entropy, linear
 
 from lib.constraint import attach_masks, leaf
-from lib.costs import macs
-from lib.models import BasicBlock, build, prunable
-from lib.recipes.e2_train import (
-    MiniBatchDropping,
-    RecurrentGate,
-    SignPrediction,
-    SkippedBlock,
-    e2_train,
-    gate_of,
-    predictive_signs,
-    skippable,
-)
+from lib.layers.gates import RecurrentGate, SkippedBlock, gate_of, skippable
+from lib.models import BasicBlock, build
+from lib.recipes.e2_train import MiniBatchDropping, SignPrediction, e2_train, predictive_signs
 from lib.recipes.e2_train.signs import leading, quantized
+from lib.shapes import macs, prunable
 from lib.training import Hook, TrainingError, cached, evaluate, fit, metered
 
 FAST = {"lr": 0.1, "batch_size": 20, "schedule": "cosine"}

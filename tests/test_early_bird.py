@@ -7,8 +7,9 @@ import torch
 
 from lib import pruning
 from lib.constraint import ConstraintError
-from lib.models import build, prunable
+from lib.models import build
 from lib.recipes import channels_by_norm, drawing_point, early_bird, mask_distances, norms_of_channels, ticket
+from lib.shapes import prunable
 from lib.training import Hook, TrainingError, cached, evaluate, fit
 
 OPTIONS = {"lr": 0.05, "batch_size": 100, "epochs": 3}

@@ -8,12 +8,13 @@ import torch
 from safetensors.torch import load_file
 
 from lib import export
-from lib.constraint import attach_masks, fitted, harden, project, weights
+from lib.constraint import attach_masks, fitted, harden, project, state_of, weights
 from lib.costs import network_storage
-from lib.models import build, prunable
+from lib.models import build
 from lib.pruning import Column, Filter, FilterColumn, Unstructured, uniform_plan
 from lib.quantization import Levels, Quantized, binary, ternary
-from lib.recipes import one_shot, state_of
+from lib.recipes import one_shot
+from lib.shapes import prunable
 
 PLANS = {
     "dense": None,

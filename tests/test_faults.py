@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import nn
 
-from lib import models, pruning, recipes, training
-from lib.constraint import attach_masks, leaf, masks
+from lib import models, pruning, recipes, shapes, training
+from lib.constraint import attach_masks, leaf, masks, state_of
 from lib.crossbar import CrossbarError, Mapping
 from lib.faults import (
     InSlice,
@@ -298,7 +298,7 @@ def test_compressed_models_of_any_kind_go_in(trained, images):
 def test_batch_norm_and_biases_stay_healthy(images):
     net = models.build("resnet8", images.shape, images.classes)
     broken = on_chip(net, "offset", StuckAt(0.3), 0)
-    weights = {f"{n}.weight" for n in models.prunable(net)}
+    weights = {f"{n}.weight" for n in shapes.prunable(net)}
     for name, value in net.state_dict().items():
         assert torch.equal(value, broken.state_dict()[name]) == (name not in weights)
 
@@ -438,14 +438,14 @@ def test_gradients_go_straight_through_the_broken_weights(images):
     class Look(training.Hook):
         def after_backward(self, model, step):
             if not seen:
-                seen.update({n: layer.weight.detach().clone() for n, layer in models.prunable(model).items()})
-                seen.update({f"grad {n}": leaf(m).grad.clone() for n, m in models.prunable(model).items()})
+                seen.update({n: layer.weight.detach().clone() for n, layer in shapes.prunable(model).items()})
+                seen.update({f"grad {n}": leaf(m).grad.clone() for n, m in shapes.prunable(model).items()})
 
     start = deepcopy(net)
     training.fit(net, images, epochs=1, lr=1e-6, batch_size=1000, hooks=(hook, Look()))
-    other = recipes.rewind(models.build("lenet300", images.shape, images.classes), recipes.state_of(start))
+    other = recipes.rewind(models.build("lenet300", images.shape, images.classes), state_of(start))
     with torch.no_grad():
-        for name, layer in models.prunable(other).items():
+        for name, layer in shapes.prunable(other).items():
             chip = (1 << 40) + (3 << 24)
             expected = read_back(layer.weight, Mapping("differential"), StuckAt(0.1), chip, name)
             torch.testing.assert_close(seen[name], expected, rtol=0, atol=1e-6)
@@ -453,7 +453,7 @@ def test_gradients_go_straight_through_the_broken_weights(images):
     assert (seen["fc2"] != 0)[~mask["fc2"]].any()  # cells of removed weights fail too
     x, y = next(training.batches(images.train, 1000, 0, 0))
     nn.functional.cross_entropy(other(x), y).backward()
-    for name, layer in models.prunable(other).items():
+    for name, layer in shapes.prunable(other).items():
         keep = mask.get(name, torch.ones_like(layer.weight, dtype=torch.bool))
         torch.testing.assert_close(seen[f"grad {name}"], layer.weight.grad * keep, rtol=1e-3, atol=1e-7)
 
@@ -502,7 +502,7 @@ def test_every_recipe_trains_under_faults(recipe, trained, images):
         plan = {"fc1": pruning.Unstructured(0.5)}
         recipes.rigl(net, plan, images, epochs=1, interval=4, **options)
     else:
-        recipes.iterative(net, [plan, {"fc1": pruning.Column(0.8)}], images, recipes.state_of(net), epochs=1, **options)
+        recipes.iterative(net, [plan, {"fc1": pruning.Column(0.8)}], images, state_of(net), epochs=1, **options)
     assert {*net.state_dict()} == {*trained.state_dict()}
     if recipe != "iterative":
         assert plan["fc1"].member(net.fc1.weight.detach())

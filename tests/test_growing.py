@@ -6,13 +6,13 @@ from itertools import chain
 import pytest
 import torch
 
-from lib import recipes
-from lib.constraint import ConstraintError, attach_masks, masks, sparsity
-from lib.models import build, prunable
-from lib.pruning import NM, Block, Filter, LayerAdaptive, Unstructured, kept, uniform_plan
+from lib.constraint import ConstraintError, attach_masks, kept, masks, sparsity, state_of
+from lib.models import build
+from lib.pruning import NM, Block, Filter, LayerAdaptive, Unstructured, uniform_plan
 from lib.quantization import ternary
 from lib.recipes import contiguous_parts, grow_and_prune, parallel_grow_and_prune, random_masks, rigl
 from lib.recipes import growing as module
+from lib.shapes import prunable
 from lib.training import Hook, TrainingError, fit, metered
 
 OPTIONS = {"lr": 0.05, "batch_size": 100}
@@ -29,7 +29,7 @@ def watch_fits(monkeypatch):
     seen = []
 
     def watched(model, data, **options):
-        seen.append(({n: m.clone() for n, m in masks(model).items()}, options["seed"], recipes.state_of(model)))
+        seen.append(({n: m.clone() for n, m in masks(model).items()}, options["seed"], state_of(model)))
         return fit(model, data, **options)
 
     monkeypatch.setattr(module, "fit", watched)

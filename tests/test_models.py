@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from lib import models
-from lib.models import build, prunable
+from lib.models import build
+from lib.shapes import prunable
 
 
 def weights(model):

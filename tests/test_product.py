@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lib import data, models, pruning, quantization, recipes
-from lib.constraint import ConstraintError, attach_masks, fitted, select, weights
+from lib.constraint import ConstraintError, attach_masks, fitted, select, state_of, weights
 from lib.training import fit
 
 LAYERS = ("conv1_2", "conv2_1", "conv3_1")
@@ -65,7 +65,7 @@ def run(recipe, model, plans, images):
     """Bring the model into the last plan; returns the masks to retrain in."""
     plan = plans[-1]
     if recipe == "iterative":
-        start = recipes.state_of(model)
+        start = state_of(model)
         masks = recipes.iterative(model, plans, images, start, **OPTIONS)[-1]
         recipes.rewind(model, start)
         return masks

@@ -5,11 +5,13 @@ from copy import deepcopy
 import pytest
 import torch
 
+from lib.channels import follow
 from lib.constraint import attach_masks, harden, weights
-from lib.models import build, prunable
+from lib.models import build
 from lib.pruning import Column, FilterColumn, uniform_plan
-from lib.pruning.channels import follow, purify
-from lib.pruning.channels.purification import _input_channels, _scores
+from lib.recipes import purify
+from lib.recipes.purification import _input_channels, _scores
+from lib.shapes import prunable
 from lib.training import evaluate, fit
 
 

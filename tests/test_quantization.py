@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lib.constraint import ConstraintError, Storage
-from lib.costs.storage import escaped_runs
+from lib.constraint.formats import escaped_runs
 from lib.pruning import NATURAL, Block, Column, Filter, Patterns, Unstructured
 from lib.quantization import STEP_BITS, Levels, Quantized, best_step, binary, ternary
 

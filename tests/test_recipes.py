@@ -3,11 +3,11 @@ from copy import deepcopy
 import pytest
 import torch
 
-from lib.constraint import attach_masks, masks, select, weights
-from lib.models import prunable
-from lib.pruning import Unstructured, kept, uniform_plan
-from lib.recipes import admm, iterative, one_shot, rewind, state_of
+from lib.constraint import attach_masks, kept, masks, select, state_of, weights
+from lib.pruning import Unstructured, uniform_plan
+from lib.recipes import admm, iterative, one_shot, rewind
 from lib.recipes.admm import _Pull
+from lib.shapes import prunable
 from lib.training import evaluate, fit
 
 

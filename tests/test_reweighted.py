@@ -5,11 +5,11 @@ import torch
 
 from lib import pruning
 from lib.constraint import weights
-from lib.models import prunable
 from lib.pruning import uniform_plan
 from lib.recipes import admm, progressive, reweighted, search_strength
 from lib.recipes.admm import _Pull
 from lib.recipes.reweighted import _Shrink
+from lib.shapes import prunable
 from lib.training import fit
 
 

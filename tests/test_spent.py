@@ -6,11 +6,12 @@ import pandas as pd
 import pytest
 import torch
 
-from lib import costs, pruning, recipes, training
-from lib.constraint import attach_masks
+from lib import channels, costs, pruning, recipes, shapes, training
+from lib.constraint import attach_masks, state_of
+from lib.keys import code_version
 from lib.models import build
 from lib.pruning import Unstructured, uniform_plan
-from lib.training import Hook, cached, code_version, fit, metered
+from lib.training import Hook, cached, fit, metered
 from lib.training.spent import Meter
 
 OPTIONS = {"lr": 0.05, "batch_size": 100}
@@ -23,7 +24,7 @@ def by_product(spent):
 @pytest.mark.parametrize("name", ["lenet5", "vgg", "resnet8"])
 def test_a_dense_run_costs_three_forward_passes_less_the_first_input_gradient(images, name):
     net = build(name, images.shape, images.classes)
-    table = costs.macs(net, images.shape).set_index("layer")["dense_macs"]
+    table = shapes.macs(net, images.shape).set_index("layer")["dense_macs"]
     _, spent = metered(net, fit, images, epochs=1, **OPTIONS)
     total, n = by_product(spent), len(images.train)
     assert total["forward"] == n * table.sum() == total["weight_gradient"]
@@ -46,12 +47,12 @@ def test_masks_count_at_their_density_and_plain_zeros_do_not(images, net):
 def test_a_smaller_network_costs_what_its_shapes_say(images):
     net = build("vgg", images.shape, images.classes, width=8)
     masks = recipes.one_shot(net, uniform_plan(net, pruning.Filter(0.5), keep_dense=("fc",)))
-    small = pruning.channels.compact(
-        pruning.channels.paths.zeroed(net, pruning.channels.follow(net, masks, images.train.x[:1])), images.train.x[:1]
+    small = channels.compact(
+        channels.paths.zeroed(net, channels.follow(net, masks, images.train.x[:1])), images.train.x[:1]
     )
     _, spent = metered(small, fit, images, epochs=1, **OPTIONS)
-    assert by_product(spent)["forward"] == len(images.train) * costs.macs(small, images.shape)["dense_macs"].sum()
-    assert by_product(spent)["forward"] < 0.35 * len(images.train) * costs.macs(net, images.shape)["dense_macs"].sum()
+    assert by_product(spent)["forward"] == len(images.train) * shapes.macs(small, images.shape)["dense_macs"].sum()
+    assert by_product(spent)["forward"] < 0.35 * len(images.train) * shapes.macs(net, images.shape)["dense_macs"].sum()
 
 
 def test_looks_at_the_network_cost_nothing(images, net):
@@ -74,7 +75,7 @@ def test_every_recipe_can_be_metered(images, net):
     _, spent = metered(deepcopy(net), recipes.admm, plan, images, epochs=2, rho=0.01, **OPTIONS)
     assert spent["macs"].sum() == 2 * once["macs"].sum()
     plans = [uniform_plan(net, Unstructured(s)) for s in (0.5, 0.75)]
-    start = recipes.state_of(net)
+    start = state_of(net)
     _, spent = metered(deepcopy(net), recipes.iterative, plans, images, start, epochs=1, **OPTIONS)
     assert spent["macs"].sum() == pytest.approx(0.5 * once["macs"].sum(), rel=1e-3)  # the round inside the first mask
 

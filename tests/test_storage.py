@@ -5,18 +5,19 @@ import torch
 
 from lib import models, pruning
 from lib.constraint import fitted, harden
-from lib.costs import compression, formats, network_storage
-from lib.costs.storage import (
+from lib.constraint.formats import (
     bitmask,
     csr,
     dense,
     escaped_runs,
+    formats,
     index_width,
     irregular,
     relative_index,
     submatrix,
     which,
 )
+from lib.costs import compression, network_storage
 
 
 def at(positions, size):

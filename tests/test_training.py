@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from lib import files
+from lib.keys import code_version
 from lib.models import build
-from lib.training import Hook, TrainingError, cache, cached, code_version, evaluate, fit, learning_rate, loop
+from lib.training import Hook, TrainingError, cache, cached, evaluate, fit, learning_rate, loop
 
 
 def same(a, b):

@@ -5,18 +5,15 @@ from copy import deepcopy
 import pytest
 import torch
 
-from lib import models
+from lib import shapes
 from lib.constraint import ConstraintError, attach_masks, fitted, harden, weights
 from lib.models import build
 from lib.pruning import FilterColumn, PETile, Unstructured, uniform_plan
 from lib.quantization import (
-    Codebook,
     Expansion,
     Levels,
     PowerOfTwo,
-    SmartExchange,
     TernaryRule,
-    Unified,
     branch,
     full_precision_activations,
     quantize_activations,
@@ -25,6 +22,7 @@ from lib.quantization import (
 from lib.recipes import alternating, deep_kmeans, group_lasso, one_shot, retrain_inside, straight_through
 from lib.recipes.clustering import _Spectral
 from lib.recipes.inside import _Tangent
+from lib.sharing import Codebook, SmartExchange, Unified
 from lib.training import TrainingError, cached, evaluate, fit
 
 
@@ -53,7 +51,7 @@ class TestRetrainInside:
         assert all(plan[n].member(w, 1e-5) for n, w in weights(trained, plan).items())
         assert evaluate(trained, images.train) > accuracy
         for name, w in weights(trained, plan).items():
-            was = models.prunable(before)[name].weight
+            was = shapes.prunable(before)[name].weight
             assert not torch.equal(w, was)
             assert torch.equal(w == 0, was == 0) or c.__class__ is Unified
 
@@ -107,7 +105,7 @@ class TestRetrainInside:
 
 class TestAlternating:
     def test_better_than_a_single_shot(self, trained, images):
-        plan = {n: SmartExchange(0.3, bits=3) for n in models.prunable(trained)}
+        plan = {n: SmartExchange(0.3, bits=3) for n in shapes.prunable(trained)}
         single = evaluate(harden(deepcopy(trained), plan), images.train)
         log = alternating(trained, plan, images, lr=0.03, epochs=4, batch_size=32, schedule="cosine")
         assert evaluate(trained, images.train) > single + 0.02
@@ -185,9 +183,9 @@ class TestGroupLasso:
     def test_vanished_tiles_are_zero(self, trained, images):
         log = group_lasso(trained, TILES, images, strength=4.0, **OPTIONS)
         for name, c in TILES.items():
-            norms = c.group_norms(models.prunable(trained)[name].weight)
+            norms = c.group_norms(shapes.prunable(trained)[name].weight)
             assert float((norms > 0).float().mean()) == pytest.approx(log[f"tiles/{name}"].iloc[-1])
-            scale, threshold = branch(models.prunable(trained)[name].weight.detach(), 0.05)
+            scale, threshold = branch(shapes.prunable(trained)[name].weight.detach(), 0.05)
             assert (scale, threshold) == pytest.approx(tuple(log[[f"scale/{name}", f"threshold/{name}"]].iloc[-1]))
 
     def test_with_ternary_weights(self, trained, images):

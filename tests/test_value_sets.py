@@ -12,22 +12,11 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from lib import models
-from lib.constraint import ConstraintError, Storage, attach_masks, harden
-from lib.models import prunable
-from lib.quantization import (
-    STEP_BITS,
-    Codebook,
-    Expansion,
-    PowerOfTwo,
-    SmartExchange,
-    TernaryRule,
-    Unified,
-    branch,
-    branched,
-    nearest_power,
-    ternary,
-    uniform,
-)
+from lib.constraint import ConstraintError, Storage, attach_masks, harden, nearest_power
+from lib.layers import branched
+from lib.quantization import STEP_BITS, Expansion, PowerOfTwo, TernaryRule, branch, ternary, uniform
+from lib.shapes import prunable
+from lib.sharing import Codebook, SmartExchange, Unified
 
 SETS = [
     TernaryRule(),

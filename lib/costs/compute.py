@@ -20,38 +20,10 @@ import torch
 from scipy.stats import bootstrap
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.utils.flop_counter import FlopCounterMode
 
-from lib.models import prunable
+from lib.shapes import macs, prunable
 
 Structure = Literal["unstructured", "block", "filter", "column"]
-
-
-def macs(model: nn.Module, shape: tuple[int, int, int]) -> pd.DataFrame:
-    """Multiply-accumulates of every prunable layer for one image of ``shape`` (C, H, W); the model is left as it is.
-
-    ``macs = dense_macs * kept / weights``, as each weight is used equally often but at the padded edges. The dense
-    count is torch's own (`FlopCounterMode`, two operations a MAC). Biases, norms and activations are not counted.
-
-    Returns:
-        One row per layer: ``layer``, ``weights``, ``kept`` (nonzero ones), ``dense_macs``, ``macs``. A layer that the
-        forward pass never meets has no MACs.
-
-    >>> from lib import costs, models
-    >>> costs.macs(models.build("lenet5", (1, 28, 28), 10), (1, 28, 28))["macs"].tolist()  # 24^2 * 500, 8^2 * 25000
-    [288000.0, 1600000.0, 400000.0, 5000.0]
-    """
-    copy = deepcopy(model).eval()
-    weight = next(iter(prunable(copy).values())).weight
-    image = torch.zeros(1, *shape, dtype=weight.dtype, device=weight.device)
-    with FlopCounterMode(display=False, depth=None) as counter, torch.no_grad():
-        copy(image)
-    counts = {name.partition(".")[2]: sum(c.values()) for name, c in counter.get_flop_counts().items()}
-    rows = []
-    for name, layer in prunable(model).items():
-        weights, kept, dense = layer.weight.numel(), int(layer.weight.count_nonzero()), counts.get(name, 0) // 2
-        rows.append((name, weights, kept, dense, dense * kept / weights))
-    return pd.DataFrame(rows, columns=["layer", "weights", "kept", "dense_macs", "macs"])
 
 
 @contextmanager

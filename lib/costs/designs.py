@@ -1,4 +1,4 @@
-"""Accelerators priced from published tables: energy, area and latency of what `lib.arrays` counts.
+"""Accelerators priced from published tables: energy, area and latency of what `lib.crossbar` counts.
 
 Energies are in pJ, areas in mm2, times in ns. Every figure is read from ``data/technology``; what follows from several
 is computed here and says how. Charging events alone assumes that nothing idle draws power: all totals are lower bounds,
@@ -14,10 +14,10 @@ from typing import ClassVar
 import numpy as np
 import pandas as pd
 
-from lib.arrays.converters import exact_bits
-from lib.arrays.tiling import Array, with_bits
-from lib.costs.technology import TechnologyError, table
 from lib.crossbar import Mapping, Polarized
+from lib.crossbar.converters import exact_bits
+from lib.crossbar.tiling import Array, with_bits
+from lib.technology import TechnologyError, table
 
 READ_NS = 100.0
 """One read of an ISAAC array, all its columns converted (ISCA 2016)."""
@@ -31,7 +31,7 @@ def converter_law() -> tuple[tuple[float, float], tuple[float, float]]:
     ``b`` are the least-squares fit to the seven points of the Accelergy library.
 
     >>> from lib.costs.designs import converter_law
-    >>> from lib.costs.technology import table
+    >>> from lib.technology import table
     >>> (a, b), _ = converter_law()
     >>> round(a * 4 + b * 2**4, 2), table("adc")("isaac_scaled_4", "energy_pJ")
     (0.79, 0.79)
@@ -57,19 +57,20 @@ def converter(bits: int) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Design:
-    """What the accelerators below share. ``energy``, ``area`` and ``latency`` take rows of `lib.arrays.tile`.
+    """What the accelerators below share. ``energy``, ``area`` and ``latency`` take rows of `lib.crossbar.tile`.
 
     Attributes:
         array: how a network lies in it.
         counted, left_out: for the reader.
 
-    >>> from lib import arrays, models
+    >>> from lib import crossbar, models, shapes
     >>> from lib.costs.designs import Design
     >>> class Converters(Design):
     ...     def events(self, full):
     ...         return {"adc": ("adc_used", 2.0)}  # pJ each
-    >>> tiles = arrays.tile(arrays.layer_shapes(models.build("lenet300", (1, 28, 28), 10), (1, 28, 28)), arrays.Array())
-    >>> tiles["adc_used"].tolist(), Converters(arrays.Array()).energy(tiles)["adc"].tolist()
+    >>> layers = shapes.layer_shapes(models.build("lenet300", (1, 28, 28), 10), (1, 28, 28))
+    >>> tiles = crossbar.tile(layers, crossbar.Array())
+    >>> tiles["adc_used"].tolist(), Converters(crossbar.Array()).energy(tiles)["adc"].tolist()
     ([67200, 9600, 320], [134400.0, 19200.0, 640.0])
     """
 
@@ -79,7 +80,7 @@ class Design:
     left_out: ClassVar[str] = ""
 
     def events(self, full: bool) -> dict[str, tuple[str, float]]:
-        """By component: the column of `lib.arrays.tile` that counts it, and what one costs in pJ."""
+        """By component: the column of `lib.crossbar.tile` that counts it, and what one costs in pJ."""
         raise NotImplementedError
 
     @property
@@ -93,7 +94,7 @@ class Design:
         Args:
             full: every column and row of an array costs, also those that hold nothing.
             cycles: steps that inputs take on average, by layer, where zeros ahead are skipped
-                (`lib.arrays.effective_cycles`); others take all of ``array.steps``.
+                (`lib.crossbar.effective_cycles`); others take all of ``array.steps``.
         """
         share = self._share(tiles, cycles)
         parts = {part: tiles[column] * share * pj for part, (column, pj) in self.events(full).items()}
@@ -107,7 +108,7 @@ class Design:
     def latency(self, tiles: pd.DataFrame, pipelined: bool = False, cycles: Dict[str, float] | None = None) -> float:
         """Time of one input in ns: layer after layer, or between two inputs of a pipeline, whose slowest layer it is.
 
-        A column ``replication`` of `lib.arrays.balanced` divides a layer's time.
+        A column ``replication`` of `lib.crossbar.balanced` divides a layer's time.
         """
         times = tiles["steps"] * self._share(tiles, cycles) * self.read_ns / tiles.get("replication", 1)
         return float(times.max() if pipelined else times.sum())
@@ -135,10 +136,10 @@ class Isaac(Design):
 
     Converters have the array's ``adc_bits``, or as many as ISAAC's flip encoding needs, by `converter`.
 
-    >>> from lib import arrays, models
+    >>> from lib import crossbar, models, shapes
     >>> from lib.costs.designs import Isaac
     >>> isaac = Isaac()
-    >>> tiles = arrays.tile(arrays.layer_shapes(models.build("lenet300", (1, 28, 28), 10), (1, 28, 28)), isaac.array)
+    >>> tiles = crossbar.tile(shapes.layer_shapes(models.build("lenet300", (1, 28, 28), 10), (1, 28, 28)), isaac.array)
     >>> isaac.adc_bits, tiles["arrays"].tolist(), isaac.latency(tiles)  # 3 layers, 8 steps of 100 ns
     (8, [70, 12, 1], 2400.0)
     """
@@ -292,10 +293,10 @@ class Prime(Design):
 
     PRIME prints no absolute energy, area or time, so there is none to price: compare conversions and arrays.
 
-    >>> from lib import arrays, models
+    >>> from lib import crossbar, models, shapes
     >>> from lib.costs.designs import Prime
     >>> prime = Prime()
-    >>> tiles = arrays.tile(arrays.layer_shapes(models.build("lenet300", (1, 28, 28), 10), (1, 28, 28)), prime.array)
+    >>> tiles = crossbar.tile(shapes.layer_shapes(models.build("lenet300", (1, 28, 28), 10), (1, 28, 28)), prime.array)
     >>> prime.array.steps, tiles["arrays"].tolist(), tiles["adc_used"].tolist()  # fc1: 4 strips, 600 pairs, 2 steps
     (2, [24, 4, 2], [4800, 800, 40])
     """
@@ -330,10 +331,10 @@ class Timely(Design):
     A time stands for a whole 8-bit number, so that there are no steps; each input is read from its buffer once. The
     crossbar's own energy is not verified and left out, so is the area of anything but converters and buffers.
 
-    >>> from lib import arrays, models
+    >>> from lib import crossbar, models, shapes
     >>> from lib.costs.designs import Timely
     >>> timely = Timely()
-    >>> tiles = arrays.tile(arrays.layer_shapes(models.build("lenet300", (1, 28, 28), 10), (1, 28, 28)), timely.array)
+    >>> tiles = crossbar.tile(shapes.layer_shapes(models.build("lenet300", (1, 28, 28), 10), (1, 28, 28)), timely.array)
     >>> timely.latency(tiles)  # 3 layers of 150 ns
     450.0
     """

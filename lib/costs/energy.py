@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from lib.costs.technology import table
+from lib.technology import table
 
 
 def training_energy(spent: pd.DataFrame) -> pd.DataFrame:

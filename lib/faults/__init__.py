@@ -5,7 +5,7 @@ Devices disturb the conductances that a `lib.crossbar.Mapping` writes: `StuckAt`
 `UnderFaults` is a hook of `lib.training.fit` that trains on a new chip at every step.
 """
 
-from lib.faults.chips import Device
+from lib.crossbar import Device
 from lib.faults.moments import moments
 from lib.faults.stuck import RATIO, InSlice, StuckAt
 from lib.faults.training import UnderFaults

@@ -15,34 +15,12 @@ import zlib
 from math import expm1, log1p
 
 import numpy as np
-from torch import Tensor
-
-from lib.crossbar import Mapping
 
 EARLIEST = 2.0**-14
 """Times are drawn in periods that double from here on, each with a random stream of its own."""
 
 LATE = 2.0**-6
 """From this time on, a rate of 1.6 %, a number for every site is drawn faster than events in time order."""
-
-
-class Device:
-    """One way in which cells differ from what was written into them.
-
-    >>> from lib.crossbar import Mapping
-    >>> from lib.faults import Device, read_back
-    >>> class Aged(Device):
-    ...     def disturb(self, cells, mapping, chip, layer):
-    ...         return cells * 0.5
-    >>> read_back(torch.tensor([1.0, -0.5]), Mapping("two_column"), Aged(), chip=0, layer="fc1").tolist()
-    [0.5, -0.25]
-    >>> read_back(torch.tensor([1.0, -0.5]), Mapping("offset"), Aged(), chip=0, layer="fc1").tolist()
-    [0.0, -0.75]
-    """
-
-    def disturb(self, cells: Tensor, mapping: Mapping, chip: int, layer: str) -> Tensor:
-        """New conductances in shares of G_max, ``(slices, columns, F, ...)`` as ``cells``, which it may overwrite."""
-        raise NotImplementedError
 
 
 def stream(chip: int, layer: str, *purpose: int) -> np.random.Generator:

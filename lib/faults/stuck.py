@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lib.crossbar import CrossbarError, Mapping
-from lib.faults.chips import Device, events, failures, time_of
+from lib.crossbar import CrossbarError, Device, Mapping
+from lib.faults.chips import events, failures, time_of
 
 RATIO = 5.2
 """Stuck-on over stuck-off cells: 9.04 % and 1.75 % of all cells in Chen et al. 2015."""

@@ -8,16 +8,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from lib.constraint import attach, detach
 from lib.crossbar import CrossbarError, Mapping
 from lib.faults.trials import Devices, on_crossbars, read_back
-from lib.models import prunable
+from lib.shapes import Parametrization, prunable, uses
 from lib.training import Hook, TrainingError
 
 NEW = 1 << 40
 """Chips from this number on are for training: no sweep meets them."""
 
 
-class _Error(nn.Module):
+class _Error(Parametrization):
     """Parametrization ``W -> W + (broken(W) - W)``, the difference a constant: gradients go straight through."""
 
     def __init__(self, name: str, mapping: Mapping) -> None:
@@ -61,9 +62,9 @@ class UnderFaults(Hook):
 
     def before_epoch(self, model: nn.Module, epoch: int) -> None:
         """Stand behind every mapped weight."""
-        layers = prunable(model)
+        layers = uses(model)
         for name, mapping in on_crossbars(model, self.mapping).items():
-            parametrize.register_parametrization(layers[name], "weight", _Error(name, mapping))
+            attach(layers[name], _Error(name, mapping))
 
     @torch.no_grad()
     def before_step(self, model: nn.Module, step: int) -> None:
@@ -80,12 +81,8 @@ class UnderFaults(Hook):
 
     def after_epoch(self, model: nn.Module, epoch: int) -> None:
         """Leave the network healthy for whoever looks at it between epochs."""
-        for layer, _ in [*_faulty(model)]:
-            chain = layer.parametrizations["weight"]
-            if len(chain) == 1:
-                parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
-            else:
-                del chain[-1]
+        for modules in uses(model).values():
+            detach(modules, _Error)
 
 
 def _faulty(model: nn.Module) -> Iterator[tuple[nn.Module, _Error]]:

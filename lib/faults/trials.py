@@ -20,14 +20,14 @@ from scipy.stats import bootstrap
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from lib.constraint import detach_masks
-from lib.crossbar import CrossbarError, Mapping, as_mapping
+from lib.constraint import plain
+from lib.crossbar import CrossbarError, Device, Mapping, as_mapping
 from lib.data import Split, Task
-from lib.faults.chips import Device
 from lib.faults.stuck import StuckAt
 from lib.faults.variation import ReadNoise, stream
-from lib.models import prunable
-from lib.training import CACHE_ROOT, Progress, code_version, evaluate, fingerprint
+from lib.keys import code_version, fingerprint
+from lib.shapes import all_layers, prunable
+from lib.training import CACHE_ROOT, Progress, evaluate
 
 Mapped = Mapping | str | Dict[str, Mapping | str]
 """One mapping for all layers, or one for each layer that lies in crossbars; the other layers stay digital."""
@@ -42,7 +42,8 @@ def on_crossbars(model: nn.Module, mapping: Mapped) -> dict[str, Mapping]:
     Batch norm, biases and activations stay digital and healthy.
 
     Raises:
-        CrossbarError: an unknown mapping, no layer, a layer that the model lacks, or weights that are not finite.
+        ShapeError: one mapping for all, and weights that are no layer's; name the layers that lie in crossbars.
+        CrossbarError: an unknown mapping, a layer that the model lacks, or weights that are not finite.
 
     >>> from lib.faults import on_crossbars
     >>> from lib.models import build
@@ -51,9 +52,7 @@ def on_crossbars(model: nn.Module, mapping: Mapped) -> dict[str, Mapping]:
     {'fc1': 1, 'fc2': 2}
     """
     layers = prunable(model)
-    if not layers:
-        raise CrossbarError("the model has no convolution and no linear layer that cells could hold")
-    plan = mapping if isinstance(mapping, Dict) else dict.fromkeys(layers, mapping)
+    plan = mapping if isinstance(mapping, Dict) else dict.fromkeys(all_layers(model, "one mapping for all"), mapping)
     if not plan:
         raise CrossbarError(f"the plan of mappings is empty; it may name {', '.join(layers)}")
     for name in plan:
@@ -91,7 +90,7 @@ def on_chip(model: nn.Module, mapping: Mapped, devices: Devices, chip: int) -> n
     >>> on_chip(model, "offset", StuckAt(1.0, ratio=0), chip=0)[0].weight.tolist(), model[0].weight.tolist()
     ([[-4.0, -4.0]], [[4.0, -2.0]])
     """
-    copy = detach_masks(deepcopy(model)).eval()
+    copy = plain(model).eval()
     layers = prunable(copy)
     with torch.no_grad():
         for name, m in on_crossbars(copy, mapping).items():
@@ -104,7 +103,7 @@ class _Bench:
 
     def __init__(self, model: nn.Module, mapping: Mapped, split: Split, batch_size: int) -> None:
         self.mapping = on_crossbars(model, mapping)
-        self.model = detach_masks(deepcopy(model)).eval().to(memory_format=torch.channels_last)
+        self.model = plain(model).eval().to(memory_format=torch.channels_last)
         self.split = split.to(split.x.device)
         self.batch_size = batch_size
         layers = prunable(self.model)

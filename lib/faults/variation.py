@@ -13,9 +13,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from lib.crossbar import CrossbarError, Mapping
-from lib.data import SHIPPED_ROOT
-from lib.faults.chips import Device, stream
+from lib.crossbar import CrossbarError, Device, Mapping
+from lib.faults.chips import stream
+from lib.technology import FOLDER
 
 WRITE, DRIFT, READ = 2, 3, 4  # purposes of random streams; 0 and 1 are the failures'
 
@@ -71,7 +71,7 @@ def published_variations() -> pd.DataFrame:
     >>> published_variations().loc["wan_1s", ["g_max_uS", "c0_uS", "c1_uS"]].tolist()
     [39.26, 1.053, 0.2374]
     """
-    table = pd.read_csv(SHIPPED_ROOT / "technology" / "write_variation.csv").set_index("name")
+    table = pd.read_csv(FOLDER / "write_variation.csv").set_index("name")
     unverified = table.index[table["status"] != "verified"]
     _need(not len(unverified), f"write_variation.csv: {', '.join(unverified)} not verified against a source")
     return table

@@ -1,21 +1,7 @@
 """The house style and the recurring figures. The only room that draws."""
 
-from lib.plots.compression import (
-    convergence_of_steps,
-    drop_against,
-    drop_against_compression,
-    storage_bars,
-    survivors,
-)
-from lib.plots.crossbars import (
-    converter_sweep,
-    decomposition,
-    joint,
-    lost_against_rate,
-    pareto,
-    savings,
-    wire_sweep,
-)
+from lib.plots.compression import convergence_of_steps, drop_against, drop_against_compression, storage_bars, survivors
+from lib.plots.crossbars import converter_sweep, decomposition, joint, lost_against_rate, pareto, savings, wire_sweep
 from lib.plots.faults import (
     SCHEME_COLOURS,
     accuracy_against_faults,

@@ -19,7 +19,6 @@ from lib.pruning.groups import (
 )
 from lib.pruning.patterns import NATURAL, PCNN, PUBLISHED, PatternKernels, Patterns
 from lib.pruning.plans import correlation, first_conv, rounds, uniform_plan
-from lib.pruning.selection import keep_largest, keep_largest_in_rows, kept
 
 __all__ = [
     "DARB",
@@ -52,9 +51,6 @@ __all__ = [
     "block_max",
     "correlation",
     "first_conv",
-    "keep_largest",
-    "keep_largest_in_rows",
-    "kept",
     "rounds",
     "tiny_adc",
     "uniform_plan",

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from lib.constraint import ConstraintError, SupportConstraint
+from lib.constraint.selection import keep_largest
+from lib.constraint.views import gemm
 from lib.pruning.composed import FilterColumn
-from lib.pruning.groups import Groups, Unstructured, gemm
-from lib.pruning.selection import keep_largest
+from lib.pruning.groups import Groups, Unstructured
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,7 @@ class SubmatrixAdaptive(NetworkBudget):
 class SubmatrixByCost(NetworkBudget):
     """Whole filters and columns as `SubmatrixAdaptive`, where a weight costs what its layer says, not one.
 
-    With the vectors that meet a layer (`lib.arrays.layer_shapes`) as costs, a convolution at many positions gives up
+    With the vectors that meet a layer (`lib.shapes.layer_shapes`) as costs, a convolution at many positions gives up
     its lines first: the hardware-aware budgets that ADMM-NN asks for, by multiply-accumulates.
 
     Attributes:

@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lib.constraint import ConstraintError, Storage, SupportConstraint
-from lib.costs import storage
-from lib.pruning.groups import NM, BlockColumns, Column, Filter, Unstructured, check_sparsity, gemm
-from lib.pruning.selection import keep_largest, kept
+from lib.constraint import ConstraintError, Storage, SupportConstraint, formats
+from lib.constraint.selection import keep_largest, kept
+from lib.constraint.sets import check_sparsity
+from lib.constraint.views import gemm
+from lib.pruning.groups import NM, BlockColumns, Column, Filter, Unstructured
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class FilterColumn(SupportConstraint):
 
     def storage_bits(self, z: Tensor, bits: int) -> Storage:
         """The kept rows by the kept columns as one dense matrix, and which they are."""
-        return storage.submatrix(z, bits)
+        return formats.submatrix(z, bits)
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class BlockStructured(SupportConstraint):
         """Kept rows of kept segments; the segments of each block once, and which rows."""
         segments, _ = self.parts
         bill = segments.storage_bits(z, bits)
-        return Storage(int(z.count_nonzero()) * bits, bill.index + storage.which(gemm(z).any(1)))
+        return Storage(int(z.count_nonzero()) * bits, bill.index + formats.which(gemm(z).any(1)))
 
 
 MENU = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -162,6 +163,6 @@ class DARB(SupportConstraint):
         """One weight and its place per block; each row's block size as an index into the menu."""
         columns = gemm(z).shape[1]
         survivors = {b: -(-columns // b) for b in set(self.blocks)}
-        index = sum(survivors[b] * storage.index_width(b) for b in self.blocks)
+        index = sum(survivors[b] * formats.index_width(b) for b in self.blocks)
         data = sum(survivors[b] for b in self.blocks) * bits
-        return Storage(data, index, len(self.blocks) * storage.index_width(len(self.menu)))
+        return Storage(data, index, len(self.blocks) * formats.index_width(len(self.menu)))

@@ -11,11 +11,12 @@ from math import log2
 import torch
 from torch import Tensor
 
-from lib.constraint import Constraint, ConstraintError, Storage, SupportConstraint
-from lib.costs import storage
+from lib.constraint import Constraint, ConstraintError, Storage, SupportConstraint, formats
+from lib.constraint.selection import keep_largest_in_rows, kept
+from lib.constraint.sets import check_count, check_sparsity
+from lib.constraint.views import gemm, padded
 from lib.pruning.composed import FilterColumn
-from lib.pruning.groups import NM, BlockColumns, BlockRows, check_count, check_sparsity, gemm, padded
-from lib.pruning.selection import keep_largest_in_rows, kept
+from lib.pruning.groups import NM, BlockColumns, BlockRows
 
 
 def tiny_adc(n: int, rows: int = 128) -> NM:
@@ -23,7 +24,7 @@ def tiny_adc(n: int, rows: int = 128) -> NM:
 
     A column's sum is then as small as if the array had ``n`` rows, which each halving saves a converter bit by.
 
-    >>> from lib.arrays import exact_bits
+    >>> from lib.crossbar import exact_bits
     >>> from lib.pruning import tiny_adc
     >>> tiny_adc(16).sparsity, exact_bits(rows=128, cell_bits=2), exact_bits(rows=16, cell_bits=2)
     (0.875, 9, 6)
@@ -75,7 +76,7 @@ class PolarizedFragments(Constraint):
     def storage_bits(self, z: Tensor, bits: int) -> Storage:
         """Magnitudes of one bit less, in the cheapest format for nonzeros anywhere, and a table of signs."""
         fragments = len(gemm(z)) * -(-gemm(z).shape[1] // self.rows)
-        return storage.irregular(z, bits - 1)._replace(table=fragments)
+        return formats.irregular(z, bits - 1)._replace(table=fragments)
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ class BlockLines(SupportConstraint):
         blocks = _blocks((matrix != 0).float(), size) > 0
         lines, rows = blocks.any(2), blocks.any(1)
         data = int((lines.sum(1) * rows.sum(1)).sum()) * bits
-        return Storage(data, sum(storage.which(side) for pair in (lines, rows) for side in pair))
+        return Storage(data, sum(formats.which(side) for pair in (lines, rows) for side in pair))
 
 
 def _blocks(matrix: Tensor, size: tuple[int, int]) -> Tensor:

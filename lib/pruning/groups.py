@@ -11,98 +11,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from lib.constraint import ConstraintError, Storage, SupportConstraint
-from lib.costs import storage
-from lib.pruning.selection import keep_largest, keep_largest_in_rows, kept
-
-Size = tuple[int, int]
-
-
-def check_sparsity(**named: float) -> None:
-    """Refuse a sparsity outside [0, 1), by the name that the user gave it.
-
-    >>> from lib.pruning.groups import check_sparsity
-    >>> check_sparsity(filter_sparsity=0.5, column_sparsity=1.0)
-    Traceback (most recent call last):
-        ...
-    lib.constraint.ConstraintError: column_sparsity = 1.0: allowed are numbers in [0, 1)
-    """
-    for name, value in named.items():
-        if not 0 <= value < 1:
-            raise ConstraintError(f"{name} = {value}: allowed are numbers in [0, 1)")
-
-
-def check_count(**named: int) -> None:
-    """Refuse a count or length below 1, by the name that the user gave it.
-
-    >>> from lib.pruning.groups import check_count
-    >>> check_count(height=4, width=0)
-    Traceback (most recent call last):
-        ...
-    lib.constraint.ConstraintError: width = 0: allowed are whole numbers from 1
-    """
-    for name, value in named.items():
-        if not isinstance(value, int) or value < 1:
-            raise ConstraintError(f"{name} = {value!r}: allowed are whole numbers from 1")
-
-
-def gemm(weight: Tensor) -> Tensor:
-    """The GEMM matrix of a layer's weight, ``(F, C, Kh, Kw) -> (F, C*Kh*Kw)``; a vector is one row.
-
-    >>> from lib.pruning.groups import gemm
-    >>> tuple(gemm(torch.zeros(20, 3, 5, 5)).shape), tuple(gemm(torch.zeros(10)).shape)
-    ((20, 75), (1, 10))
-    """
-    return weight.reshape(1, -1) if weight.dim() == 1 else weight.reshape(weight.shape[0], -1)
-
-
-def kernel_area(weight: Tensor) -> int:
-    """``Kh*Kw``; 1 for a linear layer, whose weights are kernels of one entry.
-
-    >>> from lib.pruning.groups import kernel_area
-    >>> kernel_area(torch.zeros(20, 3, 5, 5)), kernel_area(torch.zeros(10, 500))
-    (25, 1)
-    """
-    return weight[0, 0].numel() if weight.dim() == 4 else 1
-
-
-def tile_sums(matrix: Tensor, size: Size) -> Tensor:
-    """Sums over tiles, ``(R*height, S*width) -> (R, S)``.
-
-    >>> from lib.pruning.groups import tile_sums
-    >>> tile_sums(torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]]), (2, 2)).tolist()
-    [[14, 22]]
-    """
-    (height, width), (rows, columns) = size, matrix.shape
-    if size == (1, 1):
-        return matrix
-    return matrix.reshape(rows // height, height, columns // width, width).sum((1, 3))
-
-
-def padded(matrix: Tensor, size: Size) -> Tensor:
-    """``matrix`` with zeros below and to the right, so that whole tiles of ``size`` cover it.
-
-    >>> from lib.pruning.groups import padded
-    >>> padded(torch.ones(2, 3), (2, 2)).tolist()
-    [[1.0, 1.0, 1.0, 0.0], [1.0, 1.0, 1.0, 0.0]]
-    """
-    (height, width), (rows, columns) = size, matrix.shape
-    return pad(matrix, (0, -columns % width, 0, -rows % height)) if rows % height or columns % width else matrix
-
-
-def spread(values: Tensor, size: Size, shape: torch.Size) -> Tensor:
-    """Each tile's value on all of its weights, ``(R, S)`` -> a weight of ``shape``; padding is cut off.
-
-    >>> from lib.pruning.groups import spread
-    >>> spread(torch.tensor([[1, 2]]), (2, 2), torch.Size([2, 3])).tolist()
-    [[1, 1, 2], [1, 1, 2]]
-    """
-    (height, width), (r, s) = size, values.shape
-    full = values[:, None, :, None].expand(r, height, s, width).reshape(r * height, s * width)
-    rows = 1 if len(shape) == 1 else shape[0]
-    return full[:rows, : shape.numel() // rows].reshape(shape)
+from lib.constraint import ConstraintError, Storage, SupportConstraint, check_count, check_sparsity, formats
+from lib.constraint.selection import keep_largest, keep_largest_in_rows, kept
+from lib.constraint.views import Size, gemm, kernel_area, padded, spread, tile_sums
 
 
 @dataclass(frozen=True)
@@ -177,9 +89,9 @@ class Groups(SupportConstraint):
         keep = self.group_norms(z.float()) > 0
         data = int(self.spread_groups(keep, z).sum()) * bits
         if (region := self.region(z)) is None:
-            return Storage(data, storage.which(keep))
+            return Storage(data, formats.which(keep))
         groups = region[0] * region[1] // (self.group(z)[0] * self.group(z)[1])
-        return Storage(data, min(keep.numel(), int(keep.sum()) * storage.index_width(groups)))
+        return Storage(data, min(keep.numel(), int(keep.sum()) * formats.index_width(groups)))
 
 
 @dataclass(frozen=True)
@@ -199,6 +111,8 @@ class Unstructured(Groups):
 
     scope: Literal["layer", "global"] = "layer"
 
+    anywhere = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.scope not in ("layer", "global"):
@@ -215,7 +129,7 @@ class Unstructured(Groups):
 
     def storage_bits(self, z: Tensor, bits: int) -> Storage:
         """In the cheapest format for nonzeros that may lie anywhere."""
-        return storage.irregular(z, bits)
+        return formats.irregular(z, bits)
 
 
 @dataclass(frozen=True)
@@ -223,8 +137,8 @@ class Filter(Groups):
     """Whole filters, rows of the GEMM matrix (StructADMM); output neurons of a linear layer.
 
     Layers with equal sets that name a ``coupled`` group lose the same filters, ranked by the norm over all: what
-    layers that are added to one another need (`lib.pruning.channels`). A removed filter's bias and batch norm go with
-    it only through `lib.pruning.channels.follow`.
+    layers that are added to one another need (`lib.channels`). A removed filter's bias and batch norm go with
+    it only through `lib.channels.follow`.
 
     >>> from lib.pruning import Filter
     >>> Filter(0.5).project(torch.tensor([[1.0, 2.0], [3.0, 0.0]])).tolist()
@@ -248,7 +162,7 @@ class Filter(Groups):
 
     def storage_bits(self, z: Tensor, bits: int) -> Storage:
         """The rows and columns that are left as one dense matrix."""
-        return storage.submatrix(z, bits)
+        return formats.submatrix(z, bits)
 
 
 @dataclass(frozen=True)
@@ -266,7 +180,7 @@ class Column(Groups):
 
     def storage_bits(self, z: Tensor, bits: int) -> Storage:
         """The rows and columns that are left as one dense matrix."""
-        return storage.submatrix(z, bits)
+        return formats.submatrix(z, bits)
 
 
 @dataclass(frozen=True)
@@ -285,7 +199,7 @@ class Channel(Groups):
 
     def storage_bits(self, z: Tensor, bits: int) -> Storage:
         """The rows and columns that are left as one dense matrix."""
-        return storage.submatrix(z, bits)
+        return formats.submatrix(z, bits)
 
 
 @dataclass(frozen=True)
@@ -441,7 +355,7 @@ class NM(Groups):
     def storage_bits(self, z: Tensor, bits: int) -> Storage:
         """``n`` weights of every ``m`` at their position's index; a kept weight that is zero is stored all the same."""
         stored = int(self.select(z.float()).sum())
-        index = min(stored * storage.index_width(self.m), padded(gemm(z), (1, self.m)).numel())
+        index = min(stored * formats.index_width(self.m), padded(gemm(z), (1, self.m)).numel())
         return Storage(stored * bits, index)
 
 

@@ -11,10 +11,10 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from lib.constraint import ConstraintError, Storage, SupportConstraint
-from lib.costs import storage
-from lib.pruning.groups import Kernel, check_count, check_sparsity
-from lib.pruning.selection import keep_largest, keep_largest_in_rows, kept
+from lib.constraint import ConstraintError, Storage, SupportConstraint, formats
+from lib.constraint.selection import keep_largest, keep_largest_in_rows, kept
+from lib.constraint.sets import check_count, check_sparsity
+from lib.pruning.groups import Kernel
 
 CENTRE, EDGES, CORNERS = 4, (1, 3, 5, 7), (0, 2, 6, 8)  # positions of a 3x3 kernel
 NATURAL = tuple(sum(1 << i for i in (CENTRE, *others)) for others in combinations((*range(4), *range(5, 9)), 3))
@@ -168,7 +168,7 @@ class Patterns(SupportConstraint):
     def _bill(self, kept_kernels: Tensor, bits: int, which: float = 0.0) -> Storage:
         count, area = kept_kernels.shape
         size = max(code.bit_count() for code in self.library)  # equal lengths, so that no kernel needs a pointer
-        index = count * storage.index_width(len(self.library)) + which
+        index = count * formats.index_width(len(self.library)) + which
         return Storage(count * size * bits, index, len(self.library) * area)
 
 
@@ -206,7 +206,7 @@ class PatternKernels(Patterns):
     def storage_bits(self, z: Tensor, bits: int) -> Storage:
         """The weights and a pattern index of every kept kernel, which kernels these are, and the library."""
         keep = kernels(z).any(1)
-        return self._bill(kernels(z)[keep], bits, storage.which(keep))
+        return self._bill(kernels(z)[keep], bits, formats.which(keep))
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,12 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from lib.constraint import Constraint, ConstraintError, Plan
-from lib.models import prunable
-from lib.pruning.selection import keep_largest, kept
+from lib.constraint.selection import keep_largest, kept
+from lib.shapes import all_layers, prunable
 
 
 def uniform_plan(model: nn.Module, constraint: Constraint, keep_dense: tuple[str, ...] = ()) -> Plan:
-    """The same constraint on every prunable layer but those named in ``keep_dense``.
+    """The same constraint on every layer but those named in ``keep_dense``; other weights are left out aloud.
 
     Raises:
         ConstraintError: ``keep_dense`` names a layer that the model lacks, or leaves nothing to prune.
@@ -20,7 +20,7 @@ def uniform_plan(model: nn.Module, constraint: Constraint, keep_dense: tuple[str
     >>> list(pruning.uniform_plan(model, pruning.Unstructured(0.9), keep_dense=("conv1",)))
     ['conv2', 'fc1', 'fc2']
     """
-    layers = prunable(model)
+    layers = all_layers(model, "uniform plan", skip=True)
     if unknown := [n for n in keep_dense if n not in layers]:
         raise ConstraintError(f"keep_dense names {unknown[0]!r}; the model has {', '.join(layers)}")
     plan = {name: constraint for name in layers if name not in keep_dense}

@@ -6,33 +6,23 @@ is the exception: the sign of zero is + in a block that shares a magnitude.
 """
 
 from lib.quantization.activations import InputQuantizer, full_precision_activations, quantize_activations
-from lib.quantization.branches import Branches, Expansion, TernaryRule, branch, branched
-from lib.quantization.codebook import Codebook
-from lib.quantization.factors import Factors, SmartExchange
+from lib.quantization.branches import Expansion, TernaryRule, branch
 from lib.quantization.joint import Quantized
 from lib.quantization.levels import STEP_BITS, Levels, best_step, binary, ternary, uniform
-from lib.quantization.powers import PowerOfTwo, nearest_power
-from lib.quantization.unified import Unified
+from lib.quantization.powers import PowerOfTwo
 
 __all__ = [
     "STEP_BITS",
-    "Branches",
-    "Codebook",
     "Expansion",
-    "Factors",
     "InputQuantizer",
     "Levels",
     "PowerOfTwo",
     "Quantized",
-    "SmartExchange",
     "TernaryRule",
-    "Unified",
     "best_step",
     "binary",
     "branch",
-    "branched",
     "full_precision_activations",
-    "nearest_power",
     "quantize_activations",
     "ternary",
     "uniform",

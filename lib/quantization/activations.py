@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from lib.constraint import ConstraintError
-from lib.models import prunable
+from lib.shapes import all_layers, uses
 
 
 class InputQuantizer(nn.Module):
@@ -35,11 +35,12 @@ class InputQuantizer(nn.Module):
 
 @torch.no_grad()
 def quantize_activations(model: nn.Module, bits: int, images: Tensor) -> nn.Module:
-    """Round the inputs of all prunable layers to ``bits`` from now on, in place. Returns the model.
+    """Round the inputs of all layers to ``bits`` from now on, in place. Returns the model.
 
-    Each layer's range is the one of least squared error on ``images``: from 0 where no input is negative, as after
-    ReLU, and from the low end otherwise. Called again, the ranges are chosen anew; the network's own weights and their
-    names stay, two buffers a layer are added.
+    Each layer's range is the one of least squared error on what it meets in all of its uses on ``images``: from 0 where
+    no input is negative, as after ReLU, and from the low end otherwise. A layer that is never met keeps its inputs.
+    Called again, the ranges are chosen anew; the network's own weights and their names stay, two buffers a layer are
+    added.
 
     Raises:
         ConstraintError: fewer than 1 bit or more than 16.
@@ -54,20 +55,25 @@ def quantize_activations(model: nn.Module, bits: int, images: Tensor) -> nn.Modu
     """
     if not isinstance(bits, int) or not 1 <= bits <= 16:
         raise ConstraintError(f"bits = {bits!r}: allowed are 1 to 16")
+    layers = all_layers(model, "inputs at few bits", skip=True)
     full_precision_activations(model)
-    seen: dict[str, Tensor] = {}
+    seen: dict[str, list[Tensor]] = {name: [] for name in layers}
     handles = [
-        layer.register_forward_pre_hook(lambda _, args, n=name: seen.__setitem__(n, args[0]))
-        for name, layer in prunable(model).items()
+        layer.register_forward_pre_hook(lambda _, args, n=name: seen[n].append(args[0].flatten()))
+        for name, modules in uses(model).items()
+        for layer in modules
     ]
     mode = model.training
-    model.eval()(images)
-    model.train(mode)
-    for handle in handles:
-        handle.remove()
-    for name, layer in prunable(model).items():
-        layer.add_module("quantize_input", _calibrated(bits, seen[name]))
-        layer.register_forward_pre_hook(_quantized)
+    try:
+        model.eval()(images)
+    finally:
+        model.train(mode)
+        for handle in handles:
+            handle.remove()
+    for name, modules in uses(model).items():
+        for layer in modules if seen[name] else ():
+            layer.add_module("quantize_input", _calibrated(bits, torch.cat(seen[name])))
+            layer.register_forward_pre_hook(_quantized)
     return model
 
 
@@ -82,7 +88,7 @@ def full_precision_activations(model: nn.Module) -> nn.Module:
     >>> round(full_precision_activations(model)(torch.tensor([[1.4]])).item(), 3)
     14.0
     """
-    for layer in prunable(model).values():
+    for layer in (m for modules in uses(model).values() for m in modules):
         if hasattr(layer, "quantize_input"):
             del layer.quantize_input
             for key in [k for k, hook in layer._forward_pre_hooks.items() if hook is _quantized]:

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from lib.constraint import Constraint, ConstraintError, Storage, SupportConstraint
-from lib.costs.storage import irregular_levels
-from lib.pruning.groups import Unstructured
+from lib.constraint.formats import irregular_levels
 from lib.quantization.levels import STEP_BITS, Levels
 
 
@@ -87,5 +86,5 @@ class Quantized(Constraint):
         stored = self.support.storage_bits(z, 1).data
         zeros = stored > int(z.count_nonzero())
         bill = self.support.storage_bits(z, ceil(log2(2 * self.values.per_side + zeros)))
-        best = anywhere if isinstance(self.support, Unstructured) else min(bill, anywhere, key=lambda s: s.total)
+        best = anywhere if self.support.anywhere else min(bill, anywhere, key=lambda s: s.total)
         return best._replace(table=best.table + STEP_BITS)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lib.constraint import Constraint, ConstraintError, Storage
-from lib.costs.storage import irregular_levels
+from lib.constraint.formats import irregular_levels
 
 STEP_BITS = 32
 """What a layer's step takes in a table."""

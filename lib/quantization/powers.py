@@ -8,23 +8,11 @@ import torch
 from torch import Tensor
 
 from lib.constraint import Constraint, ConstraintError, Storage
-from lib.costs.storage import irregular_levels
+from lib.constraint.formats import irregular_levels
+from lib.constraint.selection import nearest_power
 
 EXPONENT_BITS = 8
 """What a layer's largest exponent takes in a table."""
-
-
-def nearest_power(weight: Tensor, top: int, count: int) -> Tensor:
-    """Each weight at the nearest of ``0, +-2^top, +-2^(top-1), ...``, ``count`` magnitudes; nearest in the number.
-
-    >>> from lib.quantization import nearest_power
-    >>> nearest_power(torch.tensor([0.7, -0.8, 3.0, 0.1]), top=0, count=2).tolist()  # 0, 0.5 and 1
-    [0.5, -1.0, 1.0, 0.0]
-    """
-    magnitude = weight.abs().clamp(min=2.0 ** (top - count - 1), max=2.0**top)
-    exponent = (magnitude / 1.5).log2().ceil()  # 1.5 * 2^e lies half way from 2^e to its double
-    power = torch.where(magnitude < 2.0 ** (top - count), 0.0, exponent.clamp(top - count + 1, top).exp2())
-    return power * weight.sign()
 
 
 @dataclass(frozen=True)

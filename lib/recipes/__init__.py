@@ -7,7 +7,7 @@ the weights that training goes on from. The loop is always `lib.training.fit`; r
 from lib.recipes.admm import admm, progressive, split
 from lib.recipes.budgets import search_budgets, search_rate
 from lib.recipes.clustering import deep_kmeans
-from lib.recipes.e2_train import MiniBatchDropping, e2_train, gate_of, predictive_signs, skippable
+from lib.recipes.e2_train import MiniBatchDropping, e2_train, predictive_signs
 from lib.recipes.early_bird import (
     ScalePull,
     channels_by_norm,
@@ -19,16 +19,16 @@ from lib.recipes.early_bird import (
 )
 from lib.recipes.growing import contiguous_parts, grow_and_prune, parallel_grow_and_prune, random_masks, static
 from lib.recipes.inside import alternating, retrain_inside, snapped
+from lib.recipes.purification import purify
 from lib.recipes.quantizing import partial_hardening, straight_through
 from lib.recipes.regrowth import rigl
 from lib.recipes.reweighted import reweighted, search_strength
-from lib.recipes.rewinding import State, iterative, layer_weights, one_shot, prune_and_tune, rewind, state_of
+from lib.recipes.rewinding import iterative, layer_weights, one_shot, prune_and_tune, rewind
 from lib.recipes.tiles import group_lasso
 
 __all__ = [
     "MiniBatchDropping",
     "ScalePull",
-    "State",
     "admm",
     "alternating",
     "channels_by_norm",
@@ -37,7 +37,6 @@ __all__ = [
     "drawing_point",
     "e2_train",
     "early_bird",
-    "gate_of",
     "group_lasso",
     "grow_and_prune",
     "iterative",
@@ -50,6 +49,7 @@ __all__ = [
     "predictive_signs",
     "progressive",
     "prune_and_tune",
+    "purify",
     "random_masks",
     "retrain_inside",
     "reweighted",
@@ -58,10 +58,8 @@ __all__ = [
     "search_budgets",
     "search_rate",
     "search_strength",
-    "skippable",
     "snapped",
     "split",
-    "state_of",
     "static",
     "straight_through",
     "ticket",

@@ -13,6 +13,7 @@ from lib.constraint import (
     ConstraintError,
     Masks,
     Plan,
+    State,
     attach_masks,
     detach_masks,
     fitted,
@@ -22,9 +23,9 @@ from lib.constraint import (
     weights,
 )
 from lib.data import Data
-from lib.models import prunable
 from lib.recipes.quantizing import straight_through
-from lib.recipes.rewinding import State, one_shot
+from lib.recipes.rewinding import one_shot
+from lib.shapes import prunable
 from lib.training import Hook, Progress, evaluate, fit
 
 

@@ -9,10 +9,10 @@ from torch import nn
 
 from lib.constraint import attach_masks, fitted
 from lib.data import Data, Split
-from lib.models import prunable
 from lib.pruning.adaptive import LayerAdaptive
 from lib.pruning.groups import Unstructured
 from lib.recipes.rewinding import one_shot
+from lib.shapes import prunable
 from lib.training import Progress, evaluate, fit
 
 Kept = dict[str, float]

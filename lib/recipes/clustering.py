@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from lib.constraint import ConstraintError, Plan, harden, leaf, weights
 from lib.data import Data
-from lib.models import prunable
-from lib.quantization import Codebook
+from lib.shapes import prunable
+from lib.sharing import Codebook
 from lib.training import Hook, Progress, evaluate, fit
 
 
@@ -92,7 +92,7 @@ def deep_kmeans(
         ConstraintError: a set that is no `Codebook`. ValueError: epochs or interval below 1, or a negative strength.
 
     >>> from lib import data, models, recipes
-    >>> from lib.quantization import Codebook
+    >>> from lib.sharing import Codebook
     >>> images = data.load(train_size=200, test_size=100, validation_size=100)
     >>> model = models.build("lenet5", images.shape, images.classes)
     >>> log = recipes.deep_kmeans(model, {"conv2": Codebook(4, "row")}, images, epochs=2, lr=0.05, strength=0.1)

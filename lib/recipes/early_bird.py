@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lib.channels import compact, follow, residual_groups
+from lib.channels.paths import zeroed
+from lib.channels.spaces import own_norms, trace
 from lib.constraint import ConstraintError, Plan
 from lib.data import Data
-from lib.models import prunable
-from lib.pruning.channels import compact, follow, residual_groups
-from lib.pruning.channels.paths import zeroed
-from lib.pruning.channels.spaces import own_norms, trace
 from lib.recipes.rewinding import one_shot
+from lib.shapes import prunable
 from lib.training import Hook, Progress, TrainingError, fit
 
 Channels = dict[str, Tensor]
@@ -72,7 +72,7 @@ def channels_by_norm(model: nn.Module, norms: Mapping[str, str], sparsity: float
 def ticket(model: nn.Module, channels: Channels, example: Tensor) -> nn.Module:
     """The physically smaller network of the channels that stay, with their weights and batch norm statistics.
 
-    Unlike `lib.pruning.channels.compact` alone this changes the outputs: the other channels are gone.
+    Unlike `lib.channels.compact` alone this changes the outputs: the other channels are gone.
 
     >>> from lib import models, recipes
     >>> net, image = models.build("vgg", (1, 28, 28), 10), torch.zeros(1, 1, 28, 28)

@@ -11,10 +11,10 @@ import pandas as pd
 import torch
 from torch import nn
 
-from lib.constraint import Masks, Plan, attach_masks, detach_masks, fitted, select, weights
+from lib.constraint import Masks, Plan, State, attach_masks, detach_masks, fitted, plain, select, state_of, weights
 from lib.data import Data
-from lib.models import prunable
-from lib.recipes.rewinding import State, one_shot, stage_seed, state_of
+from lib.recipes.rewinding import one_shot, stage_seed
+from lib.shapes import prunable
 from lib.training import Progress, charge_all, evaluate, fit, metered, recalibrate, uncounted
 
 Parts = Sequence[Sequence[str]]
@@ -242,12 +242,12 @@ def parallel_grow_and_prune(
     masks, rows = random_masks(model, plan, seed), []
     total = rounds * len(groups) * epochs + tune_epochs
     for r in range(rounds):
-        start, plain = state_of(attach_masks(model, masks)), detach_masks(deepcopy(model))
+        start, bare = state_of(attach_masks(model, masks)), plain(model)
         jobs = []
         for i, part in enumerate(groups):
             held = {name: mask for name, mask in masks.items() if name not in part}
             seeded = fit_options | {"epochs": epochs, "seed": stage_seed(seed, r * len(groups) + i)}
-            jobs.append(joblib.delayed(_grown)(plain, start, held, data, seeded))
+            jobs.append(joblib.delayed(_grown)(bare, start, held, data, seeded))
         done = joblib.Parallel(processes)(jobs)
         for _, spent in done if processes > 1 else []:  # in this process the meter saw the replicas
             charge_all(spent)

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from lib.constraint import Constraint, ConstraintError, Plan, Storage, leaf, weights
 from lib.data import Data
-from lib.models import prunable
-from lib.quantization import SmartExchange
+from lib.shapes import prunable
+from lib.sharing import SmartExchange
 from lib.training import Hook, Progress, TrainingError, evaluate, fit
 
 ROUNDING = 1e-4  # in shares of the largest weight: what thousands of steps in single precision add up to

@@ -7,17 +7,28 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
-from lib.constraint import ConstraintError, Mask, Plan, attach_masks, fitted, harden, masks, project, weights
+from lib.constraint import (
+    ConstraintError,
+    Mask,
+    Plan,
+    attach,
+    attach_masks,
+    detach,
+    fitted,
+    harden,
+    masks,
+    project,
+    weights,
+)
+from lib.constraint.selection import keep_largest
 from lib.data import Data
-from lib.models import prunable
-from lib.pruning.selection import keep_largest
 from lib.quantization import Quantized
+from lib.shapes import Parametrization, uses
 from lib.training import Hook, Progress, evaluate, fit
 
 
-class _Projected(nn.Module):
+class _Projected(Parametrization):
     """Parametrization ``W -> W + (P_S(W) - W)``, the difference a constant: gradients go straight through."""
 
     def __init__(self, constraint) -> None:
@@ -50,29 +61,25 @@ def straight_through(
     Raises:
         ConstraintError: a plan that couples layers, or cannot be.
 
-    >>> from lib import data, models, pruning, quantization, recipes
+    >>> from lib import data, models, pruning, quantization, recipes, shapes
     >>> images = data.load(train_size=200, test_size=100, validation_size=100)
     >>> model = models.build("lenet300", images.shape, images.classes)
     >>> plan = pruning.uniform_plan(model, quantization.ternary())
     >>> log = recipes.straight_through(model, plan, images, epochs=1, lr=0.05)
-    >>> [len(layer.weight.unique()) for layer in models.prunable(model).values()]
+    >>> [len(layer.weight.unique()) for layer in shapes.prunable(model).values()]
     [3, 3, 3]
     """
-    layers = prunable(model)
+    layers = uses(model)
     weights(model, plan)  # says what is wrong with a plan before training
     for name, constraint in plan.items():
         if not constraint.per_layer:
             raise ConstraintError(f"{name}: {constraint} couples layers; straight-through training takes one at a time")
-        parametrize.register_parametrization(layers[name], "weight", _Projected(constraint))
+        attach(layers[name], _Projected(constraint))
     try:
         log = fit(model, data, hooks=hooks, progress=progress, **fit_options)
     finally:
         for name in plan:
-            chain = layers[name].parametrizations["weight"]
-            if len(chain) == 1:
-                parametrize.remove_parametrizations(layers[name], "weight", leave_parametrized=False)
-            else:
-                del chain[-1]
+            detach(layers[name], _Projected)
     harden(model, plan)
     return log
 
@@ -86,7 +93,7 @@ class _Frozen(Mask):
 
     def forward(self, weight: Tensor) -> Tensor:
         """``weight`` where it is free."""
-        return weight * self.mask + self.value
+        return torch.where(self.mask, weight, self.value)
 
 
 def partial_hardening(
@@ -126,7 +133,7 @@ def partial_hardening(
     if not shares or min(shares) < 0 or max(shares) > 1:
         raise ValueError(f"partial_hardening: {shares=}: allowed are shares in [0, 1], at least one")
     plan = fitted(model, plan)
-    layers, before = prunable(model), masks(model)
+    layers, before = uses(model), masks(model)
     levels = project(plan, weights(model, plan))
     support = {n: z != 0 for n, z in levels.items() if isinstance(plan[n], Quantized)}  # chosen once: joint sets prune
     free = {n: support.get(n, w != 0) for n, w in weights(model, plan).items()}
@@ -139,7 +146,7 @@ def partial_hardening(
             free[name] &= ~_nearest(w[name], level, free[name], share)
         attach_masks(model, {n: m for n, m in before.items() if n not in plan})
         for name, level in levels.items():
-            parametrize.register_parametrization(layers[name], "weight", _Frozen(free[name], level))
+            attach(layers[name], _Frozen(free[name], level))
         report = None
         if progress:
             report = lambda done, text, i=i: progress((i + done) / len(shares), f"round {i + 1}: {text}")  # noqa: E731

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from lib.constraint import ConstraintError, Masks, Plan, attach_masks, detach_masks, leaf
+from lib.constraint.selection import keep_largest
 from lib.data import Data
-from lib.models import prunable
 from lib.pruning.groups import Unstructured
-from lib.pruning.selection import keep_largest
 from lib.recipes.growing import random_masks
+from lib.shapes import dense_macs, prunable
 from lib.training import Hook, Progress, TrainingError, charge, fit
-from lib.training.spent import dense_macs
 
 
 class _Regrow(Hook):

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from lib.constraint import Constraint, ConstraintError, Plan, apply, harden, leaf, select, weights
 from lib.data import Data
-from lib.models import prunable
 from lib.recipes.admm import split
+from lib.shapes import prunable
 from lib.training import Hook, Progress, evaluate, fit
 
 

@@ -1,38 +1,22 @@
 """One-shot masks, pruning in steps, iterative pruning, and setting a network back to weights that it had."""
 
 from collections.abc import Iterable, Sequence
-from copy import deepcopy
 from typing import Any
 
 import pandas as pd
 from torch import Tensor, nn
 
-from lib.constraint import Masks, Plan, attach_masks, detach_masks, fitted, select, weights
+from lib.constraint import Masks, Plan, State, attach_masks, detach_masks, fitted, select, weights
 from lib.data import Data
 from lib.training import Progress, fit
-
-State = dict[str, Tensor]
-
-
-def state_of(model: nn.Module) -> State:
-    """A copy of a network's parameters and buffers under the names of the unmasked network, zeros baked in.
-
-    >>> from lib.constraint import attach_masks
-    >>> from lib.recipes import state_of
-    >>> model = torch.nn.Sequential(torch.nn.Linear(2, 1))
-    >>> model[0].weight.data = torch.tensor([[3.0, 1.0]])
-    >>> state = state_of(attach_masks(model, {"0": torch.tensor([[True, False]])}))
-    >>> sorted(state), state["0.weight"].tolist()
-    (['0.bias', '0.weight'], [[3.0, 0.0]])
-    """
-    return deepcopy(detach_masks(deepcopy(model)).state_dict())
 
 
 def layer_weights(state: State, layers: Iterable[str]) -> dict[str, Tensor]:
     """The weights of some layers out of a `state_of` a network, by layer name: what `lib.pruning.correlation` takes.
 
     >>> from lib.models import build
-    >>> from lib.recipes import layer_weights, state_of
+    >>> from lib.recipes import layer_weights
+    >>> from lib.constraint import state_of
     >>> theta = layer_weights(state_of(build("lenet300", (1, 28, 28), 10)), ["fc1", "fc3"])
     >>> {name: tuple(weight.shape) for name, weight in theta.items()}
     {'fc1': (300, 784), 'fc3': (10, 100)}
@@ -45,7 +29,8 @@ def rewind(model: nn.Module, state: State, masks: Masks | None = None) -> nn.Mod
 
     The lottery ticket is ``rewind(model, theta_0, m)``, fine-tuning starts from ``rewind(model, theta_T, m)``.
 
-    >>> from lib.recipes import rewind, state_of
+    >>> from lib.recipes import rewind
+    >>> from lib.constraint import state_of
     >>> model = torch.nn.Sequential(torch.nn.Linear(2, 1))
     >>> model[0].weight.data = torch.tensor([[1.0, 2.0]])
     >>> start = state_of(model)
@@ -88,11 +73,11 @@ def iterative(
     Returns:
         The masks of every plan, each inside the one before it.
 
-    >>> from lib import data, models, pruning, recipes
+    >>> from lib import constraint, data, models, pruning, recipes
     >>> images = data.load(train_size=200, test_size=100, validation_size=100)
     >>> model = models.build("lenet300", images.shape, images.classes)
     >>> plans = [pruning.uniform_plan(model, pruning.Unstructured(sparsity)) for sparsity in (0.5, 0.75)]
-    >>> masks = recipes.iterative(model, plans, images, recipes.state_of(model), epochs=1, lr=0.05)
+    >>> masks = recipes.iterative(model, plans, images, constraint.state_of(model), epochs=1, lr=0.05)
     >>> [int(m["fc2"].sum()) for m in masks], bool((masks[1]["fc2"] <= masks[0]["fc2"]).all())
     ([15000, 7500], True)
     """

@@ -8,10 +8,10 @@ from torch import nn
 
 from lib.constraint import ConstraintError, Plan, leaf, weights
 from lib.data import Data
-from lib.models import prunable
 from lib.pruning.groups import Groups
 from lib.quantization import TernaryRule, branch
 from lib.recipes.quantizing import straight_through
+from lib.shapes import prunable
 from lib.training import Hook, Progress, TrainingError, evaluate, fit, learning_rate
 
 

@@ -1,6 +1,6 @@
 """Training: one bare loop with hooks, a cache of finished runs, and a count of what they computed."""
 
-from lib.training.cache import CACHE_ROOT, cached, code_version, fingerprint
+from lib.training.cache import CACHE_ROOT, cached
 from lib.training.loop import (
     Hook,
     Progress,
@@ -26,10 +26,8 @@ __all__ = [
     "cached",
     "charge",
     "charge_all",
-    "code_version",
     "device",
     "evaluate",
-    "fingerprint",
     "fit",
     "learning_rate",
     "make_optimizer",

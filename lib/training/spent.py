@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 import pandas as pd
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
-from lib.models import prunable
+from lib.constraint import mask_of
+from lib.shapes import all_layers, dense_macs, uses
 from lib.training.loop import Progress
 
 Product = Literal["forward", "input_gradient", "weight_gradient"]
@@ -40,7 +40,9 @@ class Meter:
     def __init__(self, model: nn.Module) -> None:
         self.layers = {id(layer): name for name, layer in model.named_modules()}
         self.counts: Counter[tuple[str, str, int, int]] = Counter()
-        self.handles = [layer.register_forward_hook(self._watch(name)) for name, layer in prunable(model).items()]
+        all_layers(model, "what training computes")
+        found = ((name, layer) for name, layers in uses(model).items() for layer in layers)
+        self.handles = [layer.register_forward_hook(self._watch(name)) for name, layer in found]
 
     def __enter__(self) -> "Meter":
         _open.append(self)
@@ -91,33 +93,6 @@ def uncounted() -> Iterator[None]:
         yield
     finally:
         _open.extend(reversed(paused))
-
-
-def dense_macs(layer: nn.Module, output: Tensor) -> float:
-    """Multiply-accumulates of the forward pass that gave ``output``, all weights counted.
-
-    >>> from lib.training.spent import dense_macs
-    >>> conv = torch.nn.Conv2d(3, 8, 3, padding=1)
-    >>> dense_macs(conv, conv(torch.zeros(2, 3, 10, 10)))  # 2 images, 100 positions, 8 x 27 weights
-    43200.0
-    """
-    shape = (
-        layer.parametrizations.weight.original if parametrize.is_parametrized(layer, "weight") else layer.weight
-    ).shape
-    return output.numel() / shape[0] * shape.numel()
-
-
-def mask_of(layer: nn.Module) -> Tensor | None:
-    """The mask that holds a layer's weights, or None.
-
-    >>> from lib.constraint import attach_masks
-    >>> from lib.training.spent import mask_of
-    >>> net = attach_masks(torch.nn.Sequential(torch.nn.Linear(2, 1)), {"0": torch.tensor([[True, False]])})
-    >>> mask_of(net[0]).tolist(), mask_of(torch.nn.Linear(2, 1))
-    ([[True, False]], None)
-    """
-    chain = layer.parametrizations.weight if parametrize.is_parametrized(layer, "weight") else ()
-    return next((p.mask for p in chain if isinstance(getattr(p, "mask", None), Tensor)), None)
 
 
 def _density(layer: nn.Module) -> float:

@@ -12,9 +12,8 @@ import torch
 import torchvision
 from torch.profiler import ProfilerActivity, profile
 
-from lib import arrays, data, models, training
-from lib.arrays import Array, Wires
-from lib.crossbar import Mapping
+from lib import crossbar, data, models, shapes, training
+from lib.crossbar import Array, Mapping, Wires
 
 KINDS = {
     "sums of columns": ("aten::bmm",),
@@ -43,7 +42,7 @@ def main(count: int) -> None:
             mapping=Mapping("two_column", 8, 2), adc_bits=8, analog_difference=True
         ),
     }
-    nets = {name: arrays.on_arrays(net, a, images.train.x[:64]) for name, a in designs.items()}
+    nets = {name: crossbar.on_arrays(net, a, images.train.x[:64]) for name, a in designs.items()}
     evaluate = {name: (lambda n=n: training.evaluate(n, images.test)) for name, n in nets.items()}
     plain = lambda: training.evaluate(net, images.test)  # noqa: E731
     plain()
@@ -64,14 +63,14 @@ def main(count: int) -> None:
         print(f"{kind:40s} {share:9.0%}")
 
     cells = torch.rand(1, 128, 128, dtype=torch.float64) * 1e-6
-    one = min(seconds(lambda: arrays.effective(cells, 2.12, 6.36)) for _ in range(3))
-    program = seconds(lambda: arrays.on_arrays(net, Array(), images.train.x[:64], wires=Wires(2.12, 6.36, 1e6)))
+    one = min(seconds(lambda: crossbar.effective(cells, 2.12, 6.36)) for _ in range(3))
+    program = seconds(lambda: crossbar.on_arrays(net, Array(), images.train.x[:64], wires=Wires(2.12, 6.36, 1e6)))
     print(f"\nwires of a 128 x 128 array, exactly      {one:9.2f} s; LeNet-5's 125 arrays {program:.0f} s, once")
     for name in ("resnet50", "vgg16"):
         with torch.device("meta"):
             large = torchvision.models.get_model(name)
         spent = min(
-            seconds(lambda m=large: arrays.tile(arrays.layer_shapes(m, (3, 224, 224)), Array())) for _ in range(3)
+            seconds(lambda m=large: crossbar.tile(shapes.layer_shapes(m, (3, 224, 224)), Array())) for _ in range(3)
         )
         print(f"{name + ' at 224 x 224, counted from shapes':40s} {spent:9.2f} s")
 

@@ -10,7 +10,7 @@ import torch
 import torchvision
 
 from lib import pruning
-from lib.models import prunable
+from lib.shapes import prunable
 
 CONSTRAINTS = [
     pruning.Unstructured(0.9),

@@ -1,16 +1,11 @@
 """E2-Train: fewer batches, fewer blocks and fewer bits while a network is trained (Wang et al., NeurIPS 2019)."""
 
-from lib.recipes.e2_train.gates import RecurrentGate, SkippedBlock, gate_of, skippable
 from lib.recipes.e2_train.recipe import MiniBatchDropping, e2_train
 from lib.recipes.e2_train.signs import SignPrediction, predictive_signs
 
 __all__ = [
     "MiniBatchDropping",
-    "RecurrentGate",
     "SignPrediction",
-    "SkippedBlock",
     "e2_train",
-    "gate_of",
     "predictive_signs",
-    "skippable",
 ]

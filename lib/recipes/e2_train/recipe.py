@@ -9,7 +9,7 @@ import pandas as pd
 from torch import nn
 
 from lib.data import Data
-from lib.recipes.e2_train.gates import RecurrentGate, gate_of
+from lib.layers.gates import RecurrentGate, gate_of
 from lib.recipes.e2_train.signs import SignPrediction, predictive_signs
 from lib.training import Hook, Progress, TrainingError, fit
 
@@ -107,7 +107,8 @@ def e2_train(
         TrainingError: a value that is not allowed. ValueError: a network without a gate, where one is asked for.
 
     >>> from lib import data, models
-    >>> from lib.recipes.e2_train import e2_train, skippable
+    >>> from lib.recipes.e2_train import e2_train
+    >>> from lib.layers.gates import skippable
     >>> images = data.load(train_size=200, test_size=100, validation_size=100)
     >>> net = skippable(models.build("resnet8", images.shape, images.classes, width=4))
     >>> log = e2_train(net, images, epochs=1, lr=0.1, batch_size=20, drop=0.5, skip_cost=0.1, signs=True)

@@ -12,10 +12,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import conv2d, linear, pad
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from lib.models import prunable
-from lib.recipes.e2_train.gates import RecurrentGate
+from lib.constraint import mask_of
+from lib.layers.gates import RecurrentGate
+from lib.shapes import dense_macs, prunable
 from lib.training import TrainingError, charge
-from lib.training.spent import dense_macs, mask_of
 
 BITS = 8  # of weights and of layer inputs
 GRADIENT_BITS = 16  # of the gradient of a layer's output

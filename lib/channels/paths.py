@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lib.constraint import ConstraintError, Masks, Plan, detach_masks
-from lib.models import prunable
-from lib.pruning.channels.spaces import Space, first_line, groups_of, is_depthwise, own_norms, spaces_of, trace
+from lib.channels.spaces import Space, first_line, groups_of, is_depthwise, own_norms, spaces_of, trace
+from lib.constraint import ConstraintError, Masks, Plan, plain
 from lib.pruning.groups import Filter
+from lib.shapes import prunable
 
 
 @torch.no_grad()
@@ -22,7 +22,7 @@ def arriving(model: nn.Module, spaces: list[Space], example: Tensor) -> list[Ten
     Raises:
         ConstraintError: a layer is used twice, so that its filters belong to several spaces at once.
 
-    >>> from lib.pruning.channels import paths, spaces
+    >>> from lib.channels import paths, spaces
     >>> net = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False), torch.nn.ReLU(), torch.nn.Linear(2, 1))
     >>> net[0].weight.data = torch.tensor([[1.0, 1.0], [-1.0, -1.0]])
     >>> hidden = [s for s in spaces.spaces_of(spaces.trace(net, torch.ones(1, 2)), torch.device("cpu")) if s.readers]
@@ -52,7 +52,7 @@ def arriving(model: nn.Module, spaces: list[Space], example: Tensor) -> list[Ten
 @torch.no_grad()
 def _silent(model: nn.Module) -> nn.Module:
     """A copy in which every layer and batch norm is removed: what still arrives anywhere is made on the way."""
-    copy = detach_masks(deepcopy(model))
+    copy = plain(model)
     for module in copy.modules():
         if isinstance(module, nn.Conv2d | nn.Linear | _BatchNorm):
             for parameter in module.parameters(recurse=False):
@@ -86,7 +86,7 @@ def settle(
         keep: a mask for every layer. groups: the groups of every layer (1 for a linear one).
         constant: for each space the channels (size,) that are not zero at the readers even when nobody writes them.
 
-    >>> from lib.pruning.channels import paths, spaces
+    >>> from lib.channels import paths, spaces
     >>> net = torch.nn.Sequential(torch.nn.Linear(3, 2, bias=False), torch.nn.ReLU(), torch.nn.Linear(2, 1))
     >>> found = spaces.spaces_of(spaces.trace(net, torch.ones(1, 3)), torch.device("cpu"))
     >>> keep = {"0": torch.tensor([[True, True, True], [False, False, False]]), "2": torch.tensor([[True, True]])}
@@ -129,7 +129,7 @@ def residual_groups(model: nn.Module, example: Tensor) -> list[list[str]]:
             traced.
 
     >>> from lib import models
-    >>> from lib.pruning.channels import residual_groups
+    >>> from lib.channels import residual_groups
     >>> groups = residual_groups(models.build("resnet8", (1, 28, 28), 10), torch.zeros(1, 1, 28, 28))
     >>> groups[:3]
     [['conv1', 'block1_1.conv2'], ['block1_1.conv1'], ['block2_1.conv1']]
@@ -155,9 +155,9 @@ def coupled(model: nn.Module, plan: Plan, example: Tensor) -> Plan:
     Groups that the plan does not hold to one equal `Filter` set in all their layers stay as they are: their filters
     can be zeroed, but not cut. Other sets are not touched.
 
-    >>> from lib import models, pruning
+    >>> from lib import channels, models, pruning
     >>> model, image = models.build("resnet8", (1, 28, 28), 10), torch.zeros(1, 1, 28, 28)
-    >>> plan = pruning.channels.coupled(model, pruning.uniform_plan(model, pruning.Filter(0.5)), image)
+    >>> plan = channels.coupled(model, pruning.uniform_plan(model, pruning.Filter(0.5)), image)
     >>> {name: plan[name].coupled for name in ("conv1", "block1_1.conv1", "block1_1.conv2")}
     {'conv1': 'conv1', 'block1_1.conv1': '', 'block1_1.conv2': 'conv1'}
     """
@@ -171,7 +171,7 @@ def coupled(model: nn.Module, plan: Plan, example: Tensor) -> Plan:
 
 def _check(model: nn.Module, masks: Masks) -> None:
     """Refuse masks of unknown layers or of another shape."""
-    layers, parameters = prunable(model), dict(detach_masks(deepcopy(model)).named_parameters())
+    layers, parameters = prunable(model), dict(plain(model).named_parameters())
     for name, mask in masks.items():
         weight = layers[name].weight if name in layers else parameters.get(name)
         if weight is None:
@@ -228,10 +228,10 @@ def follow(model: nn.Module, masks: Masks, example: Tensor) -> Masks:
             that torch-pruning does not see (such as shuffling them), so that (b) would change its output. What the
             model does only in training, such as auxiliary classifiers, is not seen.
 
-    >>> from lib import models, pruning, recipes
+    >>> from lib import channels, models, pruning, recipes
     >>> model, image = models.build("lenet5", (1, 28, 28), 10), torch.rand(1, 1, 28, 28)
     >>> masks = recipes.one_shot(model, {"conv1": pruning.Filter(0.75)})
-    >>> masks = pruning.channels.follow(model, masks, image)
+    >>> masks = channels.follow(model, masks, image)
     >>> {name: int(mask.sum()) for name, mask in masks.items()}  # 5 of 20 filters of 25, 5 biases, 50 * 5 * 25 weights
     {'conv1': 125, 'conv2': 6250, 'conv1.bias': 5}
     """
@@ -242,7 +242,7 @@ def follow(model: nn.Module, masks: Masks, example: Tensor) -> Masks:
     given = {name: masks.get(name, mask).to(example.device) for name, mask in dense.items()}
     groups = {name: groups_of(layer) for name, layer in layers.items()}
     keep, alive = settle(spaces, given, groups, arriving(_silent(model), spaces, example))
-    extra = _constants(detach_masks(deepcopy(model)), spaces, own_norms(graph), keep, alive)
+    extra = _constants(plain(model), spaces, own_norms(graph), keep, alive)
     check_same(zeroed(model, given | extra), zeroed(model, keep | extra), example, "unused-path removal")
     found = {n: m for n, m in (keep | extra).items() if n in masks or not m.all()}
     return {n: m & masks[n].to(m.device) if n in masks else m for n, m in (masks | found).items()}
@@ -252,13 +252,13 @@ def follow(model: nn.Module, masks: Masks, example: Tensor) -> Masks:
 def zeroed(model: nn.Module, masks: Masks) -> nn.Module:
     """An ordinary copy with the masked-out parameters at zero.
 
-    >>> from lib.pruning.channels.paths import zeroed
+    >>> from lib.channels.paths import zeroed
     >>> net = torch.nn.Sequential(torch.nn.Linear(2, 1))
     >>> net[0].weight.data = torch.tensor([[3.0, 1.0]])
     >>> zeroed(net, {"0": torch.tensor([[True, False]])})[0].weight.tolist(), net[0].weight.tolist()
     ([[3.0, 0.0]], [[3.0, 1.0]])
     """
-    copy = detach_masks(deepcopy(model))
+    copy = plain(model)
     parameters, layers = dict(copy.named_parameters()), prunable(copy)
     for name, mask in masks.items():
         (layers[name].weight if name in layers else parameters[name]).mul_(mask)
@@ -269,13 +269,13 @@ def zeroed(model: nn.Module, masks: Masks) -> nn.Module:
 def check_same(model: nn.Module, other: nn.Module, example: Tensor, what: str) -> None:
     """Refuse a change of the outputs beyond rounding: the traced graph then misses something that the model does.
 
-    >>> from lib.pruning.channels.paths import check_same
+    >>> from lib.channels.paths import check_same
     >>> net, x = torch.nn.Linear(2, 1, bias=False), torch.ones(1, 2)
     >>> net.weight.data = torch.tensor([[3.0, 1.0]])
     >>> check_same(net, torch.nn.Flatten(0), x, "taking the layer away")
     Traceback (most recent call last):
         ...
-    lib.constraint.ConstraintError: taking the layer away changes the outputs by up to 3: ...
+    lib.constraint.sets.ConstraintError: taking the layer away changes the outputs by up to 3: ...
     """
     try:
         before, after = (deepcopy(net).eval()(example) for net in (model, other))

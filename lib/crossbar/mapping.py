@@ -24,7 +24,7 @@ class CrossbarError(ValueError):
     >>> Mapping(cell_bits=2)
     Traceback (most recent call last):
         ...
-    lib.crossbar.CrossbarError: cell_bits = 2 without weight_bits: a continuous cell has no bits
+    lib.crossbar.mapping.CrossbarError: cell_bits = 2 without weight_bits: a continuous cell has no bits
     """
 
 

@@ -1,16 +1,15 @@
 """Network purification: nearly empty channels go as a whole, and what they leave unused goes with them."""
 
 from collections.abc import Iterator, Sequence
-from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
 
-from lib.constraint import Masks, detach_masks
+from lib.channels.paths import follow, zeroed
+from lib.channels.spaces import groups_of, spaces_of, trace
+from lib.constraint import Masks, plain
 from lib.data import Split
-from lib.models import prunable
-from lib.pruning.channels.paths import follow, zeroed
-from lib.pruning.channels.spaces import groups_of, spaces_of, trace
+from lib.shapes import prunable
 from lib.training import Progress, evaluate
 
 
@@ -44,24 +43,24 @@ def purify(
         ConstraintError: as `follow`. ValueError: a negative drop, or an emptiness outside [0, 1].
 
     >>> from torch import nn
-    >>> from lib import data, pruning
+    >>> from lib import data, recipes
     >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 2), nn.Flatten())
     >>> net[2].weight.data[:, 0].flatten(1)[:, :3] = 0.0  # of a channel, one of four columns is left
     >>> images = data.Split(torch.ones(2, 1, 4, 4), torch.tensor([0, 1]))
-    >>> pruning.channels.purify(net, images.x, images, drop=100, emptiness=[0.75])["2"].flatten(2).any(2).tolist()
+    >>> recipes.purify(net, images.x, images, drop=100, emptiness=[0.75])["2"].flatten(2).any(2).tolist()
     [[False, True, True, True], [False, True, True, True]]
     """
     if drop < 0 or not emptiness or min(emptiness) < 0 or max(emptiness) > 1:
         raise ValueError(f"purify: {drop=}, {emptiness=}: allowed are drop >= 0 and shares in [0, 1]")
-    plain = detach_masks(deepcopy(model))
-    best = follow(plain, {name: layer.weight != 0 for name, layer in prunable(plain).items()}, example)
-    floor = evaluate(zeroed(plain, best), split) - drop / 100
-    readers = [*_input_channels(plain, example)]
+    bare = plain(model)
+    best = follow(bare, {name: layer.weight != 0 for name, layer in prunable(bare).items()}, example)
+    floor = evaluate(zeroed(bare, best), split) - drop / 100
+    readers = [*_input_channels(bare, example)]
     for done, (layer, channel) in enumerate(readers):
         if progress:
             progress(done / len(readers), f"{layer}: {_weights(best)} weights left")
         start = best
-        empty, importance = _scores(prunable(zeroed(plain, start))[layer].weight, channel)
+        empty, importance = _scores(prunable(zeroed(bare, start))[layer].weight, channel)
         by_importance = importance.argsort()
         for least in emptiness:
             order = by_importance[(empty >= least)[by_importance] & (importance > 0)[by_importance]]
@@ -69,8 +68,8 @@ def purify(
             while low < high:  # the more channels go, the lower the accuracy, nearly
                 middle = (low + high + 1) // 2
                 kept = start[layer] & ~_columns(order[:middle], channel, start[layer])
-                masks = follow(plain, start | {layer: kept}, example)
-                if evaluate(zeroed(plain, masks), split) < floor:
+                masks = follow(bare, start | {layer: kept}, example)
+                if evaluate(zeroed(bare, masks), split) < floor:
                     high = middle - 1
                 else:
                     low, best = middle, min(best, masks, key=_weights)

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lib.arrays.converters import Converter, calibrated
-from lib.arrays.tiling import Array
-from lib.crossbar import CrossbarError, Polarized
+from lib.crossbar.converters import Converter, calibrated
+from lib.crossbar.mapping import CrossbarError, Polarized
+from lib.crossbar.tiling import Array
 
 Change = Callable[[Tensor], Tensor]
 """What happens to conductances in shares of G_max, ``(slices, columns, F, ...)``, after they were written."""
@@ -29,8 +29,8 @@ def planes(x: Tensor, array: Array, signed: bool = False) -> Tensor:
     Raises:
         CrossbarError: numbers that ``input_bits`` do not hold, or signed ones with more than one bit a step.
 
-    >>> from lib.arrays import Array
-    >>> from lib.arrays.product import planes
+    >>> from lib.crossbar import Array
+    >>> from lib.crossbar.product import planes
     >>> planes(torch.tensor([5, 8]), Array(input_bits=4)).tolist()
     [[1.0, 0.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0]]
     """
@@ -48,8 +48,8 @@ def planes(x: Tensor, array: Array, signed: bool = False) -> Tensor:
 def step_weights(array: Array, signed: bool = False) -> Tensor:
     """What a unit on a row counts for at each step, ``(T,)``.
 
-    >>> from lib.arrays import Array
-    >>> from lib.arrays.product import step_weights
+    >>> from lib.crossbar import Array
+    >>> from lib.crossbar.product import step_weights
     >>> step_weights(Array(input_bits=4)).tolist(), step_weights(Array(input_bits=4), signed=True).tolist()
     ([1.0, 2.0, 4.0, 8.0], [1.0, 2.0, 4.0, -8.0])
     """
@@ -68,7 +68,7 @@ class Programmed:
         scale: of a unit of weight: a weight is its whole number times this.
         converter: of the columns; `calibrate` chooses its range from data.
 
-    >>> from lib.arrays import Array, Programmed
+    >>> from lib.crossbar import Array, Programmed
     >>> weight, x = torch.tensor([[127.0, -64.0]]), torch.tensor([[3], [1]])
     >>> Programmed(weight, Array())(x).tolist()  # 3 * 127 - 64, by way of cells of 2 bits and inputs of 1
     [[317.0]]

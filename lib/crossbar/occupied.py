@@ -5,11 +5,11 @@ from typing import Literal, get_args
 import pandas as pd
 from torch import Tensor, nn
 
-from lib.arrays.tiling import Array, Strip, count, layer_shapes
 from lib.constraint import weights
-from lib.costs.storage import index_width
-from lib.crossbar import CrossbarError
-from lib.models import prunable
+from lib.constraint.formats import index_width
+from lib.crossbar.mapping import CrossbarError
+from lib.crossbar.tiling import Array, Strip, count
+from lib.shapes import layer_shapes, prunable
 
 Rule = Literal["none", "lines", "blocks", "shapes"]
 
@@ -38,7 +38,7 @@ def occupied(
     Raises:
         CrossbarError: an unknown rule, or more rows in a group than an array has.
 
-    >>> from lib.arrays import Array, occupied
+    >>> from lib.crossbar import Array, occupied
     >>> model = torch.nn.Sequential(torch.nn.Linear(256, 32))  # 32 weights of 4 cells fill the columns of an array
     >>> model[0].weight.data[:, :128] = 0.0
     >>> [int(occupied(model, (256,), Array(), rule)["arrays"].sum()) for rule in ("none", "lines")]

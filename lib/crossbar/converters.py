@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lib.crossbar import CrossbarError
+from lib.crossbar.mapping import CrossbarError
 
 
 def exact_bits(rows: int, cell_bits: int, dac_bits: int = 1, flip: bool = False) -> int:
@@ -17,7 +17,7 @@ def exact_bits(rows: int, cell_bits: int, dac_bits: int = 1, flip: bool = False)
     Raises:
         CrossbarError: a number below one.
 
-    >>> from lib.arrays import exact_bits
+    >>> from lib.crossbar import exact_bits
     >>> exact_bits(128, 2), exact_bits(128, 2, flip=True)
     (9, 8)
     """
@@ -39,7 +39,7 @@ class Converter:
     Raises:
         CrossbarError: bits below one, no step, or a zero between two codes.
 
-    >>> from lib.arrays import Converter
+    >>> from lib.crossbar import Converter
     >>> Converter(bits=2, step=2.0).convert(torch.tensor([0.9, 3.1, 100.0])).tolist()
     [0.0, 4.0, 6.0]
     """
@@ -83,7 +83,7 @@ def calibrated(values: Tensor, bits: int, signed: bool, tried: int = 20, most: i
     Args:
         tried: ranges. most: values that are looked at, evenly spread; the largest of all is known.
 
-    >>> from lib.arrays import calibrated
+    >>> from lib.crossbar import calibrated
     >>> calibrated(torch.tensor([0.0, 1.0, 2.0, 3.0]), bits=2, signed=False)
     Converter(bits=2, low=0.0, step=1.0)
     >>> sums = torch.tensor([1.0, 2.0, 3.0]).repeat(100)

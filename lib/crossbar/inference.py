@@ -1,20 +1,19 @@
 """A whole network with its layers in arrays: quantized inputs, bit by bit through cells and converters."""
 
 from collections.abc import Mapping as Dict
-from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from lib.arrays.converters import Converter, calibrated
-from lib.arrays.product import CHUNK, Programmed
-from lib.arrays.tiling import Array
-from lib.arrays.wires import Wires
-from lib.constraint import detach_masks
-from lib.crossbar import CrossbarError
-from lib.faults import Device
-from lib.models import prunable
+from lib.constraint import plain
+from lib.crossbar.converters import Converter, calibrated
+from lib.crossbar.devices import Device
+from lib.crossbar.mapping import CrossbarError
+from lib.crossbar.product import CHUNK, Programmed
+from lib.crossbar.tiling import Array
+from lib.crossbar.wires import Wires
+from lib.shapes import all_layers, prunable
 
 
 class ArrayLayer(nn.Module):
@@ -23,7 +22,7 @@ class ArrayLayer(nn.Module):
     Attributes:
         inputs: how activations become whole numbers: of ``input_bits``, signed if the layer meets negative ones.
 
-    >>> from lib.arrays import Array, ArrayLayer, Programmed
+    >>> from lib.crossbar import Array, ArrayLayer, Programmed
     >>> layer, x = torch.nn.Linear(2, 1, bias=False), torch.tensor([[255.0, 5.0]])
     >>> layer.weight.data = torch.tensor([[1.0, -1.0]])
     >>> in_array = ArrayLayer(layer, Programmed(layer.weight.detach(), Array()))
@@ -118,15 +117,15 @@ def on_arrays(
     Raises:
         CrossbarError: a layer that the model lacks, none at all, or what `Array` and `Wires` refuse.
 
-    >>> from lib.arrays import Array, on_arrays
+    >>> from lib.crossbar import Array, on_arrays
     >>> model, x = torch.nn.Sequential(torch.nn.Linear(2, 1, bias=False)), torch.tensor([[255.0, 100.0]])
     >>> model[0].weight.data = torch.tensor([[127.0, 1.4]])
     >>> round(model(x).item()), round(on_arrays(model, Array(), x)(x).item())  # 1.4 lies there as 1
     (32525, 32485)
     """
-    copy = detach_masks(deepcopy(model)).eval()
+    copy = plain(model).eval()
     layers = prunable(copy)
-    plan = array if isinstance(array, Dict) else dict.fromkeys(layers, array)
+    plan = array if isinstance(array, Dict) else dict.fromkeys(all_layers(copy, "one array for all"), array)
     if not plan or (unknown := set(plan) - set(layers)):
         named = f"layer {min(unknown)!r}" if plan else "no layer"
         raise CrossbarError(f"the plan of arrays names {named}; the model has {', '.join(layers) or 'none'}")

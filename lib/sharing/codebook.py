@@ -11,7 +11,8 @@ from scipy.cluster.vq import kmeans2, vq
 from torch import Tensor
 
 from lib.constraint import Constraint, ConstraintError, Storage
-from lib.pruning.groups import check_count, gemm
+from lib.constraint.sets import check_count
+from lib.constraint.views import gemm
 
 Sample = Literal["weight", "row", "kernel", "filter"]
 CENTROID_BITS = 32
@@ -32,7 +33,7 @@ class Codebook(Constraint):
     Raises:
         ConstraintError: fewer entries than one, an unknown sample, or rows or kernels of a linear layer.
 
-    >>> from lib.quantization import Codebook
+    >>> from lib.sharing import Codebook
     >>> codebook, weight = Codebook(k=2), torch.tensor([1.0, 9.0, 0.0, 2.0, 10.0])
     >>> codebook.project(weight).tolist()  # zero stays
     [1.5, 9.5, 0.0, 1.5, 9.5]

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from lib.constraint import Constraint, ConstraintError, Storage
-from lib.costs.storage import which
-from lib.pruning.groups import check_count, gemm, padded
-from lib.pruning.selection import keep_largest
+from lib.constraint.formats import which
+from lib.constraint.selection import keep_largest
+from lib.constraint.sets import check_count
+from lib.constraint.views import gemm, padded
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Unified(Constraint):
     Raises:
         ConstraintError: shares outside [0, 1] or above 1 together, or a size that is not a whole number from 1.
 
-    >>> from lib.quantization import Unified
+    >>> from lib.sharing import Unified
     >>> blocks, weight = Unified(share=0.5, width=2), torch.tensor([[1.0, -3.0, 2.0, 2.5]])
     >>> blocks.project(weight).tolist(), blocks.multiplications(weight)  # the cheaper block; 1 + 2 products
     ([[1.0, -3.0, 2.25, 2.25]], 3)

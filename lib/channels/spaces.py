@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Mapping
-from copy import deepcopy
 from typing import NamedTuple
 
 import torch
@@ -10,8 +9,8 @@ import torch_pruning as tp
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lib.constraint import ConstraintError, detach_masks
-from lib.models import prunable
+from lib.constraint import ConstraintError, plain
+from lib.shapes import prunable
 
 # Operations that hand channels on; a space with any other (a layer norm, attention, a bare parameter) is left alone.
 PASSING = {"CONV", "LINEAR", "BN", "ELEMENTWISE", "CONCAT", "SPLIT", "RESHAPE", "UNBIND", "EXPAND", "SLICE", "OUTPUT"}
@@ -22,7 +21,7 @@ class End(NamedTuple):
 
     Both are ``(n,)``. One channel meets ``H*W`` columns of a linear layer behind a flattened map.
 
-    >>> from lib.pruning.channels.spaces import End
+    >>> from lib.channels.spaces import End
     >>> columns = torch.ones(4, dtype=torch.bool)  # of a linear layer behind 2 channels of 2 pixels
     >>> End("fc", torch.tensor([0, 1, 2, 3]), torch.tensor([0, 0, 1, 1])).write(torch.tensor([True, False]), columns)
     >>> columns.tolist()
@@ -41,7 +40,7 @@ class End(NamedTuple):
 class Space(NamedTuple):
     """Channels that are written together: see the module's first paragraph.
 
-    >>> from lib.pruning.channels.spaces import End, Space
+    >>> from lib.channels.spaces import End, Space
     >>> both = torch.arange(2)
     >>> total = Space(2, [End("conv1", both, both), End("conv2", both, both)], [], [], output=False, frozen=False)
     >>> left = {"conv1": torch.tensor([True, False]), "conv2": torch.tensor([False, False])}
@@ -67,7 +66,7 @@ class Space(NamedTuple):
 def groups_of(layer: nn.Module) -> int:
     """The groups of a convolution; 1 for a linear layer.
 
-    >>> from lib.pruning.channels.spaces import groups_of
+    >>> from lib.channels.spaces import groups_of
     >>> groups_of(torch.nn.Conv2d(4, 8, 3, groups=2)), groups_of(torch.nn.Linear(4, 8))
     (2, 1)
     """
@@ -77,7 +76,7 @@ def groups_of(layer: nn.Module) -> int:
 def is_depthwise(layer: nn.Module) -> bool:
     """Whether input channel ``c`` is all that filter ``c`` reads, so that the two go together.
 
-    >>> from lib.pruning.channels.spaces import is_depthwise
+    >>> from lib.channels.spaces import is_depthwise
     >>> is_depthwise(torch.nn.Conv2d(4, 4, 3, groups=4)), is_depthwise(torch.nn.Conv2d(4, 8, 3, groups=4))
     (True, False)
     """
@@ -96,7 +95,7 @@ def _ungrouped(conv: nn.Conv2d) -> nn.Conv2d:
 def first_line(error: Exception) -> str:
     """The kind and the first line of an error.
 
-    >>> from lib.pruning.channels.spaces import first_line
+    >>> from lib.channels.spaces import first_line
     >>> first_line(ValueError(chr(10).join(["sizes differ", "in line 7"])))
     'ValueError: sizes differ'
     """
@@ -107,19 +106,19 @@ def trace(model: nn.Module, example: Tensor) -> tp.DependencyGraph:
     """torch-pruning's dependency graph of an ordinary copy of the model.
 
     >>> from lib import models
-    >>> from lib.pruning.channels.spaces import trace
+    >>> from lib.channels.spaces import trace
     >>> graph = trace(models.build("lenet5", (1, 28, 28), 10), torch.zeros(1, 1, 28, 28))
     >>> sorted(len(group[0].idxs) for group in graph.get_all_groups())  # channels of the four layers
     [10, 20, 50, 500]
     """
-    plain = detach_masks(deepcopy(model)).requires_grad_(True)
-    for name, layer in prunable(plain).items():
+    bare = plain(model).requires_grad_(True)
+    for name, layer in prunable(bare).items():
         if groups_of(layer) > 1:
-            plain.set_submodule(name, _ungrouped(layer))
+            bare.set_submodule(name, _ungrouped(layer))
     with torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of parameters outside known layers: their spaces are frozen
         try:
-            return tp.DependencyGraph().build_dependency(plain, (example,))
+            return tp.DependencyGraph().build_dependency(bare, (example,))
         except Exception as error:
             raise ConstraintError(f"torch-pruning cannot trace this model: {first_line(error)}") from error
 
@@ -128,7 +127,7 @@ def spaces_of(graph: tp.DependencyGraph, device: torch.device) -> list[Space]:
     """The spaces of a traced model that a convolution or linear layer writes.
 
     >>> from lib import models
-    >>> from lib.pruning.channels.spaces import spaces_of, trace
+    >>> from lib.channels.spaces import spaces_of, trace
     >>> graph = trace(models.build("lenet5", (1, 28, 28), 10), torch.zeros(1, 1, 28, 28))
     >>> for space in sorted(spaces_of(graph, torch.device("cpu")), key=lambda space: space.size):
     ...     print(space.size, [end.name for end in space.writers], [end.name for end in space.readers])
@@ -162,7 +161,7 @@ def own_norms(graph: tp.DependencyGraph) -> dict[str, list[str]]:
     """For each layer: the batch norms that its output goes to directly and alone.
 
     >>> from lib import models
-    >>> from lib.pruning.channels.spaces import own_norms, trace
+    >>> from lib.channels.spaces import own_norms, trace
     >>> graph = trace(models.build("vgg", (1, 28, 28), 10), torch.zeros(1, 1, 28, 28))
     >>> {name: own_norms(graph)[name] for name in ("conv1_1", "fc")}
     {'conv1_1': ['bn1_1'], 'fc': []}

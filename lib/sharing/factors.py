@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from lib.constraint import Constraint, ConstraintError, Storage
-from lib.costs.storage import irregular_levels
-from lib.pruning.groups import gemm
-from lib.quantization.powers import nearest_power
+from lib.constraint.formats import irregular_levels
+from lib.constraint.selection import nearest_power
+from lib.constraint.views import gemm
 
 
 class Factors(NamedTuple):
@@ -20,7 +20,7 @@ class Factors(NamedTuple):
         weight: their product, in the layer's shape.
         errors: ``||W - Ce B|| / ||W||`` after every turn; it need not fall.
 
-    >>> from lib.quantization import SmartExchange
+    >>> from lib.sharing import SmartExchange
     >>> basis = torch.diag(torch.tensor([2.0, 4.0, 8.0]))
     >>> factors = SmartExchange().factors(torch.cat([basis, basis / 2]).reshape(1, 18))
     >>> factors.coefficients[0].round(decimals=4).tolist()
@@ -55,7 +55,7 @@ class SmartExchange(Constraint):
         threshold: coefficients below it become zero. bits: of a coefficient, sign and zero included.
         basis_bits: of a number of the basis, counted only. iterations: turns. rows: of a slice, at most.
 
-    >>> from lib.quantization import SmartExchange
+    >>> from lib.sharing import SmartExchange
     >>> basis = torch.diag(torch.tensor([2.0, 4.0, 8.0]))
     >>> weight = torch.cat([basis, basis / 2]).reshape(1, 18)
     >>> [round(SmartExchange(bits=bits).factors(weight).errors[0], 2) for bits in (2, 4)]  # 2 bits: 0, +-1 and no half

@@ -1,4 +1,4 @@
-"""Keeping the largest of many scores: the one step that every projection onto a sparsity set comes down to."""
+"""The steps that projections come down to: keeping the largest of many scores, and the nearest power of two."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ PAIRWISE = 16  # up to this row length, comparing all pairs of columns beats sor
 def kept(sparsity: float, total: int) -> int:
     """How many of ``total`` weights a sparsity leaves: the nearest whole number, and at least one.
 
-    >>> from lib.pruning import kept
+    >>> from lib.constraint import kept
     >>> kept(0.95, 500), kept(0.99, 10)
     (25, 1)
     """
@@ -19,7 +19,7 @@ def kept(sparsity: float, total: int) -> int:
 def keep_largest(scores: Tensor, k: int) -> Tensor:
     """Boolean mask of exactly ``k`` largest entries; among equals the first in memory order win.
 
-    >>> from lib.pruning import keep_largest
+    >>> from lib.constraint import keep_largest
     >>> keep_largest(torch.tensor([1.0, 3.0, 1.0, 1.0]), 2).tolist()
     [True, True, False, False]
     """
@@ -37,7 +37,7 @@ def keep_largest(scores: Tensor, k: int) -> Tensor:
 def keep_largest_in_rows(scores: Tensor, k: Tensor | int) -> Tensor:
     """The same in every row of ``scores`` (rows, m), with one ``k`` for all or one for each row.
 
-    >>> from lib.pruning import keep_largest_in_rows
+    >>> from lib.constraint import keep_largest_in_rows
     >>> keep_largest_in_rows(torch.tensor([[1.0, 3.0, 2.0], [5.0, 5.0, 5.0]]), 2).tolist()
     [[False, True, True], [True, True, False]]
     """
@@ -58,3 +58,16 @@ def keep_largest_in_rows(scores: Tensor, k: Tensor | int) -> Tensor:
             rank[j] += first
             rank[i] += ~first
     return (counts > rank.T).contiguous()
+
+
+def nearest_power(weight: Tensor, top: int, count: int) -> Tensor:
+    """Each weight at the nearest of ``0, +-2^top, +-2^(top-1), ...``, ``count`` magnitudes; nearest in the number.
+
+    >>> from lib.constraint import nearest_power
+    >>> nearest_power(torch.tensor([0.7, -0.8, 3.0, 0.1]), top=0, count=2).tolist()  # 0, 0.5 and 1
+    [0.5, -1.0, 1.0, 0.0]
+    """
+    magnitude = weight.abs().clamp(min=2.0 ** (top - count - 1), max=2.0**top)
+    exponent = (magnitude / 1.5).log2().ceil()  # 1.5 * 2^e lies half way from 2^e to its double
+    power = torch.where(magnitude < 2.0 ** (top - count), 0.0, exponent.clamp(top - count + 1, top).exp2())
+    return power * weight.sign()

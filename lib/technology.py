@@ -5,17 +5,17 @@ from pathlib import Path
 
 import pandas as pd
 
-from lib.data import SHIPPED_ROOT
+FOLDER = Path(__file__).resolve().parent.parent / "data" / "technology"
 
 
 class TechnologyError(ValueError):
     """A technology table or a row of it that cannot be used: the message names it and what there is.
 
-    >>> from lib.costs.technology import table
+    >>> from lib.technology import table
     >>> table("devices")("prime_tio2", "t_write_ns")
     Traceback (most recent call last):
         ...
-    lib.costs.technology.TechnologyError: technology table devices: 'prime_tio2' has no t_write_ns; ...
+    lib.technology.TechnologyError: technology table devices: 'prime_tio2' has no t_write_ns; ...
     """
 
 
@@ -25,14 +25,14 @@ class Table:
     Rows whose status is not ``verified`` are there but refused: nobody has seen where they come from. Asking for them
     by ``unverified=True`` is a decision that a report has to state.
 
-    >>> from lib.costs.technology import table
+    >>> from lib.technology import table
     >>> timely = table("timely")
     >>> timely("tdc", "energy_fJ")
     145.0
     >>> timely("array_256x256", "energy_fJ")
     Traceback (most recent call last):
         ...
-    lib.costs.technology.TechnologyError: technology table timely: 'array_256x256' is not verified (from memory); ...
+    lib.technology.TechnologyError: technology table timely: 'array_256x256' is not verified (from memory); ...
     """
 
     def __init__(self, frame: pd.DataFrame, name: str, unverified: bool = False) -> None:
@@ -70,13 +70,13 @@ class Table:
 
 
 @cache
-def table(name: str, unverified: bool = False, folder: Path = SHIPPED_ROOT / "technology") -> Table:
+def table(name: str, unverified: bool = False, folder: Path = FOLDER) -> Table:
     """The table ``name`` that ships with the project, or lies in another folder; its first column names the rows.
 
     Raises:
         TechnologyError: no such table, a row without source or status, a name twice, or a negative number.
 
-    >>> from lib.costs.technology import table
+    >>> from lib.technology import table
     >>> table("digital")("int8_mul", "energy_pJ"), table("digital")("fp32_mul", "energy_pJ")
     (0.2, 3.7)
     """

@@ -9,8 +9,12 @@ A channel is *dead* when no writer has a weight left for it and it arrives as ze
 a sigmoid on the way that makes a constant of it keeps it alive: dropping a constant would change the outputs.
 """
 
-from lib.pruning.channels.cutting import compact
-from lib.pruning.channels.paths import coupled, follow, residual_groups
-from lib.pruning.channels.purification import purify
+from lib.channels.cutting import compact
+from lib.channels.paths import coupled, follow, residual_groups
 
-__all__ = ["compact", "coupled", "follow", "purify", "residual_groups"]
+__all__ = [
+    "compact",
+    "coupled",
+    "follow",
+    "residual_groups",
+]

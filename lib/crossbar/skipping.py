@@ -6,14 +6,14 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from lib.arrays.inference import ArrayLayer
-from lib.crossbar import CrossbarError
+from lib.crossbar.inference import ArrayLayer
+from lib.crossbar.mapping import CrossbarError
 
 
 def bit_length(x: Tensor) -> Tensor:
     """Bits of whole numbers from 0: that of the highest one; 0 for 0.
 
-    >>> from lib.arrays.skipping import bit_length
+    >>> from lib.crossbar.skipping import bit_length
     >>> bit_length(torch.tensor([0, 1, 2, 3, 4, 255])).tolist()
     [0, 1, 2, 2, 3, 8]
     """
@@ -26,7 +26,7 @@ def input_cycles(x: Tensor, fragment: int, input_bits: int, dac_bits: int = 1) -
     A fragment takes as many steps as its largest input has bits. A negative number is two's complement and has ones
     ahead: its fragment takes all steps.
 
-    >>> from lib.arrays import input_cycles
+    >>> from lib.crossbar import input_cycles
     >>> input_cycles(torch.tensor([[1], [5], [0], [1]]), fragment=2, input_bits=8).tolist()  # 5 has 3 bits
     [[3], [1]]
     """
@@ -37,7 +37,7 @@ def input_cycles(x: Tensor, fragment: int, input_bits: int, dac_bits: int = 1) -
 
 
 def effective_cycles(model: nn.Module, images: Tensor, fragments: Sequence[int]) -> pd.DataFrame:
-    """Mean input cycles of every layer of a network of `lib.arrays.on_arrays`, measured on what ``images`` give there.
+    """Mean input cycles of every layer of a network of `on_arrays`, measured on what ``images`` give there.
 
     Returns:
         A row per layer and size of fragment: ``layer``, ``fragment``, ``cycles``, and ``steps`` without skipping.
@@ -45,7 +45,7 @@ def effective_cycles(model: nn.Module, images: Tensor, fragments: Sequence[int])
     Raises:
         CrossbarError: no layer lies in arrays, or a fragment below one row.
 
-    >>> from lib.arrays import Array, effective_cycles, on_arrays
+    >>> from lib.crossbar import Array, effective_cycles, on_arrays
     >>> x = torch.tensor([[255.0, 5.0, 1.0, 1.0]])
     >>> model = on_arrays(torch.nn.Sequential(torch.nn.Linear(4, 1)), Array(), x)
     >>> effective_cycles(model, x, [1, 2, 4])["cycles"].tolist()  # (8 + 3 + 1 + 1) / 4, (8 + 1) / 2, 8

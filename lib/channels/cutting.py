@@ -8,10 +8,10 @@ import torch_pruning as tp
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lib.constraint import detach_masks
-from lib.models import prunable
-from lib.pruning.channels.paths import arriving, check_same, settle
-from lib.pruning.channels.spaces import End, Space, groups_of, is_depthwise, spaces_of, trace
+from lib.channels.paths import arriving, check_same, settle
+from lib.channels.spaces import End, Space, groups_of, is_depthwise, spaces_of, trace
+from lib.constraint import plain
+from lib.shapes import prunable
 
 
 def _cuttable(spaces: list[Space], layers: Mapping[str, nn.Module], alive: list[Tensor]) -> list[Tensor]:
@@ -64,24 +64,24 @@ def compact(model: nn.Module, example: Tensor) -> nn.Module:
         ConstraintError: a layer is used twice, or the smaller network does not run or gives other outputs, as for
             sizes written into ``forward``.
 
-    >>> from lib import models, pruning, recipes
+    >>> from lib import channels, models, pruning, recipes
     >>> from lib.constraint import attach_masks
     >>> model, image = models.build("lenet5", (1, 28, 28), 10), torch.rand(1, 1, 28, 28)
     >>> masks = recipes.one_shot(model, {"conv1": pruning.Filter(0.75)})
-    >>> small = pruning.channels.compact(attach_masks(model, pruning.channels.follow(model, masks, image)), image)
+    >>> small = channels.compact(attach_masks(model, channels.follow(model, masks, image)), image)
     >>> small.conv1.out_channels, small.conv2.in_channels
     (5, 5)
     """
-    plain = detach_masks(deepcopy(model))
-    layers, spaces = prunable(plain), spaces_of(trace(plain, example), example.device)
+    bare = plain(model)
+    layers, spaces = prunable(bare), spaces_of(trace(bare, example), example.device)
     nonzero = {name: layer.weight.detach() != 0 for name, layer in layers.items()}
     groups = {name: groups_of(layer) for name, layer in layers.items()}
-    _, alive = settle(spaces, nonzero, groups, arriving(plain, spaces, example))
-    small = deepcopy(plain)
+    _, alive = settle(spaces, nonzero, groups, arriving(bare, spaces, example))
+    small = deepcopy(bare)
     _cut(small, spaces, _cuttable(spaces, layers, alive))
-    if any(_channels_last(p) for p in plain.parameters()):
+    if any(_channels_last(p) for p in bare.parameters()):
         small = small.to(memory_format=torch.channels_last)
-    check_same(plain, small, example, "cutting out dead channels")
+    check_same(bare, small, example, "cutting out dead channels")
     return small
 
 

@@ -3,18 +3,13 @@
 All of it follows from shapes alone: nothing is run.
 """
 
-import warnings
 from dataclasses import dataclass, replace
 from math import ceil
 from typing import Literal, get_args
 
 import pandas as pd
-import torch
-from torch import nn
-from torch.func import functional_call
 
-from lib.crossbar import CrossbarError, Mapping, Polarized
-from lib.models import prunable
+from lib.crossbar.mapping import CrossbarError, Mapping, Polarized
 
 Tiling = Literal["dense", "channel_aligned"]
 Pair = Literal["columns", "arrays"]
@@ -49,7 +44,7 @@ class Array:
     Raises:
         CrossbarError: a size or number of bits that cannot be.
 
-    >>> from lib.arrays import Array
+    >>> from lib.crossbar import Array
     >>> array = Array()
     >>> array.steps, array.cell_top, array.mapping.slices  # 8 reads, levels 0 to 3, 4 cells a weight
     (8, 3, 4)
@@ -133,82 +128,6 @@ class Array:
         return 2**self.dac_bits - 1
 
 
-def layer_shapes(model: nn.Module, shape: tuple[int, ...], skip: bool = False) -> pd.DataFrame:
-    """The matrices of a network's layers and how many vectors meet each, for one input of ``shape``, without a batch.
-
-    A convolution is ``groups`` matrices of ``C/groups * Kh * Kw`` rows (inputs) and ``F/groups`` columns (filters), and
-    as many vectors as it has output positions; a linear layer is one, with a vector for every token. Works on ``meta``
-    tensors: it takes neither the time nor the memory of the network.
-
-    Args:
-        skip: leave layers out that have weights but no such matrix, with a warning that names them.
-
-    Returns:
-        One row per layer: ``layer``, ``groups``, ``channels`` and ``kernel`` (weights of a channel, ``Kh * Kw``) of one
-        group, ``rows``, ``filters`` of one group, ``vectors``, ``inputs`` (numbers that go in), ``weights``, ``macs``.
-
-    Raises:
-        CrossbarError: a layer of another kind (transposed, recurrent, embedding, attention with a joint projection),
-            unless ``skip``; or no layer at all.
-
-    >>> from lib import arrays, models
-    >>> shapes = arrays.layer_shapes(models.build("lenet5", (1, 28, 28), 10), (1, 28, 28))
-    >>> shapes[["layer", "rows", "filters", "vectors"]].values.tolist()
-    [['conv1', 25, 20, 576], ['conv2', 500, 50, 64], ['fc1', 800, 500, 1], ['fc2', 500, 10, 1]]
-    """
-    layers = prunable(model)
-    _only_known(model, layers, skip)
-    vectors, inputs = dict.fromkeys(layers, 0), dict.fromkeys(layers, 0)
-
-    def met(name):
-        def hook(layer, args, output):
-            outputs = layer.out_channels if isinstance(layer, nn.Conv2d) else layer.out_features
-            vectors[name] += output.numel() // outputs
-            inputs[name] += args[0].numel()
-
-        return hook
-
-    handles = [layer.register_forward_hook(met(name)) for name, layer in layers.items()]
-    training = model.training
-    try:
-        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        metas = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
-        with torch.no_grad():
-            functional_call(model.eval(), metas, torch.empty(1, *shape, device="meta"))
-    finally:
-        model.train(training)
-        for handle in handles:
-            handle.remove()
-    rows = []
-    for name, layer in layers.items():
-        groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
-        size = layer.weight.shape
-        kernel = size[2:].numel()
-        matrix = size[1], kernel, size[1:].numel(), size[0] // groups
-        rows.append((name, groups, *matrix, vectors[name], inputs[name]))
-    columns = ["layer", "groups", "channels", "kernel", "rows", "filters", "vectors", "inputs"]
-    found = pd.DataFrame(rows, columns=columns)
-    found["weights"] = found["groups"] * found["rows"] * found["filters"]
-    found["macs"] = found["weights"] * found["vectors"]
-    return found
-
-
-def _only_known(model: nn.Module, layers: dict[str, nn.Module], skip: bool) -> None:
-    if not layers:
-        raise CrossbarError("the model has no convolution and no linear layer that arrays could hold")
-    own = {id(p) for layer in layers.values() for p in layer.parameters()}
-    others = {
-        f"{name} ({type(module).__name__})"
-        for name, module in model.named_modules()
-        for p in module.parameters(recurse=False)
-        if p.ndim > 1 and id(p) not in own
-    }
-    if others and not skip:
-        raise CrossbarError(f"arrays hold Conv2d and Linear layers; the model also has {', '.join(sorted(others))}")
-    if others:
-        warnings.warn(f"left out, as arrays do not hold them: {', '.join(sorted(others))}", stacklevel=3)
-
-
 def tile(shapes: pd.DataFrame, array: Array) -> pd.DataFrame:
     """Arrays and events of every layer for one input, all weights included.
 
@@ -224,9 +143,9 @@ def tile(shapes: pd.DataFrame, array: Array) -> pd.DataFrame:
     Raises:
         CrossbarError: ``channel_aligned`` and a kernel that is larger than an array has rows.
 
-    >>> from lib import arrays, models
-    >>> shapes = arrays.layer_shapes(models.build("lenet5", (1, 28, 28), 10), (1, 28, 28))
-    >>> arrays.tile(shapes, arrays.Array())["arrays"].tolist()  # fc1: 7 strips of 128 rows, 2000 cells wide
+    >>> from lib import crossbar, models, shapes
+    >>> layers = shapes.layer_shapes(models.build("lenet5", (1, 28, 28), 10), (1, 28, 28))
+    >>> crossbar.tile(layers, crossbar.Array())["arrays"].tolist()  # fc1: 7 strips of 128 rows, 2000 cells wide
     [1, 8, 112, 4]
     """
     counts = []
@@ -246,8 +165,8 @@ def count(strips: list[Strip], vectors: int, array: Array, stacked: bool = False
         stacked: strips lie above each other in an array, where they fit, and are read one after the other; otherwise
             each starts an array of its own.
 
-    >>> from lib.arrays import Array
-    >>> from lib.arrays.tiling import count
+    >>> from lib.crossbar import Array
+    >>> from lib.crossbar.tiling import count
     >>> layer = count([(128, 32), (64, 32)], vectors=10, array=Array())  # rows and filters; 4 cells a weight, 8 steps
     >>> layer["arrays"], layer["utilization"], layer["steps"], layer["adc_used"]
     (2, 0.75, 80, 20480)
@@ -301,12 +220,12 @@ def balanced(tiles: pd.DataFrame, arrays: int) -> pd.DataFrame:
     Raises:
         CrossbarError: fewer arrays than one copy of each layer takes.
 
-    >>> from lib import arrays, models
-    >>> shapes = arrays.layer_shapes(models.build("lenet5", (1, 28, 28), 10), (1, 28, 28))
-    >>> tiles = arrays.tile(shapes, arrays.Array())
+    >>> from lib import crossbar, models, shapes
+    >>> layers = shapes.layer_shapes(models.build("lenet5", (1, 28, 28), 10), (1, 28, 28))
+    >>> tiles = crossbar.tile(layers, crossbar.Array())
     >>> tiles["arrays"].tolist(), tiles["vectors"].tolist()
     ([1, 8, 112, 4], [576, 64, 1, 1])
-    >>> arrays.balanced(tiles, arrays=150)["replication"].tolist()  # 18 + 16 + 112 + 4 arrays
+    >>> crossbar.balanced(tiles, arrays=150)["replication"].tolist()  # 18 + 16 + 112 + 4 arrays
     [18, 2, 1, 1]
     """
     need, vectors = tiles["arrays"].to_numpy(), tiles["vectors"].to_numpy()
@@ -324,9 +243,9 @@ def balanced(tiles: pd.DataFrame, arrays: int) -> pd.DataFrame:
 def network_total(tiles: pd.DataFrame) -> pd.Series:
     """Sums over the layers of what adds up; ``utilization`` is that of all cells together.
 
-    >>> from lib import arrays, models
-    >>> shapes = arrays.layer_shapes(models.build("lenet5", (1, 28, 28), 10), (1, 28, 28))
-    >>> total = arrays.network_total(arrays.tile(shapes, arrays.Array()))
+    >>> from lib import crossbar, models, shapes
+    >>> layers = shapes.layer_shapes(models.build("lenet5", (1, 28, 28), 10), (1, 28, 28))
+    >>> total = crossbar.network_total(crossbar.tile(layers, crossbar.Array()))
     >>> total[["arrays", "weights", "cells"]].tolist()  # 4 cells a weight
     [125.0, 430500.0, 1722000.0]
     """
@@ -340,7 +259,7 @@ def network_total(tiles: pd.DataFrame) -> pd.Series:
 def with_bits(array: Array, weight_bits: int, input_bits: int) -> Array:
     """The array for numbers of other widths.
 
-    >>> from lib.arrays.tiling import Array, with_bits
+    >>> from lib.crossbar.tiling import Array, with_bits
     >>> array = with_bits(Array(), weight_bits=16, input_bits=4)
     >>> array.mapping.slices, array.steps
     (8, 4)

@@ -46,12 +46,14 @@ class RecurrentGate(nn.Module):
         keep: above 0, the gate is not asked: each image passes each block with this probability, which is the control
             (stochastic depth, Huang et al. 2016, by image). A buffer, since evaluation depends on it.
 
-    >>> from lib.recipes.e2_train import RecurrentGate
+    >>> from lib.layers.gates import RecurrentGate
     >>> gate = RecurrentGate([8, 16])
     >>> p = gate(torch.zeros(5, 8, 4, 4), 0)
     >>> tuple(p.shape), bool((p > 0.8).all())
     ((5,), True)
     """
+
+    digital = True  # control logic, which lies in no array and accounts for itself
 
     def __init__(self, channels: list[int], hidden: int = 10) -> None:
         super().__init__()
@@ -102,7 +104,7 @@ class SkippedBlock(nn.Module):
     of its value for executed images. The factor does no harm: in the logit it is ``p (1 - p) / p = 1 - p``.
 
     >>> from lib.models import BasicBlock
-    >>> from lib.recipes.e2_train import RecurrentGate, SkippedBlock
+    >>> from lib.layers.gates import RecurrentGate, SkippedBlock
     >>> block = SkippedBlock(BasicBlock(4, 4, stride=1), RecurrentGate([4]), index=0).eval()
     >>> x = torch.rand(2, 4, 5, 5)
     >>> torch.equal(block(x), block.block(x))
@@ -170,7 +172,7 @@ def skippable(model: nn.Module, seed: int = 0, hidden: int = 10) -> nn.Module:
         ValueError: a network without such a block, or one that is gated already.
 
     >>> from lib import models
-    >>> from lib.recipes.e2_train import skippable
+    >>> from lib.layers.gates import skippable
     >>> net = skippable(models.build("resnet14", (1, 28, 28), 10, width=8))
     >>> [name for name, module in net.named_modules() if type(module).__name__ == "SkippedBlock"]
     ['block1_1', 'block1_2', 'block2_2', 'block3_2']
@@ -200,7 +202,7 @@ def gate_of(model: nn.Module) -> RecurrentGate:
         ValueError: it has none.
 
     >>> from lib import models
-    >>> from lib.recipes.e2_train import gate_of, skippable
+    >>> from lib.layers.gates import gate_of, skippable
     >>> len(gate_of(skippable(models.build("resnet8", (1, 28, 28), 10, width=4))).projections)  # blocks
     1
     """

@@ -9,8 +9,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lib.arrays.tiling import Array
-from lib.crossbar import CrossbarError
+from lib.crossbar.mapping import CrossbarError
+from lib.crossbar.tiling import Array
 
 BLOCKS = 1 << 24
 """Numbers in the blocks of column nodes that are held at once."""
@@ -26,7 +26,7 @@ def line_loss(cells: int, conductance: float, resistance: float) -> float:
     Args:
         cells: N. conductance: of a cell, in siemens. resistance: of the wire between two cells, in ohms.
 
-    >>> from lib.arrays import line_loss
+    >>> from lib.crossbar import line_loss
     >>> round(line_loss(128, 1e-5, 2.12), 4)
     0.1017
     """
@@ -48,7 +48,7 @@ def effective(conductance: Tensor, row: float, column: float) -> Tensor:
     Raises:
         CrossbarError: a resistance that is not above 0.
 
-    >>> from lib.arrays import effective
+    >>> from lib.crossbar import effective
     >>> round(1 / effective(torch.tensor([[1e-3]]), row=1.0, column=2.0).item(), 1)  # a cell of 1 kOhm and two wires
     1003.0
     >>> cells = effective(torch.full((2, 2), 1e-3), row=1.0, column=1.0)
@@ -88,7 +88,7 @@ def in_series(conductance: Tensor, row: float, column: float) -> Tensor:
 
     Cheap, and too good: wires carry the currents of other cells as well.
 
-    >>> from lib.arrays.wires import in_series
+    >>> from lib.crossbar.wires import in_series
     >>> (1 / in_series(torch.full((2, 2), 1e-3), row=1.0, column=10.0)).round().tolist()
     [[1021.0, 1022.0], [1011.0, 1012.0]]
     """
@@ -101,7 +101,7 @@ def in_series(conductance: Tensor, row: float, column: float) -> Tensor:
 def on_lines(conductance: Tensor, row: float, column: float) -> Tensor:
     """The same by the closed form of `line_loss`, for each column with its mean conductance; rows are left perfect.
 
-    >>> from lib.arrays.wires import line_loss, on_lines
+    >>> from lib.crossbar.wires import line_loss, on_lines
     >>> cells = on_lines(torch.full((128, 1), 1e-5), row=2.12, column=2.12)
     >>> round(1 - cells[0, 0].item() / 1e-5, 4), round(line_loss(128, 1e-5, 2.12), 4)
     (0.1017, 0.1017)
@@ -123,7 +123,7 @@ class Wires:
     Raises:
         CrossbarError: a resistance that is not above 0, or an unknown model.
 
-    >>> from lib.arrays import Array, Wires
+    >>> from lib.crossbar import Array, Wires
     >>> wires = Wires(row=1.0, column=2.0, r_on=1000.0)
     >>> round(wires.weaken(torch.ones(1, 1, 1, 1), Array()).item(), 4)  # 1000 / 1003
     0.997

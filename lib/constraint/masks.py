@@ -1,0 +1,232 @@
+"""Masks that hold a network inside a support, and its state without them."""
+
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from lib.constraint.sets import ConstraintError
+from lib.shapes import RECOMPUTING, Parametrization, all_layers, leaf, prunable, uses
+
+Masks = dict[str, Tensor]
+State = dict[str, Tensor]
+
+
+def mask_of(layer: nn.Module) -> Tensor | None:
+    """The mask that holds a layer's weights, or None.
+
+    >>> from lib.constraint import attach_masks
+    >>> from lib.constraint import mask_of
+    >>> net = attach_masks(torch.nn.Sequential(torch.nn.Linear(2, 1)), {"0": torch.tensor([[True, False]])})
+    >>> mask_of(net[0]).tolist(), mask_of(torch.nn.Linear(2, 1))
+    ([[True, False]], None)
+    """
+    chain = layer.parametrizations["weight"] if parametrize.is_parametrized(layer, "weight") else ()
+    return next((p.mask for p in chain if isinstance(p, Mask)), None)
+
+
+class Mask(Parametrization):
+    """Parametrization ``W -> m * W``: removed weights are zero in every forward pass and get no gradient.
+
+    >>> from lib.constraint import Mask
+    >>> Mask(torch.tensor([True, False]))(torch.tensor([3.0, 1.0])).tolist()
+    [3.0, 0.0]
+    """
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mask", mask)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """``weight`` with the removed entries at zero, whatever they were."""
+        return torch.where(self.mask, weight, 0.0)
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """Assigning to a masked weight stores it with the removed entries at zero."""
+        return torch.where(self.mask, weight, 0.0)
+
+
+def attach_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
+    """Hold the layers inside their masks from now on, in place, replacing masks that they have. Returns the model.
+
+    A mask is named by its layer (the weight) or by the full name of any other parameter, such as ``bn1.bias``. Where
+    several modules share a layer's tensor, all of them are held.
+
+    Raises:
+        ConstraintError: a mask is not boolean, has another shape than its weight, or names nothing in the model.
+        ShapeError: something else makes the weight anew in every pass.
+
+    >>> from lib.constraint import attach_masks, leaf
+    >>> model = torch.nn.Sequential(torch.nn.Linear(2, 1))
+    >>> layer = attach_masks(model, {"0": torch.tensor([[True, False]])})[0]
+    >>> model(torch.ones(1, 2)).backward()
+    >>> (layer.weight != 0).tolist(), leaf(layer).grad.tolist()
+    ([[True, False]], [[1.0, 0.0]])
+    """
+    detach_masks(model)
+    for name, mask in masks.items():
+        modules, parameter = _slot(model, name)
+        weight = getattr(modules[0], parameter)
+        if mask.dtype != torch.bool or mask.shape != weight.shape:
+            raise ConstraintError(
+                f"mask of {name!r} is {mask.dtype} {tuple(mask.shape)}; expected torch.bool {tuple(weight.shape)}"
+            )
+        attach(modules, Mask(mask.to(weight.device)), parameter)
+    return model
+
+
+def attach(modules: list[nn.Module], parametrization: Parametrization, parameter: str = "weight") -> None:
+    """Put ``parametrization`` behind whatever else this project has attached to a tensor, in all modules that share it.
+
+    Raises:
+        ShapeError: something else makes the weight anew in every pass.
+
+    >>> from lib.constraint import Mask, attach
+    >>> layer = torch.nn.Linear(2, 1)
+    >>> attach([layer], Mask(torch.tensor([[True, False]])))
+    >>> (layer.weight != 0).tolist()
+    [[True, False]]
+    """
+    for module in modules:
+        if parameter == "weight":
+            leaf(module)
+        parametrize.register_parametrization(module, parameter, parametrization)
+
+
+def detach(modules: list[nn.Module], kind: type[nn.Module], parameter: str = "weight", bake: bool = False) -> None:
+    """Take away what `attach` put behind the others; ``bake`` leaves the tensor as it has been seen through all.
+
+    >>> from lib.constraint import Mask, attach, detach
+    >>> layer = torch.nn.Linear(2, 1)
+    >>> attach([layer], Mask(torch.tensor([[True, False]])))
+    >>> detach([layer], Mask)
+    >>> type(layer.weight)
+    <class 'torch.nn.parameter.Parameter'>
+    """
+    for i, module in enumerate(modules):
+        chain = module.parametrizations[parameter] if parametrize.is_parametrized(module, parameter) else []
+        if not chain or not isinstance(chain[-1], kind):
+            continue
+        if len(chain) > 1 and not bake:
+            del chain[-1]
+            continue
+        own = type(module)  # a deep copy shares this class with its original, and removal would strip it from both
+        module.__class__ = type(own.__name__, own.__bases__, dict(vars(own)))
+        parametrize.remove_parametrizations(module, parameter, leave_parametrized=bake and i == 0)  # one tensor
+
+
+def _slot(model: nn.Module, name: str) -> tuple[list[nn.Module], str]:
+    """The modules and the parameter in them that a mask's name stands for."""
+    layers = uses(model)
+    if name in layers:
+        return layers[name], "weight"
+    owner, _, parameter = name.rpartition(".")
+    module = dict(model.named_modules()).get(owner)
+    if parameter not in getattr(module, "_parameters", ()):
+        raise ConstraintError(f"mask for layer {name!r}; the model has {', '.join(layers)}")
+    return [module], parameter
+
+
+def _masked(model: nn.Module) -> Iterator[tuple[str, list[nn.Module], str]]:
+    """Every tensor that a mask holds: the mask's name, the modules that share it and the parameter in them."""
+    layers = uses(model)
+    names = {id(module): name for name, modules in layers.items() for module in modules}
+    for owner, module in model.named_modules():
+        for parameter, chain in module.parametrizations.items() if parametrize.is_parametrized(module) else ():
+            if any(isinstance(p, Mask) for p in chain):
+                name = names.get(id(module)) if parameter == "weight" else None
+                if name is None:
+                    yield f"{owner}.{parameter}", [module], parameter
+                elif module is layers[name][0]:
+                    yield name, layers[name], parameter
+
+
+def detach_masks(model: nn.Module) -> nn.Module:
+    """Make an ordinary network of a masked one, in place: the zeros stay, nothing holds them. Returns the model.
+
+    >>> from lib.constraint import attach_masks, detach_masks, masks
+    >>> model = attach_masks(torch.nn.Sequential(torch.nn.Linear(2, 1)), {"0": torch.tensor([[True, False]])})
+    >>> (detach_masks(model)[0].weight != 0).tolist(), masks(model)
+    ([[True, False]], {})
+    """
+    for _, modules, parameter in [*_masked(model)]:
+        detach(modules, Parametrization, parameter, bake=True)
+    return model
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """A copy of a network with all that makes its weights baked in: masks, and hooks and parametrizations of others.
+
+    What is then written into a weight stays there, and what is read is what the network computes with.
+
+    Raises:
+        ShapeError: a weight that is no parameter, and nothing says what makes it.
+
+    >>> from torch.nn.utils import prune
+    >>> from lib.constraint import plain
+    >>> model = torch.nn.Sequential(torch.nn.Linear(2, 1))
+    >>> model[0].weight.data = torch.tensor([[3.0, 1.0]])
+    >>> prune.l1_unstructured(model[0], "weight", amount=0.5)
+    Linear(in_features=2, out_features=1, bias=True)
+    >>> plain(model)[0]._parameters["weight"].tolist()
+    [[3.0, 0.0]]
+    """
+    made = [v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor) and not v.is_leaf]
+    copy = deepcopy(model, {id(v): v.detach() for v in made})  # torch copies no tensor with a graph behind it
+    for layers in uses(copy).values():
+        detach(layers, nn.Module, bake=True)
+    for module in copy.modules():
+        for key, hook in [*module._forward_pre_hooks.items()]:
+            if isinstance(hook, RECOMPUTING):
+                del module._forward_pre_hooks[key]
+                hook(module, ())  # a copy that has never run has the weight of its original's last pass
+                hook.remove(module)
+        for parameter in [*module.parametrizations] if parametrize.is_parametrized(module) else ():
+            detach([module], nn.Module, parameter, bake=True)
+    for layer in prunable(copy).values():
+        leaf(layer)
+    return copy
+
+
+def masks(model: nn.Module) -> Masks:
+    """The masks attached to a model, by layer, or by name for parameters that are no layer's weight.
+
+    >>> from lib.constraint import attach_masks, masks
+    >>> model = attach_masks(torch.nn.Sequential(torch.nn.Linear(2, 1)), {"0": torch.tensor([[True, False]])})
+    >>> {name: mask.tolist() for name, mask in masks(model).items()}
+    {'0': [[True, False]]}
+    """
+    return {
+        name: next(p.mask for p in modules[0].parametrizations[parameter] if isinstance(p, Mask))
+        for name, modules, parameter in _masked(model)
+    }
+
+
+def sparsity(model: nn.Module, layers: list[str] | None = None) -> float:
+    """Fraction of exact zeros among the weights of ``layers`` (all by default; other weights are left out aloud).
+
+    >>> from lib.constraint import sparsity
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 1))
+    >>> model[0].weight.data = torch.tensor([[0.0, 2.0, 0.0, 0.0]])
+    >>> sparsity(model)
+    0.75
+    """
+    found = prunable(model) if layers else all_layers(model, "sparsity", skip=True)
+    chosen = [found[n].weight for n in (layers or found)]
+    return 1 - sum(int(w.count_nonzero()) for w in chosen) / sum(w.numel() for w in chosen)
+
+
+def state_of(model: nn.Module) -> State:
+    """A copy of a network's parameters and buffers under the names of the unmasked network, zeros baked in.
+
+    >>> from lib.constraint import attach_masks
+    >>> from lib.constraint import state_of
+    >>> model = torch.nn.Sequential(torch.nn.Linear(2, 1))
+    >>> model[0].weight.data = torch.tensor([[3.0, 1.0]])
+    >>> state = state_of(attach_masks(model, {"0": torch.tensor([[True, False]])}))
+    >>> sorted(state), state["0.weight"].tolist()
+    (['0.bias', '0.weight'], [[3.0, 0.0]])
+    """
+    return plain(model).state_dict()

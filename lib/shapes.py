@@ -1,0 +1,278 @@
+"""What each layer of a network is, and what it computes: the one place that decides, and the one count of work.
+
+A *layer* is one tensor of weights that meets its inputs in a product: a convolution, a linear layer, or several modules
+that share one tensor. Constraints, faults, arrays and accounts all speak of these and of no others.
+"""
+
+import warnings
+from collections.abc import Iterator
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+KINDS = (nn.Conv1d, nn.Conv2d, nn.Linear)
+RECOMPUTING = (BasePruningMethod, SpectralNorm, WeightNorm)
+"""Forward hooks of torch that make a new ``weight`` before every pass; whatever is written there is lost."""
+
+
+WRAPPERS = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}
+"""Of torch: a compiled network runs no hooks that come later, and a name with a prefix has other chips."""
+
+
+class ShapeError(ValueError):
+    """A network with weights that cannot be spoken of: the message names the layers, and what can be done.
+
+    >>> from lib.shapes import prunable
+    >>> prunable(torch.nn.DataParallel(torch.nn.Linear(2, 1)))
+    Traceback (most recent call last):
+        ...
+    lib.shapes.ShapeError: the model is wrapped in DataParallel; give the network inside it, model.module
+    """
+
+
+class Parametrization(nn.Module):
+    """What this project attaches to a weight (masks, straight-through values, faults); all others are somebody else's.
+
+    >>> from lib.constraint import Mask
+    >>> from lib.shapes import Parametrization
+    >>> isinstance(Mask(torch.tensor([True])), Parametrization)
+    True
+    """
+
+
+def prunable(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers by name, in the order of their definition: what a plan may constrain.
+
+    Layers of other kinds (transposed, recurrent, attention with a joint projection, embeddings) are not among them:
+    whoever speaks of a whole network asks `all_layers`, which says so.
+
+    Raises:
+        ShapeError: a model inside a wrapper, whose hooks would never run or whose names have a prefix.
+
+    >>> from lib.models import build
+    >>> from lib.shapes import prunable
+    >>> list(prunable(build("lenet5", (1, 28, 28), 10)))
+    ['conv1', 'conv2', 'fc1', 'fc2']
+    """
+    return {name: modules[0] for name, modules in uses(model).items()}
+
+
+def uses(model: nn.Module) -> dict[str, list[nn.Module]]:
+    """The layers by name, each with all modules that hold its tensor: one tensor is one layer, named by the first.
+
+    >>> from lib.shapes import uses
+    >>> encoder, decoder = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+    >>> decoder.weight = encoder.weight
+    >>> {name: len(modules) for name, modules in uses(torch.nn.Sequential(encoder, decoder)).items()}
+    {'0': 2}
+    """
+    if inside := WRAPPERS.get(type(model).__name__):
+        raise ShapeError(f"the model is wrapped in {type(model).__name__}; give the network inside it, model.{inside}")
+    attention = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention)]
+    fused = {id(m) for a in attention for m in a.modules()}  # its output projection's own forward never runs
+    found: dict[int, tuple[str, list[nn.Module]]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, KINDS) and id(module) not in fused:
+            found.setdefault(id(source(module)), (name, []))[1].append(module)
+    return dict(found.values())
+
+
+def source(layer: nn.Module) -> object:
+    """What a layer's weight is made of: the weight itself, or the tensor behind its parametrization.
+
+    >>> from lib.shapes import source
+    >>> layer = torch.nn.Linear(2, 1)
+    >>> source(layer) is layer.weight
+    True
+    """
+    if parametrize.is_parametrized(layer, "weight"):
+        return next(layer.parametrizations["weight"].parameters(recurse=False))
+    return layer.weight if "weight" in layer._parameters else layer
+
+
+def leaf(layer: nn.Module) -> nn.Parameter:
+    """The parameter that an optimizer moves: the weight itself, or the tensor behind what this project attached.
+
+    Raises:
+        ShapeError: something else makes the weight (a hook, another parametrization): what is written would be undone.
+
+    >>> from lib.constraint import attach_masks
+    >>> from lib.shapes import leaf
+    >>> model = torch.nn.Sequential(torch.nn.Linear(2, 1))
+    >>> model[0].weight.data = torch.tensor([[3.0, 1.0]])
+    >>> layer = attach_masks(model, {"0": torch.tensor([[True, False]])})[0]
+    >>> leaf(layer).data.fill_(5).tolist(), layer.weight.tolist()
+    ([[5.0, 5.0]], [[5.0, 0.0]])
+    """
+    made = makers(layer)
+    if made or not isinstance(source(layer), nn.Parameter):
+        by = ", ".join(made) or "its own forward pass"
+        raise ShapeError(
+            f"the weight of {type(layer).__name__} is made by {by}, which would undo what is written; "
+            "remove it first, or work on lib.constraint.plain(model), a copy that has it baked in"
+        )
+    return source(layer)
+
+
+def makers(layer: nn.Module) -> list[str]:
+    """Names of what makes a layer's weight anew in every pass and is not of this project.
+
+    >>> from lib.shapes import makers
+    >>> makers(torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(2, 1)))
+    ['_WeightNorm']
+    """
+    hooks = [h for h in layer._forward_pre_hooks.values() if isinstance(h, RECOMPUTING)]
+    chain = layer.parametrizations["weight"] if parametrize.is_parametrized(layer, "weight") else ()
+    return [type(p).__name__ for p in (*hooks, *chain) if not isinstance(p, Parametrization)]
+
+
+def others(model: nn.Module) -> list[str]:
+    """Modules with weights that are no layers, with their kinds; what is ``digital`` by its own word does not count.
+
+    >>> from lib.shapes import others
+    >>> others(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.GRU(4, 4)))
+    ['1 (GRU)']
+    """
+    own = {id(p) for modules in uses(model).values() for layer in modules for p in layer.parameters()}
+    own |= {id(p) for m in model.modules() if getattr(m, "digital", False) for p in m.parameters()}
+    return sorted(
+        {
+            f"{name or 'the model'} ({type(module).__name__})"
+            for name, module in model.named_modules()
+            for p in module.parameters(recurse=False)
+            if p.ndim > 1 and id(p) not in own
+        }
+    )
+
+
+def all_layers(model: nn.Module, what: str, skip: bool = False) -> dict[str, nn.Module]:
+    """`prunable`, for what speaks of the whole network: other weights are refused by name, or left out aloud.
+
+    Args:
+        what: is being said of the network, for the message. skip: warn of other weights, and go on without them.
+
+    Raises:
+        ShapeError: no layer at all, or weights in other modules.
+
+    >>> from lib.shapes import all_layers
+    >>> all_layers(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.GRU(4, 4)), "storage")
+    Traceback (most recent call last):
+        ...
+    lib.shapes.ShapeError: storage: convolutions and linear layers are known; the model also has 1 (GRU)
+    """
+    layers = prunable(model)
+    if not layers:
+        raise ShapeError(f"{what}: the model has no convolution and no linear layer")
+    if left_out := ", ".join(others(model)):
+        if not skip:
+            raise ShapeError(f"{what}: convolutions and linear layers are known; the model also has {left_out}")
+        warnings.warn(f"{what}: left out, as only convolutions and linear layers are known: {left_out}", stacklevel=3)
+    return layers
+
+
+def dense_macs(layer: nn.Module, output: Tensor) -> int:
+    """Multiply-accumulates of the forward pass that gave ``output``, all weights counted.
+
+    >>> from lib.shapes import dense_macs
+    >>> conv = torch.nn.Conv2d(3, 8, 3, padding=1)
+    >>> dense_macs(conv, conv(torch.zeros(2, 3, 10, 10)))  # 2 images, 100 positions, 8 x 27 weights
+    43200
+    """
+    shape = layer.weight.shape
+    return output.numel() // shape[0] * shape.numel()
+
+
+def layer_shapes(model: nn.Module, shape: tuple[int, ...], skip: bool = False) -> pd.DataFrame:
+    """The matrices of a network's layers and how many vectors meet each, for one input of ``shape``, without a batch.
+
+    A convolution is ``groups`` matrices of ``C/groups * Kh * Kw`` rows (inputs) and ``F/groups`` columns (filters), and
+    as many vectors as it has output positions; a linear layer is one, with a vector for every token. A layer that is
+    used twice meets the vectors of both uses. Works on ``meta`` tensors where the network can: it then takes neither
+    the time nor the memory of the network.
+
+    Args:
+        skip: leave layers out that have weights but no such matrix, with a warning that names them.
+
+    Returns:
+        One row per layer: ``layer``, ``groups``, ``channels`` and ``kernel`` (weights of a channel, ``Kh * Kw``) of one
+        group, ``rows``, ``filters`` of one group, ``vectors``, ``inputs`` (numbers that go in), ``weights``, ``macs``.
+        A layer that the forward pass never meets has no vectors.
+
+    Raises:
+        ShapeError: as `all_layers`.
+
+    >>> from lib import models, shapes
+    >>> found = shapes.layer_shapes(models.build("lenet5", (1, 28, 28), 10), (1, 28, 28))
+    >>> found[["layer", "rows", "filters", "vectors"]].values.tolist()
+    [['conv1', 25, 20, 576], ['conv2', 500, 50, 64], ['fc1', 800, 500, 1], ['fc2', 500, 10, 1]]
+    """
+    layers = all_layers(model, "shapes", skip)
+    vectors, inputs = dict.fromkeys(layers, 0), dict.fromkeys(layers, 0)
+    for name, layer, x, y in _met(model, shape):
+        vectors[name] += dense_macs(layer, y) // layer.weight.numel()
+        inputs[name] += x.numel()
+    rows = []
+    for name, layer in layers.items():
+        groups, size = getattr(layer, "groups", 1), layer.weight.shape
+        kernel = size[2:].numel()
+        rows.append((name, groups, size[1], kernel, size[1:].numel(), size[0] // groups, vectors[name], inputs[name]))
+    columns = ["layer", "groups", "channels", "kernel", "rows", "filters", "vectors", "inputs"]
+    found = pd.DataFrame(rows, columns=columns)
+    found["weights"] = found["groups"] * found["rows"] * found["filters"]
+    found["macs"] = found["weights"] * found["vectors"]
+    return found
+
+
+def _met(model: nn.Module, shape: tuple[int, ...]) -> Iterator[tuple[str, nn.Module, Tensor, Tensor]]:
+    """Every use of a layer when the model sees one input of zeros: its name, the module, input and output."""
+    seen: list[tuple[str, nn.Module, Tensor, Tensor]] = []
+    handles = [
+        module.register_forward_hook(lambda m, x, y, name=name: seen.append((name, m, x[0], y)))
+        for name, modules in uses(model).items()
+        for module in modules
+    ]
+    training, weight = model.training, next(model.parameters())
+    image = torch.zeros(1, *shape, dtype=weight.dtype, device=weight.device)
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    try:
+        with torch.no_grad():
+            try:
+                metas = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
+                functional_call(model.eval(), metas, image.to("meta"))
+            except (NotImplementedError, RuntimeError):  # what depends on values has none on meta
+                seen.clear()
+                model(image)
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    return iter(seen)
+
+
+def macs(model: nn.Module, shape: tuple[int, ...], skip: bool = False) -> pd.DataFrame:
+    """Multiply-accumulates of every layer for one input of ``shape``, without a batch: `layer_shapes` in short.
+
+    ``macs = dense_macs * kept / weights``, as each weight is used equally often but at the padded edges. Biases, norms
+    and activations are not counted.
+
+    Returns:
+        One row per layer: ``layer``, ``weights``, ``kept`` (nonzero ones), ``dense_macs``, ``macs``.
+
+    Raises:
+        ShapeError: as `all_layers`.
+
+    >>> from lib import models, shapes
+    >>> shapes.macs(models.build("lenet5", (1, 28, 28), 10), (1, 28, 28))["macs"].tolist()  # 24^2 * 500, 8^2 * 25000
+    [288000.0, 1600000.0, 400000.0, 5000.0]
+    """
+    found = layer_shapes(model, shape, skip).rename(columns={"macs": "dense_macs"})
+    layers = prunable(model)
+    found["kept"] = [int(layers[name].weight.count_nonzero()) for name in found["layer"]]
+    found["macs"] = found["dense_macs"] * found["kept"] / found["weights"]
+    return found[["layer", "weights", "kept", "dense_macs", "macs"]]

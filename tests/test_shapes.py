@@ -1,0 +1,234 @@
+"""What a layer is: one place decides it for constraints, faults, arrays and accounts."""
+
+import warnings
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
+
+from lib import constraint, costs, crossbar, data, faults, models, pruning, quantization, shapes, training
+from lib.constraint import attach_masks, detach_masks, harden, masks, plain
+from lib.shapes import ShapeError, prunable
+
+CORNERS = data.Split(torch.eye(4).reshape(4, 1, 2, 2), torch.arange(4))
+HALF = torch.tensor([[True, False, False, True]] * 4)
+
+
+def identity() -> nn.Sequential:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 4, bias=False))
+    net[1].weight.data = torch.eye(4)
+    return net
+
+
+class Tied(nn.Module):
+    """Two modules, one tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+        self.second.weight = self.first.weight
+
+    def forward(self, x):
+        return self.second(self.first(x.flatten(1)))
+
+
+def off(rate):
+    return faults.StuckAt(rate, ratio=0)
+
+
+class TestWeightsThatSomethingElseMakes:
+    KINDS = (
+        lambda layer: prune.l1_unstructured(layer, "weight", amount=0.5),
+        weight_norm,
+        spectral_norm,
+        parametrizations.weight_norm,
+        parametrizations.spectral_norm,
+        parametrizations.orthogonal,
+    )
+
+    @pytest.mark.filterwarnings("ignore:.*weight_norm.*")
+    @pytest.mark.parametrize("make", KINDS)
+    def test_a_copy_has_them_baked_in(self, make):
+        net = identity()
+        make(net[1])
+        net.eval()
+        out = net(CORNERS.x)  # old hooks leave a tensor with a graph behind it, which torch does not copy
+        copy = plain(net)
+        assert torch.allclose(copy(CORNERS.x), out, atol=1e-6)
+        assert isinstance(copy[1]._parameters["weight"], nn.Parameter)
+        copy[1].weight.data.zero_()
+        assert not copy(CORNERS.x).any()
+        assert torch.equal(net(CORNERS.x), out)
+
+    @pytest.mark.filterwarnings("ignore:.*weight_norm.*")
+    @pytest.mark.parametrize("make", KINDS)
+    def test_broken_cells_reach_the_outputs(self, make):
+        net = identity()
+        make(net[1])
+        net(CORNERS.x)
+        assert faults.sweep(net, "two_column", [1.0], 2, CORNERS, faults=off)["accuracy"].tolist() == [0.25, 0.25]
+        assert not faults.on_chip(net, "two_column", off(1.0), 0)(CORNERS.x).any()
+        assert crossbar.on_arrays(net.eval(), crossbar.Array(), CORNERS.x)(CORNERS.x).shape == (4, 4)
+
+    @pytest.mark.filterwarnings("ignore:.*weight_norm.*")
+    @pytest.mark.parametrize("make", KINDS)
+    def test_what_changes_the_model_itself_refuses(self, make):
+        net = identity()
+        make(net[1])
+        plan = {"1": pruning.Unstructured(0.5)}
+        for change in (lambda: harden(net, plan), lambda: attach_masks(net, {"1": HALF})):
+            with pytest.raises(ShapeError, match=r"weight of .*Linear is made by .*[Nn]orm|Pruning|[Oo]rthogonal|L1"):
+                change()
+
+    def test_masks_leave_other_layers_alone(self):
+        net = nn.Sequential(nn.Linear(4, 4), parametrizations.weight_norm(nn.Linear(4, 4)))
+        attach_masks(net, {"0": HALF})
+        assert list(masks(net)) == ["0"]
+        detach_masks(net)
+        assert isinstance(net[1].parametrizations["weight"][0], nn.Module)
+
+
+class TestOneTensorIsOneLayer:
+    def test_counted_once_and_met_twice(self):
+        net = Tied()
+        assert list(prunable(net)) == ["first"]
+        assert shapes.layer_shapes(net, (1, 2, 2))[["weights", "vectors", "macs"]].values.tolist() == [[16, 2, 32]]
+        assert costs.network_storage(net, {}, 8)["data_bits"].tolist() == [128]
+        with training.spent.Meter(net) as meter:
+            net(CORNERS.x)
+        assert meter.frame().query("product == 'forward'")["macs"].tolist() == [4 * 32]
+
+    def test_faulted_once(self):
+        net, devices = Tied(), faults.StuckAt(0.3)
+        chip = faults.on_chip(net, "two_column", devices, 3)
+        assert torch.equal(chip.first.weight, chip.second.weight)
+        assert not torch.equal(chip.first.weight, net.first.weight)
+        found = faults.sweep(net, "two_column", [0.3], [3], CORNERS, faults=lambda rate: devices)["accuracy"].tolist()
+        assert found == [training.evaluate(chip, CORNERS)]
+
+    def test_one_mask_holds_both_uses_and_the_tie_survives(self):
+        net = attach_masks(Tied(), {"first": HALF})
+        optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
+        net(CORNERS.x).square().sum().backward()
+        optimizer.step()
+        for layer in (net.first, net.second):
+            assert not layer.weight[~HALF].any()
+        assert [*masks(net)] == ["first"]
+        out, copy = net(CORNERS.x), deepcopy(net)
+        for bare in (plain(net), detach_masks(copy)):
+            assert bare.first.weight is bare.second.weight
+            assert torch.equal(bare(CORNERS.x), out)
+
+    def test_errors_of_a_chip_are_added_once(self):
+        net = Tied()
+        hook = faults.UnderFaults("two_column", faults.StuckAt(0.3))
+        hook.before_epoch(net, 0)
+        hook.before_step(net, 0)
+        seen = net.first.weight.detach()
+        assert torch.equal(plain(net).second.weight, seen)
+
+
+class TestWhatIsNotKnown:
+    MODELS = (
+        nn.Sequential(nn.Flatten(1), nn.Linear(4, 4), nn.Unflatten(1, (1, 4)), nn.GRU(4, 4)),
+        nn.Sequential(nn.ConvTranspose2d(1, 1, 2), nn.Flatten(), nn.Linear(9, 4)),
+        nn.Sequential(nn.Flatten(2), nn.Linear(4, 4), nn.TransformerEncoderLayer(4, 1, 8, batch_first=True)),
+    )
+
+    @pytest.mark.parametrize("net", MODELS, ids=["GRU", "ConvTranspose2d", "MultiheadAttention"])
+    def test_refused_by_name_or_left_out_aloud(self, net, request):
+        kind = request.node.callspec.id
+        for speak in (
+            lambda: shapes.macs(net, (1, 2, 2)),
+            lambda: costs.network_storage(net, {}, 8),
+            lambda: faults.on_crossbars(net, "offset"),
+            lambda: crossbar.on_arrays(net, crossbar.Array(), CORNERS.x),
+            lambda: training.spent.Meter(net),
+        ):
+            with pytest.raises(ShapeError, match=kind):
+                speak()
+        for speak in (
+            lambda: shapes.macs(net, (1, 2, 2), skip=True),
+            lambda: costs.network_storage(net, {}, 8, skip=True),
+            lambda: pruning.uniform_plan(net, pruning.Unstructured(0.5)),
+            lambda: constraint.sparsity(net),
+        ):
+            with pytest.warns(UserWarning, match=kind):
+                speak()
+
+    def test_named_layers_need_no_warning(self):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert [*faults.on_crossbars(self.MODELS[0], {"1": "offset"})] == ["1"]
+
+    def test_a_bare_parameter_is_named(self):
+        net = identity()
+        net.scale = nn.Parameter(torch.ones(2, 2))
+        with pytest.raises(ShapeError, match=r"the model \(Sequential\)"):
+            shapes.layer_shapes(net, (1, 2, 2))
+
+    def test_wrappers_are_refused(self):
+        for wrapped, inside in ((torch.compile(identity()), "_orig_mod"), (nn.DataParallel(identity()), "module")):
+            with pytest.raises(ShapeError, match=rf"model\.{inside}"):
+                faults.sweep(wrapped, "offset", [0.1], 2, CORNERS)
+
+
+class TestCounts:
+    def test_a_layer_of_one_dimension(self):
+        net = nn.Sequential(nn.Conv1d(2, 6, 3, groups=2), nn.Flatten(), nn.Linear(48, 2))
+        found = shapes.layer_shapes(net, (2, 10)).set_index("layer")
+        assert found.loc["0", ["groups", "channels", "kernel", "rows", "filters", "vectors"]].tolist() == [
+            2,
+            1,
+            3,
+            3,
+            3,
+            8,
+        ]
+        assert found["macs"].tolist() == [18 * 8, 96]
+        plan = pruning.uniform_plan(net, pruning.Kernel(0.5))
+        assert (harden(net, plan)[0].weight != 0).flatten(1).any(1).sum() == 3
+
+    def test_what_depends_on_values_is_run_for_real(self):
+        class Skips(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.fc = nn.Linear(4, 4)
+
+            def forward(self, x):
+                return self.fc(x) if x.sum() < 1 else x
+
+        assert shapes.macs(Skips(), (4,))["macs"].tolist() == [16]
+
+    def test_as_torch_counts(self):
+        from torch.utils.flop_counter import FlopCounterMode
+
+        for name in ("lenet5", "resnet8", "mobilenet_v2"):
+            net, image = models.build(name, (3, 32, 32), 10).eval(), torch.zeros(1, 3, 32, 32)
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                net(image)
+            assert 2 * shapes.macs(net, (3, 32, 32))["dense_macs"].sum() == counter.get_total_flops()
+
+
+class TestRangesOverAllUses:
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(1, 1, bias=False)
+            self.fc.weight.data.fill_(0.01)
+
+        def forward(self, x):
+            return self.fc(100 * self.fc(x) * 100)
+
+    def test_inputs_at_few_bits(self):
+        net, x = self.Twice(), torch.tensor([[1.0], [0.5]])
+        wanted = net(x)
+        assert torch.allclose(quantization.quantize_activations(net, 12, x)(x), wanted, rtol=0.05)
+
+    def test_a_layer_that_is_never_met_keeps_its_inputs(self):
+        net = self.Twice()
+        net.spare = nn.Linear(3, 3)
+        quantization.quantize_activations(net, 4, torch.tensor([[1.0]]))
+        assert not hasattr(net.spare, "quantize_input")
