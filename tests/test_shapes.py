@@ -158,6 +158,10 @@ class TestWhatIsNotKnown:
             with pytest.warns(UserWarning, match=kind):
                 speak()
 
+    def test_a_network_without_layers_is_refused(self):
+        with pytest.raises(ShapeError, match="no convolution and no linear layer"):
+            shapes.layer_shapes(nn.Sequential(nn.ReLU()), (3,))
+
     def test_named_layers_need_no_warning(self):
         with warnings.catch_warnings():
             warnings.simplefilter("error")

@@ -73,7 +73,7 @@ def attach_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
             raise ConstraintError(
                 f"mask of {name!r} is {mask.dtype} {tuple(mask.shape)}; expected torch.bool {tuple(weight.shape)}"
             )
-        attach(modules, Mask(mask.to(weight.device)), parameter)
+        attach(modules, Mask(torch.empty_like(weight, dtype=torch.bool).copy_(mask)), parameter)  # in its layout
     return model
 
 
