@@ -1,4 +1,4 @@
-"""A layer's weight as a matrix, and the matrix in tiles.
+"""A layer's weight as a matrix, and the matrix in blocks: what folds a weight folds it here.
 
 The GEMM matrix of a layer is ``(F, C*Kh*Kw)``: a row is a filter, a column one input position; a linear layer is its
 own matrix.
@@ -22,47 +22,50 @@ def gemm(weight: Tensor) -> Tensor:
 
 
 def kernel_area(weight: Tensor) -> int:
-    """``Kh*Kw``; 1 for a linear layer, whose weights are kernels of one entry.
-
-    >>> from lib.constraint.views import kernel_area
-    >>> kernel_area(torch.zeros(20, 3, 5, 5)), kernel_area(torch.zeros(10, 500))
-    (25, 1)
-    """
+    """Weights of a kernel, ``Kh*Kw``; 1 for a linear layer, whose weights are kernels of one entry."""
     return weight.shape[2:].numel()
 
 
-def tile_sums(matrix: Tensor, size: Size) -> Tensor:
-    """Sums over tiles, ``(R*height, S*width) -> (R, S)``.
-
-    >>> from lib.constraint.views import tile_sums
-    >>> tile_sums(torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]]), (2, 2)).tolist()
-    [[14, 22]]
-    """
-    (height, width), (rows, columns) = size, matrix.shape
-    if size == (1, 1):
-        return matrix
-    return matrix.reshape(rows // height, height, columns // width, width).sum((1, 3))
+def wide(tensor: Tensor) -> Tensor:
+    """The same numbers in single precision at least: squares and sums of half precision meet where weights differ."""
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
 def padded(matrix: Tensor, size: Size) -> Tensor:
-    """``matrix`` with zeros below and to the right, so that whole tiles of ``size`` cover it.
-
-    >>> from lib.constraint.views import padded
-    >>> padded(torch.ones(2, 3), (2, 2)).tolist()
-    [[1.0, 1.0, 1.0, 0.0], [1.0, 1.0, 1.0, 0.0]]
-    """
+    """``matrix`` with zeros below and to the right, so that whole blocks of ``size`` cover it."""
     (height, width), (rows, columns) = size, matrix.shape
     return pad(matrix, (0, -columns % width, 0, -rows % height)) if rows % height or columns % width else matrix
 
 
+def blocks(matrix: Tensor, size: Size) -> Tensor:
+    """A matrix in blocks of ``height x width``, zeros beyond its edges: ``(F, K) -> (R, S, height, width)``.
+
+    >>> from lib.constraint.views import blocks
+    >>> blocks(torch.tensor([[1, 2, 3], [4, 5, 6]]), (2, 2)).tolist()
+    [[[[1, 2], [4, 5]], [[3, 0], [6, 0]]]]
+    """
+    height, width = size
+    return padded(matrix, size).unflatten(1, (-1, width)).unflatten(0, (-1, height)).transpose(1, 2)
+
+
+def joined(blocks: Tensor, shape: torch.Size) -> Tensor:
+    """Back from `blocks`, ``(R, S, height, width)``, into a weight of ``shape``; what lies beyond its edges is cut off.
+
+    >>> from lib.constraint.views import blocks, joined
+    >>> weight = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    >>> joined(blocks(weight, (2, 2)), weight.shape).tolist()
+    [[1, 2, 3], [4, 5, 6]]
+    """
+    rows = 1 if len(shape) == 1 else shape[0]
+    matrix = blocks.transpose(1, 2).flatten(2).flatten(0, 1)  # (R*height, S*width)
+    return matrix[:rows, : shape.numel() // rows].reshape(shape)
+
+
 def spread(values: Tensor, size: Size, shape: torch.Size) -> Tensor:
-    """Each tile's value on all of its weights, ``(R, S)`` -> a weight of ``shape``; padding is cut off.
+    """Each block's value on all of its weights, ``(R, S)`` -> a weight of ``shape``.
 
     >>> from lib.constraint.views import spread
     >>> spread(torch.tensor([[1, 2]]), (2, 2), torch.Size([2, 3])).tolist()
     [[1, 1, 2], [1, 1, 2]]
     """
-    (height, width), (r, s) = size, values.shape
-    full = values[:, None, :, None].expand(r, height, s, width).reshape(r * height, s * width)
-    rows = 1 if len(shape) == 1 else shape[0]
-    return full[:rows, : shape.numel() // rows].reshape(shape)
+    return joined(values[:, :, None, None].expand(-1, -1, *size), shape)

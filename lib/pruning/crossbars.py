@@ -14,9 +14,10 @@ from torch import Tensor
 from lib.constraint import Constraint, ConstraintError, Storage, SupportConstraint, formats
 from lib.constraint.selection import keep_largest_in_rows, kept
 from lib.constraint.sets import check_count, check_sparsity
-from lib.constraint.views import gemm, padded
+from lib.constraint.views import blocks, gemm, joined, wide
 from lib.pruning.composed import FilterColumn
 from lib.pruning.groups import NM, BlockColumns, BlockRows
+from lib.pruning.patterns import code, table
 
 
 def tiny_adc(n: int, rows: int = 128) -> NM:
@@ -62,12 +63,11 @@ class PolarizedFragments(Constraint):
 
     def project(self, weight: Tensor) -> Tensor:
         """``weight`` where it has its fragment's sign, zero elsewhere."""
-        matrix = gemm(weight)
-        parts = padded(matrix, (1, self.rows)).unflatten(1, (-1, self.rows))
-        vote = parts if self.by == "sum" else parts * parts.abs()
-        positive = vote.sum(-1, keepdim=True) >= 0
+        parts = blocks(gemm(weight), (1, self.rows))  # (F, fragments, 1, rows)
+        vote = wide(parts)
+        positive = (vote if self.by == "sum" else vote * vote.abs()).sum(-1, keepdim=True) >= 0
         kept = torch.where(positive, parts.clamp(min=0), parts.clamp(max=0))
-        return kept.flatten(1)[:, : matrix.shape[1]].reshape(weight.shape)
+        return joined(kept, weight.shape)
 
     def tangent(self, z: Tensor, gradient: Tensor) -> Tensor:
         """The gradient of the weights that are not zero; the others lie on the edge of their orthant."""
@@ -146,9 +146,8 @@ class BlockLines(SupportConstraint):
 
     def select(self, weight: Tensor) -> Tensor:
         """Mask of what is left of the blocks."""
-        matrix = gemm(weight)
-        size = min(self.filters, matrix.shape[0]), min(self.rows, matrix.shape[1])
-        energy, there = (_blocks(m, size) for m in (matrix.square(), torch.ones_like(matrix)))
+        energy, there = (self._blocks(m) for m in (wide(weight).square(), torch.ones_like(wide(weight))))
+        grid, energy, there = energy.shape, energy.flatten(0, 1), there.flatten(0, 1)  # (blocks, filters, rows)
         sides = [there.amax(2), there.amax(1)]  # (blocks, filters), (blocks, rows)
         shares = self.filter_sparsity, self.row_sparsity
         counts = [self._counts(side.sum(1), share) for side, share in zip(sides, shares, strict=True)]
@@ -160,9 +159,12 @@ class BlockLines(SupportConstraint):
                 break
             rows = better
         keep = lines[:, :, None] * rows[:, None, :] > 0
-        tall, wide = -(-matrix.shape[0] // size[0]), -(-matrix.shape[1] // size[1])
-        whole = keep.view(tall, wide, *size).transpose(1, 2).reshape(tall * size[0], wide * size[1])
-        return whole[: matrix.shape[0], : matrix.shape[1]].reshape(weight.shape)
+        return joined(keep.view(grid), weight.shape)
+
+    def _blocks(self, weight: Tensor) -> Tensor:
+        """``(R, S, filters, rows)``; a block is no larger than the matrix."""
+        matrix = gemm(weight)
+        return blocks(matrix, (min(self.filters, matrix.shape[0]), min(self.rows, matrix.shape[1])))
 
     @staticmethod
     def _counts(totals: Tensor, sparsity: float) -> Tensor:
@@ -170,19 +172,10 @@ class BlockLines(SupportConstraint):
 
     def storage_bits(self, z: Tensor, bits: int) -> Storage:
         """Every block's submatrix, and which rows and filters of it are there."""
-        matrix = gemm(z)
-        size = min(self.filters, matrix.shape[0]), min(self.rows, matrix.shape[1])
-        blocks = _blocks((matrix != 0).float(), size) > 0
-        lines, rows = blocks.any(2), blocks.any(1)
+        nonzero = self._blocks(z != 0).flatten(0, 1)  # (blocks, filters, rows)
+        lines, rows = nonzero.any(2), nonzero.any(1)
         data = int((lines.sum(1) * rows.sum(1)).sum()) * bits
         return Storage(data, sum(formats.which(side) for pair in (lines, rows) for side in pair))
-
-
-def _blocks(matrix: Tensor, size: tuple[int, int]) -> Tensor:
-    """``(blocks, height, width)`` of a matrix, padded with zeros."""
-    whole = padded(matrix, size)
-    tall, wide = whole.shape[0] // size[0], whole.shape[1] // size[1]
-    return whole.view(tall, size[0], wide, size[1]).transpose(1, 2).flatten(0, 1)
 
 
 def _strongest(energy: Tensor, there: Tensor, counts: Tensor) -> Tensor:
@@ -226,8 +219,8 @@ class SharedShapes(SupportConstraint):
 
     def _segments(self, weight: Tensor) -> Tensor:
         """Energies ``(groups, F, rows)``."""
-        energy = gemm(weight).detach().square()
-        return padded(energy, (1, self.rows)).unflatten(1, (-1, self.rows)).transpose(0, 1)
+        energy = blocks(gemm(wide(weight.detach())).square(), (1, self.rows))  # (F, groups, 1, rows)
+        return energy.squeeze(2).transpose(0, 1)
 
     def _voted(self, weight: Tensor) -> tuple[tuple[int, ...], ...]:
         length, voted = gemm(weight).shape[1], []
@@ -240,7 +233,7 @@ class SharedShapes(SupportConstraint):
             for _ in range(min(self.shapes, len(candidates))):
                 chosen.append(int(gains.maximum(best).sum(0).argmax()))
                 best = best.maximum(gains[:, chosen[-1:]])
-            voted.append(tuple(dict.fromkeys(_code(candidates[c]) for c in chosen)))
+            voted.append(tuple(dict.fromkeys(code(candidates[c].nonzero().flatten().tolist()) for c in chosen)))
         return tuple(voted)
 
     def choice(self, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -255,24 +248,19 @@ class SharedShapes(SupportConstraint):
         if len(self.codes) != len(energy):
             raise ConstraintError(f"shapes for {len(self.codes)} groups of rows; the weight has {len(energy)}")
         most = max(map(len, self.codes))
-        rows = [[*own, *own[:1] * (most - len(own))] for own in self.codes]  # groups with fewer repeat one
-        bits = [[[code >> i & 1 for i in range(self.rows)] for code in own] for own in rows]
-        table = torch.tensor(bits, dtype=energy.dtype, device=energy.device)
-        return table, torch.einsum("gfr,gsr->gfs", energy, table).argmax(-1)
+        same = [(*own, *own[:1] * (most - len(own))) for own in self.codes]  # groups with fewer repeat one
+        shapes = torch.stack([table(own, self.rows, energy) for own in same])
+        return shapes, torch.einsum("gfr,gsr->gfs", energy, shapes).argmax(-1)
 
     def select(self, weight: Tensor) -> Tensor:
         """Mask of each segment's shape."""
-        table, choice = self.choice(weight)
-        keep = torch.take_along_dim(table, choice[..., None], dim=1) > 0  # (groups, F, rows)
-        matrix = gemm(weight)
-        return keep.transpose(0, 1).flatten(1)[:, : matrix.shape[1]].reshape(weight.shape)
+        shapes, choice = self.choice(weight)
+        keep = torch.take_along_dim(shapes, choice[..., None], dim=1) > 0  # (groups, F, rows)
+        return joined(keep.transpose(0, 1).unsqueeze(2), weight.shape)
 
     def storage_bits(self, z: Tensor, bits: int) -> Storage:
         """Weights of the shapes, each segment's choice, and a table of the shapes."""
-        kept_weights = int(self.select(z.float()).sum())
+        kept_weights = int(self.select(z).sum())
         choices = sum(log2(len(own)) for own in self.codes) * len(gemm(z))
         return Storage(kept_weights * bits, choices, sum(len(own) for own in self.codes) * self.rows)
 
-
-def _code(mask: Tensor) -> int:
-    return sum(1 << i for i, bit in enumerate(mask.tolist()) if bit)

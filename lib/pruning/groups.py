@@ -1,9 +1,8 @@
 """Sets that remove whole groups of weights: tiles of the GEMM matrix, the weakest first.
 
-The GEMM matrix of a layer is ``(F, C*Kh*Kw)``: a row is a filter, a column one input position; a linear layer is its
-own matrix. Cut it into tiles of ``height x width`` weights, and most structures of the field are a choice of the two:
-filters ``1 x all``, columns ``all x 1``, channels ``all x Kh*Kw``, kernels ``1 x Kh*Kw``, blocks ``p x q``, single
-weights ``1 x 1``. The budget holds for the layer, or in every *region*, a larger tile.
+Cut the GEMM matrix (`lib.constraint.views`) into tiles of ``height x width`` weights, and most structures of the field
+are a choice of the two: filters ``1 x all``, columns ``all x 1``, channels ``all x Kh*Kw``, kernels ``1 x Kh*Kw``,
+blocks ``p x q``, single weights ``1 x 1``. The budget holds for the layer, or in every *region*, a larger tile.
 """
 
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from lib.constraint import ConstraintError, Storage, SupportConstraint, check_count, check_sparsity, formats
 from lib.constraint.selection import keep_largest, keep_largest_in_rows, kept
-from lib.constraint.views import Size, gemm, kernel_area, padded, spread, tile_sums
+from lib.constraint.views import Size, blocks, gemm, joined, kernel_area, padded, spread, wide
 
 
 @dataclass(frozen=True)
@@ -49,10 +48,11 @@ class Groups(SupportConstraint):
 
     def group_norms(self, weight: Tensor) -> Tensor:
         """L2 norms of the groups, ``(R, S)``: what a group lasso sums."""
-        size, matrix = self.group(weight), gemm(weight)
+        size, matrix = self.group(weight), gemm(wide(weight))
+        whole = self.region(weight) or size
         if size == (1, 1):  # not through squares, which underflow
-            return padded(matrix.abs(), self.region(weight) or size)
-        return tile_sums(padded(matrix.square(), self.region(weight) or size), size).sqrt()
+            return padded(matrix.abs(), whole)
+        return blocks(padded(matrix.square(), whole), size).sum((2, 3)).sqrt()
 
     def spread_groups(self, values: Tensor, weight: Tensor) -> Tensor:
         """One value per group, ``(R, S)``, on all weights of the group: a tensor of the weight's shape."""
@@ -66,27 +66,23 @@ class Groups(SupportConstraint):
         return self.spread_groups(self._largest_in_regions(norms, weight), weight)
 
     def _largest_in_regions(self, norms: Tensor, weight: Tensor) -> Tensor:
-        (h, w), (height, width) = self.group(weight), self.region(weight)
-        (rows, columns), (r, s) = gemm(weight).shape, norms.shape
-        tall, wide = height // h, width // w  # groups in a region
-
-        def by_region(grid: Tensor) -> Tensor:  # (R, S) -> (regions, tall * wide)
-            return grid.reshape(r // tall, tall, s // wide, wide).transpose(1, 2).reshape(-1, tall * wide)
-
-        budget: Tensor | int = kept(self.sparsity, tall * wide)
+        (h, w), (height, width), (rows, columns) = self.group(weight), self.region(weight), gemm(weight).shape
+        inner = height // h, width // w  # groups in a region
+        grid = blocks(norms, inner)  # (regions down, regions across, *inner)
+        scores, total = grid.flatten(2).flatten(0, 1), inner[0] * inner[1]  # (regions, total)
+        budget: Tensor | int = kept(self.sparsity, total)
         if rows % height or columns % width:  # short regions at the edges keep the same share of the groups they have
-            place = norms.device
-            real = (torch.arange(r, device=place) * h < rows)[:, None] & (torch.arange(s, device=place) * w < columns)
-            norms = torch.where(real, norms, -1.0)
-            shares = torch.tensor([kept(self.sparsity, n) for n in range(tall * wide + 1)], device=place)
-            budget = shares[by_region(real).sum(1)]
+            there = norms.new_ones(-(-rows // h), -(-columns // w), dtype=torch.bool)
+            there = blocks(there, inner).reshape(scores.shape)
+            scores = torch.where(there, scores, -1.0)
+            shares = torch.tensor([kept(self.sparsity, n) for n in range(total + 1)], device=norms.device)
+            budget = shares[there.sum(1)]
             budget = int(budget[0]) if (budget == budget[0]).all() else budget
-        keep = keep_largest_in_rows(by_region(norms), budget)
-        return keep.reshape(r // tall, s // wide, tall, wide).transpose(1, 2).reshape(r, s)
+        return joined(keep_largest_in_rows(scores, budget).view(grid.shape), norms.shape)
 
     def storage_bits(self, z: Tensor, bits: int) -> Storage:
         """Whole groups at ``bits`` a weight, and which groups they are: in the layer, or in each region."""
-        keep = self.group_norms(z.float()) > 0
+        keep = self.group_norms(z) > 0
         data = int(self.spread_groups(keep, z).sum()) * bits
         if (region := self.region(z)) is None:
             return Storage(data, formats.which(keep))
@@ -354,8 +350,8 @@ class NM(Groups):
 
     def storage_bits(self, z: Tensor, bits: int) -> Storage:
         """``n`` weights of every ``m`` at their position's index; a kept weight that is zero is stored all the same."""
-        stored = int(self.select(z.float()).sum())
-        index = min(stored * formats.index_width(self.m), padded(gemm(z), (1, self.m)).numel())
+        stored = int(self.select(z).sum())
+        index = min(stored * formats.index_width(self.m), self.group_norms(z).numel())
         return Storage(stored * bits, index)
 
 

@@ -4,7 +4,7 @@ A pattern is an integer whose bit ``i`` says that position ``i`` of the flattene
 a tuple of numbers and can be compared, cached and stored.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import combinations
 
@@ -14,10 +14,18 @@ from torch import Tensor
 from lib.constraint import ConstraintError, Storage, SupportConstraint, formats
 from lib.constraint.selection import keep_largest, keep_largest_in_rows, kept
 from lib.constraint.sets import check_count, check_sparsity
+from lib.constraint.views import kernel_area, spread, wide
 from lib.pruning.groups import Kernel
 
 CENTRE, EDGES, CORNERS = 4, (1, 3, 5, 7), (0, 2, 6, 8)  # positions of a 3x3 kernel
-NATURAL = tuple(sum(1 << i for i in (CENTRE, *others)) for others in combinations((*range(4), *range(5, 9)), 3))
+
+
+def code(positions: Iterable[int]) -> int:
+    """The pattern that keeps these positions."""
+    return sum(1 << i for i in positions)
+
+
+NATURAL = tuple(code((CENTRE, *others)) for others in combinations((*range(4), *range(5, 9)), 3))
 """The 56 natural patterns: the centre and any 3 of the other 8 (PatDNN, arXiv 2001.00138)."""
 
 
@@ -25,21 +33,13 @@ def _published() -> dict[str, tuple[int, ...]]:
     def adjacent(corner: int, edge: int) -> bool:
         return abs(corner // 3 - edge // 3) + abs(corner % 3 - edge % 3) == 1
 
-    def code(*positions: int) -> int:
-        return sum(1 << i for i in positions)
-
     lines = ((1, 7), (3, 5))
-    bent = [(a, b) for a in (1, 7) for b in (3, 5)]
+    bent = [(a, b, corner) for a in (1, 7) for b in (3, 5) for corner in CORNERS]
     return {
-        "edges": (code(*EDGES),),
-        "line and corner": tuple(code(CENTRE, *line, corner) for line in lines for corner in CORNERS),
-        "bent": tuple(
-            code(CENTRE, a, b, corner)
-            for a, b in bent
-            for corner in CORNERS
-            if adjacent(corner, a) != adjacent(corner, b)
-        ),
-        "T": tuple(code(CENTRE, *edges) for edges in combinations(EDGES, 3)),
+        "edges": (code(EDGES),),
+        "line and corner": tuple(code((CENTRE, *line, corner)) for line in lines for corner in CORNERS),
+        "bent": tuple(code((CENTRE, a, b, c)) for a, b, c in bent if adjacent(c, a) != adjacent(c, b)),
+        "T": tuple(code((CENTRE, *edges)) for edges in combinations(EDGES, 3)),
     }
 
 
@@ -52,61 +52,31 @@ def kernels(weight: Tensor) -> Tensor:
 
     Raises:
         ConstraintError: the layer has no kernels of more than one weight.
-
-    >>> from lib.pruning.patterns import kernels
-    >>> tuple(kernels(torch.zeros(8, 4, 3, 3)).shape)
-    (32, 9)
     """
-    if weight.dim() != 4 or weight[0, 0].numel() == 1:
+    if kernel_area(weight) == 1:
         raise ConstraintError(f"patterns are for kernels larger than 1x1, and the weight is {tuple(weight.shape)}")
-    return weight.reshape(-1, weight[0, 0].numel())
+    return weight.reshape(-1, kernel_area(weight))
 
 
-def table(library: Sequence[int], area: int, like: Tensor) -> Tensor:
-    """The library as masks, ``(patterns, Kh*Kw)`` of zeros and ones in the type of ``like``.
-
-    >>> from lib.pruning.patterns import table
-    >>> table((0b0011, 0b1000), area=4, like=torch.zeros(1)).tolist()  # the lowest bit is the first position
-    [[1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0]]
-    """
-    bits = torch.tensor(library, device=like.device)[:, None] >> torch.arange(area, device=like.device)
-    return (bits & 1).to(like.dtype)
+def table(library: Iterable[int], area: int, like: Tensor) -> Tensor:
+    """The library as masks, ``(patterns, Kh*Kw)`` of zeros and ones in the type of ``like``."""
+    return torch.tensor([[code >> i & 1 for i in range(area)] for code in library], dtype=like.dtype, device=like.device)
 
 
-def code_of(masks: Tensor) -> Tensor:
-    """The pattern of each row of a boolean ``(kernels, Kh*Kw)``.
-
-    >>> from lib.pruning.patterns import code_of
-    >>> code_of(torch.tensor([[True, True, False, False], [False, False, False, True]])).tolist()
-    [3, 8]
-    """
+def _codes(masks: Tensor) -> Tensor:
+    """The pattern of each row of a boolean ``(kernels, Kh*Kw)``."""
+    if masks.shape[1] > 62:
+        raise ConstraintError(f"patterns are counted for kernels of up to 62 weights; these have {masks.shape[1]}")
     return (masks.long() << torch.arange(masks.shape[1], device=masks.device)).sum(1)
 
 
-def most_frequent(codes: Tensor, count: int) -> tuple[int, ...]:
-    """The ``count`` most frequent values, the most frequent first; among equals the smaller.
-
-    >>> from lib.pruning.patterns import most_frequent
-    >>> most_frequent(torch.tensor([7, 5, 5, 3, 3, 9]), 2)
-    (3, 5)
-    """
-    values, counts = codes.unique(return_counts=True)
-    return tuple(values[counts.argsort(descending=True, stable=True)[:count]].tolist())
-
-
-def natural_patterns(weight: Tensor) -> Tensor:
-    """Each 3x3 kernel's natural pattern: the centre and the 3 largest of the other 8.
-
-    >>> from lib.pruning.patterns import natural_patterns
-    >>> kernel = torch.tensor([[9.0, 0.2, 8.0], [0.3, 0.1, 0.2], [7.0, 0.0, 0.4]])  # the centre stays, however small
-    >>> [f"{code:09b}" for code in natural_patterns(kernel[None, None]).tolist()]  # positions 8 to 0
-    ['001010101']
-    """
-    magnitude = kernels(weight).abs()
-    if magnitude.shape[1] != 9:
+def _natural(weight: Tensor) -> Tensor:
+    """Each 3x3 kernel's natural pattern: the centre and the 3 largest of the other 8."""
+    if weight.shape[2:] != (3, 3):
         raise ConstraintError(f"natural patterns are for 3x3 kernels, and the weight is {tuple(weight.shape)}")
+    magnitude = kernels(weight).abs()
     magnitude[:, CENTRE] = torch.inf
-    return code_of(keep_largest_in_rows(magnitude, 4))
+    return _codes(keep_largest_in_rows(magnitude, 4))
 
 
 @dataclass(frozen=True)
@@ -141,14 +111,15 @@ class Patterns(SupportConstraint):
         """The same library for all the layers."""
         if self.library is not None:
             return dict.fromkeys(weights, self)
-        votes = torch.cat([natural_patterns(w) for w in weights.values()])
-        return dict.fromkeys(weights, replace(self, library=most_frequent(votes, self.count)))
+        values, votes = torch.cat([_natural(w) for w in weights.values()]).unique(return_counts=True)
+        elected = values[votes.argsort(descending=True, stable=True)[: self.count]]  # among equals the smaller
+        return dict.fromkeys(weights, replace(self, library=tuple(elected.tolist())))
 
     def best(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Of every kernel, the energy that its best pattern keeps ``(F*C,)`` and the pattern's index in the library."""
         if self.library is None:
             raise ConstraintError("the patterns are not chosen yet: call lib.constraint.fitted(model, plan) first")
-        flat = kernels(weight)
+        flat = kernels(wide(weight))
         if max(self.library) >> flat.shape[1]:
             raise ConstraintError(f"the library is for larger kernels than those of a {tuple(weight.shape)} weight")
         return tuple((flat.square() @ table(self.library, flat.shape[1], flat).T).max(1))
@@ -158,7 +129,7 @@ class Patterns(SupportConstraint):
         return self._masks(weight, self.best(weight)[1])
 
     def _masks(self, weight: Tensor, index: Tensor) -> Tensor:
-        masks = table(self.library, weight[0, 0].numel(), weight).bool()
+        masks = table(self.library, kernel_area(weight), weight).bool()  # (patterns, Kh*Kw)
         return masks[index].reshape(weight.shape)
 
     def storage_bits(self, z: Tensor, bits: int) -> Storage:
@@ -201,7 +172,8 @@ class PatternKernels(Patterns):
         """Mask of the best patterns of the kernels whose best patterns keep most."""
         energy, index = self.best(weight)
         keep = keep_largest(energy, kept(self.sparsity, energy.numel()))
-        return self._masks(weight, index) & keep.reshape(*weight.shape[:2], 1, 1)
+        keep = spread(keep.view(weight.shape[:2]), (1, kernel_area(weight)), weight.shape)
+        return self._masks(weight, index) & keep
 
     def storage_bits(self, z: Tensor, bits: int) -> Storage:
         """The weights and a pattern index of every kept kernel, which kernels these are, and the library."""
@@ -251,8 +223,8 @@ class PCNN(SupportConstraint):
         return {name: replace(self, library=self._distilled(w)) for name, w in weights.items()}
 
     def _distilled(self, weight: Tensor) -> tuple[int, ...]:
-        flat = self._kernels(weight)
-        candidates = code_of(keep_largest_in_rows(flat.abs(), self.n)).unique()
+        flat = self._kernels(wide(weight))
+        candidates = _codes(keep_largest_in_rows(flat.abs(), self.n)).unique()
         energy = flat.square() @ table(candidates.tolist(), flat.shape[1], flat).T  # (F*C, candidates)
         best, chosen = torch.zeros(len(flat), 1, device=flat.device), []
         for _ in range(min(self.patterns, len(candidates))):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lib.constraint import Constraint, ConstraintError, Storage
 from lib.constraint.sets import check_count
-from lib.constraint.views import gemm
+from lib.constraint.views import gemm, kernel_area
 
 Sample = Literal["weight", "row", "kernel", "filter"]
 CENTROID_BITS = 32
@@ -65,12 +65,13 @@ class Codebook(Constraint):
     def samples(self, weight: Tensor) -> Tensor:
         """``(samples, length)``, in the order of the weights."""
         if self.sample == "weight":
-            return weight.reshape(-1, 1)
+            return weight.reshape(-1, 1)  # (F*C*Kh*Kw, 1)
         if self.sample == "filter":
             return gemm(weight)
-        if weight.dim() != 4:
+        if weight.dim() < 3:
             raise ConstraintError(f"sample = {self.sample!r} is of kernels; a layer {tuple(weight.shape)} has none")
-        return weight.reshape(-1, weight.shape[-1] * (weight.shape[-2] if self.sample == "kernel" else 1))
+        length = kernel_area(weight) if self.sample == "kernel" else weight.shape[-1]
+        return weight.reshape(-1, length)  # (F*C, Kh*Kw) or (F*C*Kh, Kw)
 
     def fit(self, weights: Mapping[str, Tensor]) -> dict[str, "Codebook"]:
         """For each layer its own centroids."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from lib.constraint import Constraint, ConstraintError, Storage
 from lib.constraint.formats import irregular_levels
 from lib.constraint.selection import nearest_power
-from lib.constraint.views import gemm
+from lib.constraint.views import blocks, gemm, joined, wide
 
 
 class Factors(NamedTuple):
@@ -45,7 +45,7 @@ class Factors(NamedTuple):
 class SmartExchange(Constraint):
     """``Ce @ B``: sparse powers of two times a small basis, slice by slice (Zhao et al., ISCA 2020, arXiv 2005.03403).
 
-    A convolution's filter is a slice of ``C * Kh`` rows and ``Kw`` columns, a linear layer's row one of 3 columns; at
+    A convolution's filter is a slice of ``C*Kh`` rows and ``Kw`` columns, a linear layer's row one of 3 columns; at
     most ``rows`` each. By turns: coefficients to powers of two, the basis by least squares, coefficients by least
     squares, small ones to zero. That need not converge, nor give the same point twice: the best turn is taken. So
     harden once, and keep that. The released code's thresholds and powers are absolute; here each column of coefficients
@@ -81,14 +81,17 @@ class SmartExchange(Constraint):
 
     def slices(self, weight: Tensor) -> Tensor:
         """``(slices, rows, n)``, padded with zeros where rows don't fill them."""
-        width = weight.shape[-1] if weight.dim() == 4 and weight.shape[-1] > 1 else 3
-        matrix = gemm(weight)  # (F, K)
+        width = weight.shape[-1] if weight.dim() > 2 and weight.shape[-1] > 1 else 3
+        matrix = gemm(wide(weight))
         tall = -(-matrix.shape[1] // width)
         pieces = -(-tall // self.rows)
         rows = -(-tall // pieces)
-        padded = matrix.new_zeros(len(matrix), pieces * rows * width)
-        padded[:, : matrix.shape[1]] = matrix
-        return padded.view(-1, rows, width)
+        return blocks(matrix, (1, rows * width)).reshape(-1, rows, width)  # from (F, pieces, 1, rows * width)
+
+    @staticmethod
+    def _joined(slices: Tensor, weight: Tensor) -> Tensor:
+        """Back from `slices`, in the shape and type of ``weight``."""
+        return joined(slices.reshape(len(gemm(weight)), -1, 1, slices[0].numel()), weight.shape).to(weight.dtype)
 
     def factors(self, weight: Tensor) -> Factors:
         """The decomposition of least error among the turns."""
@@ -104,8 +107,7 @@ class SmartExchange(Constraint):
             if errors[-1] == min(errors):
                 best = coefficients, basis
             raw = w @ torch.linalg.pinv(basis, rtol=1e-4)
-        product = (best[0] @ best[1]).reshape(len(gemm(weight)), -1)[:, : gemm(weight).shape[1]]
-        return Factors(*best, product.reshape(weight.shape), tuple(errors))
+        return Factors(*best, self._joined(best[0] @ best[1], weight), tuple(errors))
 
     def project(self, weight: Tensor) -> Tensor:
         """The product of the factors; exact zeros stay."""
@@ -122,7 +124,7 @@ class SmartExchange(Constraint):
         """
         coefficients = self.factors(z).coefficients
         moved = coefficients @ (torch.linalg.pinv(coefficients, rtol=1e-4) @ self.slices(gradient))
-        return moved.reshape(len(gemm(z)), -1)[:, : gemm(z).shape[1]].reshape(z.shape)
+        return self._joined(moved, z)
 
     def storage_bits(self, z: Tensor, bits: int) -> Storage:
         """Coefficients and bases of a decomposition of ``z``; ``bits`` is not used.

@@ -9,7 +9,7 @@ from lib.constraint import Constraint, ConstraintError, Storage
 from lib.constraint.formats import which
 from lib.constraint.selection import keep_largest
 from lib.constraint.sets import check_count
-from lib.constraint.views import gemm, padded
+from lib.constraint.views import blocks, gemm, joined, wide
 
 
 @dataclass(frozen=True)
@@ -55,16 +55,12 @@ class Unified(Constraint):
 
     def _blocks(self, weight: Tensor) -> Tensor:
         """``(blocks, height * width)`` of the padded GEMM matrix."""
-        matrix = padded(gemm(weight), (self.height, self.width))
-        tall, wide = matrix.shape[0] // self.height, matrix.shape[1] // self.width
-        return matrix.view(tall, self.height, wide, self.width).transpose(1, 2).reshape(tall * wide, -1)
+        return blocks(gemm(wide(weight)), (self.height, self.width)).flatten(2).flatten(0, 1)
 
-    def _joined(self, blocks: Tensor, weight: Tensor) -> Tensor:
+    def _joined(self, flat: Tensor, weight: Tensor) -> Tensor:
         """Back from `_blocks`."""
-        rows, columns = gemm(weight).shape
-        tall, wide = -(-rows // self.height), -(-columns // self.width)
-        matrix = blocks.view(tall, wide, self.height, self.width).transpose(1, 2).reshape(tall * self.height, -1)
-        return matrix[:rows, :columns].reshape(weight.shape)
+        across = -(-gemm(weight).shape[1] // self.width)
+        return joined(flat.view(-1, across, self.height, self.width), weight.shape).to(weight.dtype)
 
     def states(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Which blocks are unified and which pruned, as masks ``(blocks,)``."""
@@ -82,19 +78,18 @@ class Unified(Constraint):
     def project(self, weight: Tensor) -> Tensor:
         """Mean magnitude with each weight's sign where a block is unified (that of zero is +), zero where pruned."""
         one, zero = self.states(weight)
-        blocks, real = self._blocks(weight), self._blocks(torch.ones_like(weight))
-        magnitude = blocks.abs()
+        flat, real = self._blocks(weight), self._blocks(torch.ones_like(weight))
+        magnitude = flat.abs()
         smallest, largest = torch.where(real > 0, magnitude, torch.inf).amin(1), magnitude.amax(1)
         mean = torch.where(smallest == largest, largest, magnitude.sum(1) / real.sum(1))[:, None]  # not rounded again
-        signs = torch.where(blocks < 0, -1.0, 1.0)
-        z = torch.where(one[:, None], signs * mean, blocks)
+        z = torch.where(one[:, None], torch.where(flat < 0, -mean, mean), flat)
         return self._joined(torch.where(zero[:, None], 0.0, z), weight)
 
     def tangent(self, z: Tensor, gradient: Tensor) -> Tensor:
         """Weights of a unified block move together, each along its sign; pruned blocks stay, the others are free."""
         one, zero = self.states(z)
-        blocks, g, real = (self._blocks(t) for t in (z, gradient, torch.ones_like(z)))
-        signs = torch.where(blocks < 0, -1.0, 1.0)
+        flat, g, real = (self._blocks(t) for t in (z, gradient, torch.ones_like(z)))
+        signs = torch.where(flat < 0, -1.0, 1.0)
         together = signs * ((signs * g * real).sum(1, keepdim=True) / real.sum(1, keepdim=True))
         moved = torch.where(one[:, None], together, g)
         return self._joined(torch.where(zero[:, None], 0.0, moved), z)
@@ -114,6 +109,6 @@ class Unified(Constraint):
         of its inputs (the product serves all filters), whichever is less; the others one for each weight.
         """
         one, zero = self.states(z)
-        real = self._blocks(torch.ones_like(z)).view(-1, self.height, self.width)
+        real = self._blocks(torch.ones_like(z)).view(-1, self.height, self.width)  # (blocks, height, width)
         few = torch.minimum(real.amax(2).sum(1), real.amax(1).sum(1))
         return int(few[one].sum() + real.flatten(1).sum(1)[~(one | zero)].sum())
