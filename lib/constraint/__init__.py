@@ -4,6 +4,7 @@ A `Constraint` is a set with a Euclidean projection; a *plan* is ``{layer name: 
 model and a plan and know nothing of any particular set.
 """
 
+from lib.constraint.formats import Storage
 from lib.constraint.masks import (
     Mask,
     Masks,
@@ -21,7 +22,7 @@ from lib.constraint.masks import (
 )
 from lib.constraint.plans import Plan, apply, fitted, harden, project, select, weights
 from lib.constraint.selection import keep_largest, keep_largest_in_rows, kept, nearest_power
-from lib.constraint.sets import Constraint, ConstraintError, Storage, SupportConstraint, check_count, check_sparsity
+from lib.constraint.sets import Constraint, ConstraintError, SupportConstraint, check_count, check_sparsity
 
 __all__ = [
     "Constraint",

@@ -5,10 +5,29 @@ Index widths are searched, never assumed: a width that suits one density ruins a
 """
 
 from math import ceil, log2
+from typing import NamedTuple
 
 from torch import Tensor
 
-from lib.constraint.sets import Storage
+from lib.constraint.views import gemm, kernel_area
+
+
+class Storage(NamedTuple):
+    """Bits that a layer takes, counted apart so that a report can show data alone beside all of it.
+
+    >>> from lib.constraint import Storage
+    >>> Storage(data=800, index=100).total
+    900.0
+    """
+
+    data: float
+    index: float = 0.0
+    table: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """Data, index and tables together."""
+        return sum(self)
 
 
 def index_width(choices: int) -> int:
@@ -88,10 +107,9 @@ def submatrix(z: Tensor, bits: int) -> Storage:
     >>> submatrix(torch.tensor([[0, 0, 0], [0, 5, 6]]), bits=8)  # one of 2 rows, two of 3 columns
     Storage(data=16, index=4.0, table=0.0)
     """
-    z = z.reshape(1, -1) if z.dim() == 1 else z
-    matrix = z.reshape(len(z), -1).bool()  # (F, C*Kh*Kw)
+    matrix = gemm(z).bool()
     rows, columns = matrix.any(1), matrix.any(0)
-    by_channel = columns.reshape(z.shape[1], -1)  # (C, Kh*Kw)
+    by_channel = columns.reshape(-1, kernel_area(z))  # (C, Kh*Kw)
     channels = by_channel.any(1)
     index = which(rows) + which(channels) + which(by_channel[channels])
     return Storage(int(rows.sum() * columns.sum()) * bits, index)

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from lib.constraint.views import wide
+
 PAIRWISE = 16  # up to this row length, comparing all pairs of columns beats sorting every row
 
 
@@ -42,8 +44,8 @@ def keep_largest_in_rows(scores: Tensor, k: Tensor | int) -> Tensor:
     [[False, True, True], [True, True, False]]
     """
     rows, m = scores.shape
-    counts = k if isinstance(k, int) else k.reshape(rows, 1)
-    if isinstance(k, int) and k == 1:
+    counts = k.reshape(rows, 1) if isinstance(k, Tensor) else int(k)
+    if not isinstance(k, Tensor) and k == 1:
         mask = torch.zeros_like(scores, dtype=torch.bool)
         return mask.scatter_(1, scores.argmax(1, keepdim=True), True)
     if m > PAIRWISE:
@@ -67,7 +69,7 @@ def nearest_power(weight: Tensor, top: int, count: int) -> Tensor:
     >>> nearest_power(torch.tensor([0.7, -0.8, 3.0, 0.1]), top=0, count=2).tolist()  # 0, 0.5 and 1
     [0.5, -1.0, 1.0, 0.0]
     """
-    magnitude = weight.abs().clamp(min=2.0 ** (top - count - 1), max=2.0**top)
+    magnitude = wide(weight).abs().clamp(min=2.0 ** (top - count - 1), max=2.0**top)
     exponent = (magnitude / 1.5).log2().ceil()  # 1.5 * 2^e lies half way from 2^e to its double
     power = torch.where(magnitude < 2.0 ** (top - count), 0.0, exponent.clamp(top - count + 1, top).exp2())
-    return power * weight.sign()
+    return power.to(weight.dtype) * weight.sign()

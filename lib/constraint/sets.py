@@ -6,10 +6,12 @@ model and a plan and know nothing of any particular set.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
+
+from lib.constraint.formats import Storage, irregular
 
 
 class ConstraintError(ValueError):
@@ -21,24 +23,6 @@ class ConstraintError(ValueError):
         ...
     lib.constraint.sets.ConstraintError: sparsity = 1.5: allowed are numbers in [0, 1)
     """
-
-
-class Storage(NamedTuple):
-    """Bits that a layer takes, counted apart so that a report can show data alone beside all of it.
-
-    >>> from lib.constraint import Storage
-    >>> Storage(data=800, index=100).total
-    900.0
-    """
-
-    data: float
-    index: float = 0.0
-    table: float = 0.0
-
-    @property
-    def total(self) -> float:
-        """Data, index and tables together."""
-        return sum(self)
 
 
 @dataclass(frozen=True)
@@ -56,8 +40,8 @@ class Constraint:
     >>> class Nonnegative(Constraint):
     ...     def project(self, weight):
     ...         return weight.clamp(min=0)
-    >>> Nonnegative().distance2(torch.tensor([1.0, -2.0])).item()
-    4.0
+    >>> Nonnegative().project(torch.tensor([1.0, -2.0])).tolist()
+    [1.0, 0.0]
     >>> Nonnegative().member(torch.tensor([1.0, 0.0]))
     True
     """
@@ -83,10 +67,6 @@ class Constraint:
     def project(self, weight: Tensor) -> Tensor:
         """The nearest point of the set to ``weight`` (any shape; the result has the same)."""
         raise NotImplementedError
-
-    def distance2(self, weight: Tensor) -> Tensor:
-        """Squared Euclidean distance from ``weight`` to the set, a scalar tensor."""
-        return (weight - self.project(weight)).square().sum()
 
     def member(self, weight: Tensor, tolerance: float = 0.0) -> bool:
         """Whether ``weight`` lies in the set, to an absolute tolerance per entry."""
@@ -129,34 +109,34 @@ class SupportConstraint(Constraint):
 
     def storage_bits(self, z: Tensor, bits: int) -> Storage:
         """In the cheapest format for nonzeros that may lie anywhere; sets with more order say better."""
-        from lib.constraint.formats import irregular
-
         return irregular(z, bits)
 
 
 def check_sparsity(**named: float) -> None:
     """Refuse a sparsity outside [0, 1), by the name that the user gave it.
 
-    >>> from lib.constraint.sets import check_sparsity
+    >>> from lib.constraint import check_sparsity
     >>> check_sparsity(filter_sparsity=0.5, column_sparsity=1.0)
     Traceback (most recent call last):
         ...
     lib.constraint.sets.ConstraintError: column_sparsity = 1.0: allowed are numbers in [0, 1)
     """
     for name, value in named.items():
-        if not 0 <= value < 1:
-            raise ConstraintError(f"{name} = {value}: allowed are numbers in [0, 1)")
+        if not (isinstance(value, Real) and 0 <= value < 1):
+            raise ConstraintError(f"{name} = {value!r}: allowed are numbers in [0, 1)")
 
 
-def check_count(**named: int) -> None:
-    """Refuse a count or length below 1, by the name that the user gave it.
+def check_count(least: int = 1, most: int | None = None, /, **named: int) -> None:
+    """Refuse what is no whole number, or is below ``least`` or above ``most``, by the name that the user gave it.
 
-    >>> from lib.constraint.sets import check_count
+    >>> from lib.constraint import check_count
     >>> check_count(height=4, width=0)
     Traceback (most recent call last):
         ...
     lib.constraint.sets.ConstraintError: width = 0: allowed are whole numbers from 1
     """
     for name, value in named.items():
-        if not isinstance(value, int) or value < 1:
-            raise ConstraintError(f"{name} = {value!r}: allowed are whole numbers from 1")
+        whole = isinstance(value, Integral) and not isinstance(value, bool)
+        if not whole or value < least or (most is not None and value > most):
+            to = "" if most is None else f" to {most}"
+            raise ConstraintError(f"{name} = {value!r}: allowed are whole numbers from {least}{to}")

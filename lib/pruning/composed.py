@@ -6,10 +6,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lib.constraint import ConstraintError, Storage, SupportConstraint, formats
+from lib.constraint import ConstraintError, Storage, SupportConstraint, check_sparsity, formats
 from lib.constraint.selection import keep_largest, kept
-from lib.constraint.sets import check_sparsity
-from lib.constraint.views import gemm
+from lib.constraint.views import gemm, wide
 from lib.pruning.groups import NM, BlockColumns, Column, Filter, Unstructured
 
 
@@ -41,7 +40,7 @@ class FilterColumn(SupportConstraint):
 
     def select(self, weight: Tensor) -> Tensor:
         """Mask of the rows and columns on which the alternation stops."""
-        energy = gemm(weight).square()
+        energy = gemm(wide(weight)).square()
         n, m = kept(self.filter_sparsity, energy.shape[0]), kept(self.column_sparsity, energy.shape[1])
         columns = torch.ones(energy.shape[1], dtype=torch.bool, device=weight.device)
         while True:

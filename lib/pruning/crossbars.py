@@ -11,9 +11,8 @@ from math import log2
 import torch
 from torch import Tensor
 
-from lib.constraint import Constraint, ConstraintError, Storage, SupportConstraint, formats
+from lib.constraint import Constraint, ConstraintError, Storage, SupportConstraint, check_count, check_sparsity, formats
 from lib.constraint.selection import keep_largest_in_rows, kept
-from lib.constraint.sets import check_count, check_sparsity
 from lib.constraint.views import blocks, gemm, joined, wide
 from lib.pruning.composed import FilterColumn
 from lib.pruning.groups import NM, BlockColumns, BlockRows
@@ -263,4 +262,3 @@ class SharedShapes(SupportConstraint):
         kept_weights = int(self.select(z).sum())
         choices = sum(log2(len(own)) for own in self.codes) * len(gemm(z))
         return Storage(kept_weights * bits, choices, sum(len(own) for own in self.codes) * self.rows)
-

@@ -11,9 +11,8 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from lib.constraint import ConstraintError, Storage, SupportConstraint, formats
+from lib.constraint import ConstraintError, Storage, SupportConstraint, check_count, check_sparsity, formats
 from lib.constraint.selection import keep_largest, keep_largest_in_rows, kept
-from lib.constraint.sets import check_count, check_sparsity
 from lib.constraint.views import kernel_area, spread, wide
 from lib.pruning.groups import Kernel
 
@@ -60,7 +59,9 @@ def kernels(weight: Tensor) -> Tensor:
 
 def table(library: Iterable[int], area: int, like: Tensor) -> Tensor:
     """The library as masks, ``(patterns, Kh*Kw)`` of zeros and ones in the type of ``like``."""
-    return torch.tensor([[code >> i & 1 for i in range(area)] for code in library], dtype=like.dtype, device=like.device)
+    return torch.tensor(
+        [[code >> i & 1 for i in range(area)] for code in library], dtype=like.dtype, device=like.device
+    )
 
 
 def _codes(masks: Tensor) -> Tensor:

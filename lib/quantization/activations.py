@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from lib.constraint import ConstraintError
+from lib.constraint import check_count
 from lib.shapes import all_layers, uses
 
 
@@ -53,8 +53,7 @@ def quantize_activations(model: nn.Module, bits: int, images: Tensor) -> nn.Modu
     >>> round(model(torch.tensor([[1.4]])).item(), 3)
     10.0
     """
-    if not isinstance(bits, int) or not 1 <= bits <= 16:
-        raise ConstraintError(f"bits = {bits!r}: allowed are 1 to 16")
+    check_count(1, 16, bits=bits)
     layers = all_layers(model, "inputs at few bits", skip=True)
     full_precision_activations(model)
     seen: dict[str, list[Tensor]] = {name: [] for name in layers}

@@ -6,8 +6,9 @@ from math import ceil, log2
 import torch
 from torch import Tensor
 
-from lib.constraint import Constraint, ConstraintError, Storage
+from lib.constraint import Constraint, ConstraintError, Storage, check_count
 from lib.constraint.formats import irregular_levels
+from lib.constraint.views import wide
 from lib.quantization.levels import STEP_BITS, ternary
 
 
@@ -56,8 +57,9 @@ class TernaryRule(Constraint):
 
     def project(self, weight: Tensor) -> Tensor:
         """The rule's point, which is no projection in the proper sense; exact zeros stay."""
-        a, threshold = branch(weight, self.beta)
-        return torch.where(weight.abs() >= threshold, a * weight.sign(), 0.0)
+        w = wide(weight)
+        a, threshold = branch(w, self.beta)
+        return torch.where(w.abs() >= threshold, a * w.sign(), 0.0).to(weight.dtype)
 
     def tangent(self, z: Tensor, gradient: Tensor) -> Tensor:
         """All weights that are not zero grow or shrink together."""
@@ -94,13 +96,12 @@ class Expansion(Constraint):
     @classmethod
     def of(cls, branches: int) -> "Expansion":
         """So many branches, with thresholds 0.05, 0.1, 0.15, ..."""
-        if not 1 <= branches < 20:
-            raise ConstraintError(f"branches = {branches}: allowed are 1 to 19")
+        check_count(1, 19, branches=branches)
         return cls(tuple(round(0.05 * i, 2) for i in range(1, branches + 1)))
 
     def project(self, weight: Tensor) -> Tensor:
         """The sum of the branches."""
-        return sum(TernaryRule(beta).project(weight) for beta in self.betas)
+        return sum(TernaryRule(beta).project(wide(weight)) for beta in self.betas).to(weight.dtype)
 
     def member(self, weight: Tensor, tolerance: float = 0.0) -> bool:
         """Whether there are at most as many magnitudes as branches, to a tolerance."""

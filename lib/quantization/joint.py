@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lib.constraint import Constraint, ConstraintError, Storage, SupportConstraint
 from lib.constraint.formats import irregular_levels
+from lib.constraint.views import wide
 from lib.quantization.levels import STEP_BITS, Levels
 
 
@@ -56,17 +57,16 @@ class Quantized(Constraint):
 
     def project(self, weight: Tensor) -> Tensor:
         """Levels where they save the most, zero elsewhere."""
+        w = wide(weight)
         if self.values.step is not None:
-            return self._joint(weight, self.values)
-        kept, z = self.support.project(weight), None
+            return self._joint(w, self.values).to(weight.dtype)
+        z, before = self.support.project(w), None
         for _ in range(10):
-            if not kept.any():
-                return kept
-            before, z = z, self._joint(weight, self.values.fit({"": kept})[""])
-            if before is not None and torch.equal(before, z):
+            if not z.any() or (before is not None and torch.equal(before, z)):
                 break
-            kept = torch.where(z != 0, weight, 0.0)
-        return z
+            kept = torch.where(z != 0, w, 0.0)
+            before, z = z, self._joint(w, self.values.fit({"": kept})[""])
+        return z.to(weight.dtype)
 
     def _joint(self, weight: Tensor, values: Levels) -> Tensor:
         z = values.project(weight)

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lib.constraint import Constraint, ConstraintError, Storage
+from lib.constraint import Constraint, ConstraintError, Storage, check_count
 from lib.constraint.formats import irregular_levels
+from lib.constraint.views import wide
 
 STEP_BITS = 32
 """What a layer's step takes in a table."""
@@ -32,7 +33,7 @@ def best_step(weight: Tensor, per_side: int, zero: bool = False) -> float:
     >>> best_step(torch.tensor([1.0, -3.0]), per_side=1), best_step(torch.tensor([1.0, -3.0]), per_side=1, zero=True)
     (2.0, 3.0)
     """
-    a = weight[weight != 0].abs()
+    a = wide(weight[weight != 0]).abs()
     if not len(a):
         return 0.0
     if per_side == 1 and not zero:
@@ -95,8 +96,7 @@ class Levels(Constraint):
     step: float | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.per_side, int) or self.per_side < 1:
-            raise ConstraintError(f"per_side = {self.per_side!r}: allowed are whole numbers from 1")
+        check_count(per_side=self.per_side)
         if self.step is not None and not (isfinite(self.step) and self.step > 0):
             raise ConstraintError(f"step = {self.step}: allowed are positive numbers, or None for the best")
 
@@ -131,8 +131,8 @@ class Levels(Constraint):
         step = self.step or best_step(weight, self.per_side, self.zero)
         if not step:
             return torch.zeros_like(weight)
-        level = (weight / step).abs_().round_().clamp_(0 if self.zero else 1, self.per_side)
-        return level.mul_(step).mul_(weight.sign())
+        level = (wide(weight) / step).abs_().round_().clamp_(0 if self.zero else 1, self.per_side)
+        return level.mul_(step).mul_(weight.sign()).to(weight.dtype)
 
     def tangent(self, z: Tensor, gradient: Tensor) -> Tensor:
         """A fixed grid cannot move; with a free step all weights grow or shrink together."""
@@ -183,6 +183,5 @@ def uniform(bits: int) -> Levels:
     >>> uniform(4).per_side, uniform(2) == ternary()
     (7, True)
     """
-    if not isinstance(bits, int) or bits < 2:
-        raise ConstraintError(f"bits = {bits!r}: allowed are whole numbers from 2")
+    check_count(2, bits=bits)
     return Levels(2 ** (bits - 1) - 1, zero=True)

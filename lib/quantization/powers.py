@@ -7,9 +7,10 @@ from math import ceil, log2
 import torch
 from torch import Tensor
 
-from lib.constraint import Constraint, ConstraintError, Storage
+from lib.constraint import Constraint, Storage, check_count
 from lib.constraint.formats import irregular_levels
 from lib.constraint.selection import nearest_power
+from lib.constraint.views import wide
 
 EXPONENT_BITS = 8
 """What a layer's largest exponent takes in a table."""
@@ -36,8 +37,7 @@ class PowerOfTwo(Constraint):
     cone = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
-            raise ConstraintError(f"bits = {self.bits!r}: allowed are 2 to 8")
+        check_count(2, 8, bits=self.bits)
 
     @property
     def count(self) -> int:
@@ -52,9 +52,10 @@ class PowerOfTwo(Constraint):
         """The exponent of the largest power, of those from the largest weight down; 0 for a layer of zeros."""
         if self.top is not None or not weight.any():
             return self.top or 0
-        largest = ceil(log2(float(weight.abs().max())))
+        w = wide(weight)
+        largest = ceil(log2(float(w.abs().max())))
         tops = range(largest, largest - 16, -1)
-        return min(tops, key=lambda top: float((weight - nearest_power(weight, top, self.count)).square().sum()))
+        return min(tops, key=lambda top: float((w - nearest_power(w, top, self.count)).square().sum()))
 
     def project(self, weight: Tensor) -> Tensor:
         """Each weight at its nearest power of two, or zero."""

@@ -10,8 +10,7 @@ import torch
 from scipy.cluster.vq import kmeans2, vq
 from torch import Tensor
 
-from lib.constraint import Constraint, ConstraintError, Storage
-from lib.constraint.sets import check_count
+from lib.constraint import Constraint, ConstraintError, Storage, check_count
 from lib.constraint.views import gemm, kernel_area
 
 Sample = Literal["weight", "row", "kernel", "filter"]

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lib.constraint import Constraint, ConstraintError, Storage
+from lib.constraint import Constraint, ConstraintError, Storage, check_count
 from lib.constraint.formats import irregular_levels
 from lib.constraint.selection import nearest_power
 from lib.constraint.views import blocks, gemm, joined, wide
@@ -76,8 +76,9 @@ class SmartExchange(Constraint):
     def __post_init__(self) -> None:
         if not 0 <= self.threshold < 1:
             raise ConstraintError(f"threshold = {self.threshold}: allowed are shares of the largest, in [0, 1)")
-        if not 2 <= self.bits <= 8 or self.iterations < 1 or self.rows < 3:
-            raise ConstraintError(f"{self}: allowed are bits from 2 to 8, iterations from 1, rows from 3")
+        check_count(2, 8, bits=self.bits)
+        check_count(iterations=self.iterations)
+        check_count(3, rows=self.rows)
 
     def slices(self, weight: Tensor) -> Tensor:
         """``(slices, rows, n)``, padded with zeros where rows don't fill them."""

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lib.constraint import Constraint, ConstraintError, Storage
+from lib.constraint import Constraint, ConstraintError, Storage, check_count
 from lib.constraint.formats import which
 from lib.constraint.selection import keep_largest
-from lib.constraint.sets import check_count
 from lib.constraint.views import blocks, gemm, joined, wide
 
 
