@@ -83,7 +83,7 @@ def uses(model: nn.Module) -> dict[str, list[nn.Module]]:
     return dict(found.values())
 
 
-def source(layer: nn.Module) -> object:
+def source(layer: nn.Module, parameter: str = "weight") -> object:
     """What a layer's weight is made of: the weight itself, or the tensor behind its parametrization.
 
     >>> from lib.shapes import source
@@ -91,12 +91,12 @@ def source(layer: nn.Module) -> object:
     >>> source(layer) is layer.weight
     True
     """
-    if parametrize.is_parametrized(layer, "weight"):
-        return next(layer.parametrizations["weight"].parameters(recurse=False))
-    return layer.weight if "weight" in layer._parameters else layer
+    if parametrize.is_parametrized(layer, parameter):
+        return next(layer.parametrizations[parameter].parameters(recurse=False))
+    return layer._parameters.get(parameter, layer)
 
 
-def leaf(layer: nn.Module) -> nn.Parameter:
+def leaf(layer: nn.Module, parameter: str = "weight") -> nn.Parameter:
     """The parameter that an optimizer moves: the weight itself, or the tensor behind what this project attached.
 
     Raises:
@@ -110,17 +110,17 @@ def leaf(layer: nn.Module) -> nn.Parameter:
     >>> leaf(layer).data.fill_(5).tolist(), layer.weight.tolist()
     ([[5.0, 5.0]], [[5.0, 0.0]])
     """
-    made = makers(layer)
-    if made or not isinstance(source(layer), nn.Parameter):
+    made = makers(layer, parameter)
+    if made or not isinstance(source(layer, parameter), nn.Parameter):
         by = ", ".join(made) or "its own forward pass"
         raise ShapeError(
-            f"the weight of {type(layer).__name__} is made by {by}, which would undo what is written; "
+            f"the {parameter} of {type(layer).__name__} is made by {by}, which would undo what is written; "
             "remove it first, or work on lib.constraint.plain(model), a copy that has it baked in"
         )
-    return source(layer)
+    return source(layer, parameter)
 
 
-def makers(layer: nn.Module) -> list[str]:
+def makers(layer: nn.Module, parameter: str = "weight") -> list[str]:
     """Names of what makes a layer's weight anew in every pass and is not of this project.
 
     >>> from lib.shapes import makers
@@ -128,7 +128,8 @@ def makers(layer: nn.Module) -> list[str]:
     ['_WeightNorm']
     """
     hooks = [h for h in layer._forward_pre_hooks.values() if isinstance(h, RECOMPUTING)]
-    chain = layer.parametrizations["weight"] if parametrize.is_parametrized(layer, "weight") else ()
+    hooks = [h for h in hooks if parameter in (getattr(h, "name", ""), getattr(h, "_tensor_name", ""))]
+    chain = layer.parametrizations[parameter] if parametrize.is_parametrized(layer, parameter) else ()
     return [type(p).__name__ for p in (*hooks, *chain) if not isinstance(p, Parametrization)]
 
 
@@ -139,15 +140,13 @@ def others(model: nn.Module) -> list[str]:
     >>> others(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.GRU(4, 4)))
     ['1 (GRU)']
     """
-    own = {id(p) for modules in uses(model).values() for layer in modules for p in layer.parameters()}
-    own |= {id(p) for m in model.modules() if getattr(m, "digital", False) for p in m.parameters()}
+    known = [layer for modules in uses(model).values() for layer in modules]
+    known += [m for m in model.modules() if getattr(m, "digital", False)]
+    inside = {id(m) for module in known for m in module.modules()}
     return sorted(
-        {
-            f"{name or 'the model'} ({type(module).__name__})"
-            for name, module in model.named_modules()
-            for p in module.parameters(recurse=False)
-            if p.ndim > 1 and id(p) not in own
-        }
+        f"{name or 'the model'} ({type(module).__name__})"
+        for name, module in model.named_modules()
+        if id(module) not in inside and any(p.ndim > 1 for p in module.parameters(recurse=False))
     )
 
 

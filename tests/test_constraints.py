@@ -1,9 +1,11 @@
 """Laws that every constraint must obey, and those of plans and masks."""
 
 from copy import deepcopy
+from dataclasses import fields
 from itertools import combinations, pairwise
 from math import ceil
 
+import numpy as np
 import pytest
 import torch
 
@@ -23,6 +25,7 @@ from lib.constraint import (
     select,
     weights,
 )
+from lib.constraint.views import blocks, gemm, joined, kernel_area
 from lib.models import build
 from lib.pruning import (
     DARB,
@@ -95,8 +98,19 @@ COMPOSED = [
     AlignedLines(0.5, 0.6, rows=4, filters=2),
     SharedShapes(0.5, rows=4, shapes=2),
 ]
-SHAPES = [(7, 5), (20, 13), (6, 4, 3, 3), (50,)]
+SHAPE = (1, 28, 28)  # of an image
+SHAPES = [(7, 5), (20, 13), (6, 4, 3, 3), (6, 4, 5), (50,)]  # the fourth is a convolution along one dimension
 CASES = [(c, s) for c in [*GROUPS, *PATTERNED, *COMPOSED] for s in SHAPES if len(s) == 4 or c not in PATTERNED]
+CASES += [(c, (6, 4, 5)) for c in (Patterns(library=(0b00111, 0b11100, 0b10101)), PCNN(3), PCNN(2, patterns=3))]
+
+
+def distance2(c, weight):
+    return (weight - c.project(weight)).square().sum()
+
+
+@pytest.fixture
+def net():
+    return build("lenet300", SHAPE, 10, seed=1)
 
 
 def tiles(shape, size):
@@ -143,7 +157,7 @@ class TestEveryConstraint:
         if not c.exact:
             pytest.skip("states that its projection need not be the nearest point")
         generator = torch.Generator().manual_seed(1)
-        distance = c.distance2(weight)
+        distance = distance2(c, weight)
         for _ in range(100):
             mask = c.select(torch.randn(weight.shape, generator=generator))
             assert distance <= (weight - torch.where(mask, weight, 0)).square().sum() + 1e-5
@@ -158,11 +172,11 @@ class TestEveryConstraint:
         w = {"zero": torch.zeros_like(weight), "ties": weight.sign()}[kind]
         if c in GROUPS:
             flat = weight.reshape(1, -1) if weight.dim() == 1 else weight.reshape(len(weight), -1)
-            group, region = GROUPS[c](*flat.shape, weight[0, 0].numel() if weight.dim() == 4 else 1)
+            group, region = GROUPS[c](*flat.shape, kernel_area(weight))
             masks_of_groups = by_loops(w, group, region, c.sparsity)
             assert torch.equal(c.select(w), masks_of_groups)
         elif type(c) is Patterns or isinstance(c, PCNN):
-            size = c.n if isinstance(c, PCNN) else 4
+            size = c.n if isinstance(c, PCNN) else c.library[0].bit_count()
             assert (c.select(w).flatten(2).sum(2) == size).all()
         elif isinstance(c, PatternKernels):
             assert int(c.select(w).sum()) == 4 * kept(c.sparsity, 24)
@@ -175,6 +189,25 @@ class TestEveryConstraint:
         moved = c.tangent(z, gradient)
         assert torch.equal(moved != 0, z != 0)
         assert c.member(z + 0.1 * moved)
+
+    @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+    def test_half_precision_is_the_same_choice(self, case, half):
+        """Sums and squares are taken where the numbers of few bits still differ."""
+        c, weight = case
+        z = c.project(weight.to(half))
+        assert z.dtype == half
+        assert torch.equal(z.float(), c.project(weight.to(half).float()))
+        assert c.fit({"layer": weight.to(half)}) == c.fit({"layer": weight.to(half).float()})
+        assert c.tangent(z, z).dtype == half
+
+    def test_numbers_of_numpy_are_numbers(self, case):
+        c, weight = case
+        kinds = {int: np.int64, float: np.float64}
+        values = {f.name: getattr(c, f.name) for f in fields(c) if f.init}
+        same = type(c)(**{n: kinds.get(type(v), lambda v: v)(v) for n, v in values.items()})
+        assert same == c
+        assert torch.equal(same.project(weight), c.project(weight))
+        assert same.storage_bits(c.project(weight), 8) == c.storage_bits(c.project(weight), 8)
 
     def test_stored_data_are_the_weights_that_the_format_holds(self, case):
         c, weight = case
@@ -190,8 +223,20 @@ class TestEveryConstraint:
 def test_groups_agree_with_plain_loops(c, shape):
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(3))
     rows = 1 if len(shape) == 1 else shape[0]
-    group, region = GROUPS[c](rows, weight.numel() // rows, weight[0, 0].numel() if len(shape) == 4 else 1)
+    group, region = GROUPS[c](rows, weight.numel() // rows, kernel_area(weight))
     assert torch.equal(c.select(weight), by_loops(weight, group, region, c.sparsity))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (7, 1), (64, 64)])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_blocks_are_joined_as_they_were_cut(shape, size):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    found = blocks(gemm(weight), size)
+    for place, block in zip(tiles(gemm(weight).shape, size), found.flatten(0, 1), strict=True):
+        inside = gemm(weight)[place]
+        assert torch.equal(block[: inside.shape[0], : inside.shape[1]], inside)
+        assert block.count_nonzero() == inside.count_nonzero()
+    assert torch.equal(joined(found, weight.shape), weight)
 
 
 def brute_force(weight, supports):
@@ -296,7 +341,7 @@ def test_darb_gives_dense_rows_small_blocks_and_stays_inside_its_budget():
         assert c.blocks[0] < c.blocks[7]
     uniform = NM(n=1, m=8)
     c = DARB(1 - 1 / 8).fit({"w": weight})["w"]
-    assert c.distance2(weight) < 0.6 * uniform.distance2(weight)
+    assert distance2(c, weight) < 0.6 * distance2(uniform, weight)
 
 
 @pytest.mark.parametrize(
@@ -312,8 +357,8 @@ def test_adaptive_sets_want_to_be_fitted_and_then_stay(c):
     assert chosen.fit({"w": 1 - weight})["w"] == chosen
 
 
-def test_fitted_plan_of_a_network(images):
-    net = build("vgg", images.shape, images.classes, width=4)
+def test_fitted_plan_of_a_network():
+    net = build("vgg", SHAPE, 10, width=4)
     plan = fitted(net, {n: Patterns(3) for n in prunable(net) if n != "fc"} | {"fc": DARB(0.5)})
     assert len({c.library for n, c in plan.items() if n != "fc"}) == 1
     assert len(plan["fc"].blocks) == 10
@@ -323,8 +368,8 @@ def test_fitted_plan_of_a_network(images):
         project({"fc": Patterns(library=NATURAL)}, weights(net, {"fc": DARB(0.5)}))
 
 
-def test_coupled_filters_go_together(images):
-    net = build("resnet8", images.shape, images.classes, width=4)
+def test_coupled_filters_go_together():
+    net = build("resnet8", SHAPE, 10, width=4)
     coupled = Filter(0.5, coupled="block1")
     plan = {"conv1": coupled, "block1_1.conv2": coupled, "block1_1.conv1": Filter(0.5)}
     net.conv1.weight.data *= torch.tensor([1.0, 1, 100, 1])[:, None, None, None]
@@ -359,6 +404,9 @@ def test_a_constraint_with_hidden_attributes_is_refused(net):
     ("make", "message"),
     [
         (lambda: Block(0.5, 0, 4), "height = 0: allowed are whole numbers from 1"),
+        (lambda: Block(0.5, True, 4), "height = True: allowed are whole numbers from 1"),
+        (lambda: Block(0.5, np.int64(0), 4), "height = .*0.*: allowed are whole numbers from 1"),
+        (lambda: Block("0.5"), r"sparsity = '0.5': allowed are numbers in \[0, 1\)"),
         (lambda: Block(1.0), r"sparsity = 1.0: allowed are numbers in \[0, 1\)"),
         (lambda: FilterColumn(0.5, -1), "column_sparsity = -1"),
         (lambda: BlockStructured(0.5, 0.5, 4, 2.5), "width = 2.5"),
@@ -369,6 +417,9 @@ def test_a_constraint_with_hidden_attributes_is_refused(net):
         (lambda: Patterns(library=NATURAL).project(torch.ones(4, 4)), r"larger than 1x1, and the weight is \(4, 4\)"),
         (lambda: Patterns(library=(1 << 20,)).project(torch.ones(1, 1, 3, 3)), "for larger kernels"),
         (lambda: Patterns(2).fit({"w": torch.ones(1, 1, 5, 5)}), "natural patterns are for 3x3"),
+        (lambda: Patterns(2).fit({"w": torch.ones(1, 1, 1, 9)}), r"natural patterns are for 3x3.*\(1, 1, 1, 9\)"),
+        (lambda: Patterns(2).fit({"w": torch.ones(1, 1, 9)}), r"natural patterns are for 3x3.*\(1, 1, 9\)"),
+        (lambda: PCNN(2, patterns=2).fit({"w": torch.ones(1, 1, 11, 11)}), "up to 62 weights; these have 121"),
         (lambda: PCNN(10).project(torch.ones(1, 1, 3, 3)), "n = 10: allowed are whole numbers up to the 9"),
         (lambda: DARB(0.5, menu=(4, 2)), "increasing block sizes"),
         (lambda: DARB(0.5, blocks=(2, 2)).project(torch.ones(3, 4)), "2 block sizes for the 3 rows"),
@@ -447,6 +498,8 @@ def test_wrong_plans_are_refused(net):
         weights(net, {"fc1": Unstructured(0.5)})
     with pytest.raises(ConstraintError, match="keep_dense"):
         uniform_plan(net, Unstructured(0.5), keep_dense=("conv1",))
+    with pytest.raises(ConstraintError, match="'conv1'; the model has fc1"):
+        constraint.sparsity(net, ["fc1", "conv1"])
 
 
 def test_masks_hold_and_come_off(net):
@@ -525,8 +578,8 @@ def test_rounds_pass_through_every_target_and_never_loosen():
     assert all(after >= 0.8 * before - 1e-5 for before, after in pairwise(densities))
 
 
-def test_masks_hold_parameters_that_are_no_layer(images):
-    net = build("vgg", images.shape, images.classes, width=4)
+def test_masks_hold_parameters_that_are_no_layer():
+    net = build("vgg", SHAPE, 10, width=4)
     keep = torch.tensor([True, False, True, False])
     given = {"conv1_1": torch.ones(4, 1, 3, 3, dtype=torch.bool), "bn1_1.weight": keep, "bn1_1.bias": keep}
     attach_masks(net, given)
@@ -539,12 +592,12 @@ def test_masks_hold_parameters_that_are_no_layer(images):
     assert torch.equal(net.bn1_1.weight != 0, keep)
     assert torch.equal(net.bn1_1.bias != 0, keep)
     detach_masks(net)
-    assert set(net.state_dict()) == set(build("vgg", images.shape, images.classes, width=4).state_dict())
+    assert set(net.state_dict()) == set(build("vgg", SHAPE, 10, width=4).state_dict())
     with pytest.raises(ConstraintError, match=r"bn9\.bias"):
         attach_masks(net, {"bn9.bias": keep})
 
 
-def test_a_users_own_idea_needs_only_select(net, images):
+def test_a_users_own_idea_needs_only_select(net):
     """The door for newcomers: a dataclass with one method works in plans, hardening and accounting."""
     from dataclasses import dataclass
 

@@ -1,6 +1,6 @@
 """Levels against brute force, joint sets against every support, and recipes that train toward them."""
 
-from itertools import combinations, product
+from itertools import combinations
 
 import pytest
 import torch
@@ -17,6 +17,10 @@ LEVELS = [
 
 def random(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def distance2(c, weight):
+    return (weight - c.project(weight)).square().sum()
 
 
 def grid(values, step):
@@ -71,10 +75,10 @@ class TestLevels:
 def test_no_step_of_a_fine_grid_is_better(per_side, zero):
     for seed in range(5):
         weight = random(400, seed=seed) * random(400, seed=99).exp()
-        found = Levels(per_side, zero, best_step(weight, per_side, zero)).distance2(weight)
-        steps = torch.linspace(0.01, 1.2, 1500) * float(weight.abs().max()) / max(1, per_side - 1)
-        best = min(float(Levels(per_side, zero, float(s)).distance2(weight)) for s in steps)
-        assert found <= best * 1.001
+        found = distance2(Levels(per_side, zero, best_step(weight, per_side, zero)), weight)
+        steps = torch.linspace(0.01, 1.2, 1500)[:, None] * weight.abs().max() / max(1, per_side - 1)
+        levels = (weight.abs() / steps).round().clamp(0 if zero else 1, per_side)  # (steps, weights)
+        assert found <= (weight.abs() - levels * steps).square().sum(1).min() * 1.001
 
 
 def test_binary_and_ternary_by_brute_force():
@@ -82,12 +86,10 @@ def test_binary_and_ternary_by_brute_force():
         weight = random(7, seed=seed)
         a = weight.abs().mean()
         assert torch.allclose(binary().project(weight), a * weight.sign())
-        best = float("inf")
-        for signs in product((-1.0, 0.0, 1.0), repeat=7):
-            s = torch.tensor(signs)
-            a = (s * weight).sum() / s.square().sum().clamp(min=1)
-            best = min(best, float((weight - a * s).square().sum()))
-        assert float(ternary().distance2(weight)) == pytest.approx(best, rel=1e-4)
+        s = torch.cartesian_prod(*[torch.tensor([-1.0, 0.0, 1.0])] * 7)  # (3^7, 7): all choices of signs
+        scale = (s @ weight) / s.square().sum(1).clamp(min=1)
+        best = float((weight - scale[:, None] * s).square().sum(1).min())
+        assert float(distance2(ternary(), weight)) == pytest.approx(best, rel=1e-4)
 
 
 class TestJoint:
@@ -100,7 +102,7 @@ class TestJoint:
             best = min(
                 float(sum(costs[i] if i in s else weight[i] ** 2 for i in range(6))) for s in [(), *kept]
             )  # at most 3
-            assert float(Quantized(Unstructured(0.5), values).distance2(weight)) == pytest.approx(best, rel=1e-5)
+            assert float(distance2(Quantized(Unstructured(0.5), values), weight)) == pytest.approx(best, rel=1e-5)
 
     def test_groups_are_kept_by_what_their_levels_save(self):
         """A group of small weights has the largest norm, but its levels are so far away that it saves nothing."""
@@ -125,14 +127,14 @@ class TestJoint:
         for seed in range(50):  # random members: any support of the set, any levels
             mask = support.select(random(6, 4, 3, 3, seed=seed))
             other = torch.where(mask, c.values.project(random(6, 4, 3, 3, seed=seed + 100)), 0.0)
-            assert c.distance2(weight) <= (weight - other).square().sum() + 1e-5
+            assert distance2(c, weight) <= (weight - other).square().sum() + 1e-5
 
     def test_free_step_is_as_good_as_pruning_and_then_quantizing(self):
         weight = random(40, 50)
         free = Quantized(Unstructured(0.9), binary())
         assert not free.exact
         two_steps = binary().project(Unstructured(0.9).project(weight))
-        assert free.distance2(weight) <= (weight - two_steps).square().sum() + 1e-4
+        assert distance2(free, weight) <= (weight - two_steps).square().sum() + 1e-4
         assert not free.project(torch.zeros(4, 4)).any()
 
     def test_a_frozen_support_stays(self):

@@ -82,12 +82,58 @@ class TestWeightsThatSomethingElseMakes:
             with pytest.raises(ShapeError, match=r"weight of .*Linear is made by .*[Nn]orm|Pruning|[Oo]rthogonal|L1"):
                 change()
 
-    def test_masks_leave_other_layers_alone(self):
-        net = nn.Sequential(nn.Linear(4, 4), parametrizations.weight_norm(nn.Linear(4, 4)))
+    @pytest.mark.filterwarnings("ignore:.*weight_norm.*")
+    @pytest.mark.parametrize("make", KINDS)
+    def test_other_layers_are_left_alone(self, make):
+        net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        make(net[1])
+        net.eval()
+        x = torch.eye(4)
+        wanted = net[1](x)
+        harden(net, {"0": pruning.Unstructured(0.5)})
         attach_masks(net, {"0": HALF})
         assert list(masks(net)) == ["0"]
         detach_masks(net)
-        assert isinstance(net[1].parametrizations["weight"][0], nn.Module)
+        assert torch.allclose(net[1](x), wanted, atol=1e-6)
+        assert shapes.makers(net[1])
+        before = net[0].weight.clone()
+        with pytest.raises(ShapeError, match="is made by"):
+            harden(net, dict.fromkeys("01", pruning.Unstructured(0.75)))
+        with pytest.raises(ShapeError, match="is made by"):
+            attach_masks(net, {"0": HALF, "1": HALF})
+        assert torch.equal(net[0].weight, before)  # all or none
+        assert not masks(net)
+
+    def test_a_hook_on_the_bias_makes_no_weight(self):
+        net = nn.Sequential(nn.Linear(4, 4))
+        prune.l1_unstructured(net[0], "bias", amount=0.5)
+        attach_masks(net, {"0": HALF})
+        with pytest.raises(ShapeError, match=r"the bias of .*Linear is made by L1Unstructured"):
+            attach_masks(net, {"0.bias": HALF[0]})
+        assert list(masks(net)) == ["0"]  # what is refused changes nothing
+        with pytest.raises(constraint.ConstraintError, match=r"'1'; the model has 0"):
+            attach_masks(net, {"0": ~HALF, "1": HALF})
+        assert torch.equal(masks(net)["0"], HALF)
+
+    def test_what_is_put_behind_a_mask_is_not_taken_away_with_it(self):
+        net = attach_masks(nn.Sequential(nn.Linear(4, 4)), {"0": HALF})
+        parametrizations.weight_norm(net[0])
+        with pytest.raises(ShapeError, match="is made by _WeightNorm"):
+            detach_masks(net)
+        assert torch.equal(masks(net)["0"], HALF)
+
+    def test_removed_weights_may_be_infinite(self):
+        net = attach_masks(identity(), {"1": HALF})
+        shapes.leaf(net[1]).data[~HALF] = torch.inf
+        assert net(CORNERS.x).isfinite().all()
+        net(CORNERS.x).sum().backward()
+        assert shapes.leaf(net[1]).grad.isfinite().all()
+        assert plain(net)[1].weight.isfinite().all()
+
+    def test_a_model_that_is_one_layer(self):
+        net = attach_masks(nn.Linear(4, 4), {"": HALF, "bias": HALF[0]})
+        assert list(masks(net)) == ["", "bias"]
+        assert list(masks(attach_masks(net, masks(net)))) == ["", "bias"]
 
 
 class TestOneTensorIsOneLayer:
@@ -120,6 +166,18 @@ class TestOneTensorIsOneLayer:
         for bare in (plain(net), detach_masks(copy)):
             assert bare.first.weight is bare.second.weight
             assert torch.equal(bare(CORNERS.x), out)
+
+    def test_a_mask_holds_every_use_or_is_refused(self):
+        """An embedding has no mask: it would go on with weights that the layer beside it has lost."""
+        net = nn.Sequential(nn.Embedding(4, 4), nn.Linear(4, 4))
+        net[1].weight = net[0].weight
+        assert shapes.others(net) == ["0 (Embedding)"]
+        with pytest.raises(constraint.ConstraintError, match=r"its tensor is also in 0 \(Embedding\)"):
+            attach_masks(net, {"1": HALF})
+        net = Tied()
+        with pytest.raises(constraint.ConstraintError, match=r"its tensor is also in first \(Linear\)"):
+            attach_masks(net, {"second.weight": HALF})
+        assert not masks(net)
 
     def test_errors_of_a_chip_are_added_once(self):
         net = Tied()

@@ -65,15 +65,15 @@ def attach_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
     >>> (layer.weight != 0).tolist(), leaf(layer).grad.tolist()
     ([[True, False]], [[1.0, 0.0]])
     """
+    slots = {name: _slot(model, name) for name in masks}
+    for name, (modules, parameter) in slots.items():
+        mask, shape = masks[name], getattr(modules[0], parameter).shape
+        if mask.dtype != torch.bool or mask.shape != shape:
+            raise ConstraintError(f"mask of {name!r} is {mask.dtype} {(*mask.shape,)}; expected torch.bool {(*shape,)}")
     detach_masks(model)
-    for name, mask in masks.items():
-        modules, parameter = _slot(model, name)
+    for name, (modules, parameter) in slots.items():
         weight = getattr(modules[0], parameter)
-        if mask.dtype != torch.bool or mask.shape != weight.shape:
-            raise ConstraintError(
-                f"mask of {name!r} is {mask.dtype} {tuple(mask.shape)}; expected torch.bool {tuple(weight.shape)}"
-            )
-        attach(modules, Mask(torch.empty_like(weight, dtype=torch.bool).copy_(mask)), parameter)  # in its layout
+        attach(modules, Mask(torch.empty_like(weight, dtype=torch.bool).copy_(masks[name])), parameter)  # in its layout
     return model
 
 
@@ -90,8 +90,7 @@ def attach(modules: list[nn.Module], parametrization: Parametrization, parameter
     [[True, False]]
     """
     for module in modules:
-        if parameter == "weight":
-            leaf(module)
+        leaf(module, parameter)
         parametrize.register_parametrization(module, parameter, parametrization)
 
 
@@ -119,14 +118,21 @@ def detach(modules: list[nn.Module], kind: type[nn.Module], parameter: str = "we
 
 def _slot(model: nn.Module, name: str) -> tuple[list[nn.Module], str]:
     """The modules and the parameter in them that a mask's name stands for."""
-    layers = uses(model)
-    if name in layers:
-        return layers[name], "weight"
+    layers, every = uses(model), dict(model.named_modules())
     owner, _, parameter = name.rpartition(".")
-    module = dict(model.named_modules()).get(owner)
-    if parameter not in getattr(module, "_parameters", ()):
+    if name in layers:
+        modules, parameter = layers[name], "weight"
+    elif isinstance(getattr(every.get(owner), parameter, None), Tensor):
+        modules = [every[owner]]
+    else:
         raise ConstraintError(f"mask for layer {name!r}; the model has {', '.join(layers)}")
-    return [module], parameter
+    tensor = leaf(modules[0], parameter)
+    for other, module in every.items():
+        own = module in modules or isinstance(module, parametrize.ParametrizationList)
+        if not own and any(p is tensor for p in module._parameters.values()):
+            kind = type(module).__name__
+            raise ConstraintError(f"mask of {name!r}: its tensor is also in {other} ({kind}), which it would not hold")
+    return modules, parameter
 
 
 def _masked(model: nn.Module) -> Iterator[tuple[str, list[nn.Module], str]]:
@@ -138,7 +144,7 @@ def _masked(model: nn.Module) -> Iterator[tuple[str, list[nn.Module], str]]:
             if any(isinstance(p, Mask) for p in chain):
                 name = names.get(id(module)) if parameter == "weight" else None
                 if name is None:
-                    yield f"{owner}.{parameter}", [module], parameter
+                    yield f"{owner}.{parameter}".lstrip("."), [module], parameter
                 elif module is layers[name][0]:
                     yield name, layers[name], parameter
 
@@ -146,12 +152,18 @@ def _masked(model: nn.Module) -> Iterator[tuple[str, list[nn.Module], str]]:
 def detach_masks(model: nn.Module) -> nn.Module:
     """Make an ordinary network of a masked one, in place: the zeros stay, nothing holds them. Returns the model.
 
+    Raises:
+        ShapeError: something else was put behind a mask, and makes the weight anew in every pass.
+
     >>> from lib.constraint import attach_masks, detach_masks, masks
     >>> model = attach_masks(torch.nn.Sequential(torch.nn.Linear(2, 1)), {"0": torch.tensor([[True, False]])})
     >>> (detach_masks(model)[0].weight != 0).tolist(), masks(model)
     ([[True, False]], {})
     """
-    for _, modules, parameter in [*_masked(model)]:
+    found = [*_masked(model)]
+    for _, modules, parameter in found:
+        leaf(modules[0], parameter)
+    for _, modules, parameter in found:
         detach(modules, Parametrization, parameter, bake=True)
     return model
 
@@ -214,6 +226,8 @@ def sparsity(model: nn.Module, layers: list[str] | None = None) -> float:
     0.75
     """
     found = prunable(model) if layers else all_layers(model, "sparsity", skip=True)
+    if unknown := [n for n in layers or () if n not in found]:
+        raise ConstraintError(f"sparsity of layer {unknown[0]!r}; the model has {', '.join(found)}")
     chosen = [found[n].weight for n in (layers or found)]
     return 1 - sum(int(w.count_nonzero()) for w in chosen) / sum(w.numel() for w in chosen)
 

@@ -141,6 +141,9 @@ def select(plan: Plan, tensors: Mapping[str, Tensor]) -> Masks:
 def harden(model: nn.Module, plan: Plan) -> nn.Module:
     """Replace the planned weights by their projection, in place: ``W <- P_S(W)``. Returns the model.
 
+    Raises:
+        ConstraintError: as `weights` and `project`. ShapeError: something else makes one of the weights.
+
     >>> from lib.constraint import harden
     >>> from lib.pruning import Unstructured
     >>> model = torch.nn.Sequential(torch.nn.Linear(2, 1))
@@ -148,7 +151,8 @@ def harden(model: nn.Module, plan: Plan) -> nn.Module:
     >>> harden(model, {"0": Unstructured(0.5)})[0].weight.tolist()
     [[3.0, 0.0]]
     """
-    layers = prunable(model)
-    for name, z in project(plan, weights(model, plan)).items():
-        leaf(layers[name]).copy_(z)
+    z, layers = project(plan, weights(model, plan)), prunable(model)
+    leaves = {name: leaf(layers[name]) for name in z}  # all or none
+    for name, tensor in leaves.items():
+        tensor.copy_(z[name])
     return model
