@@ -13,7 +13,7 @@ from lib.models import BasicBlock, build
 from lib.recipes.e2_train import MiniBatchDropping, SignPrediction, e2_train, predictive_signs
 from lib.recipes.e2_train.signs import leading, quantized
 from lib.shapes import macs, prunable
-from lib.training import Hook, TrainingError, cached, evaluate, fit, metered
+from lib.training import Hook, StrideFirst, TrainingError, cached, evaluate, fit, metered
 
 FAST = {"lr": 0.1, "batch_size": 20, "schedule": "cosine"}
 
@@ -42,8 +42,9 @@ def open_to(net, bias):
 
 def step(net, images, n=16):
     net.train()
-    loss = cross_entropy(net(images.train.x[:n]), images.train.y[:n])
-    loss.backward()
+    with StrideFirst():
+        loss = cross_entropy(net(images.train.x[:n]), images.train.y[:n])
+        loss.backward()
     return loss
 
 

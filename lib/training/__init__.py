@@ -15,12 +15,14 @@ from lib.training.loop import (
     recalibrate,
 )
 from lib.training.spent import charge, charge_all, metered, uncounted
+from lib.training.strides import StrideFirst
 
 __all__ = [
     "CACHE_ROOT",
     "Hook",
     "Progress",
     "Schedule",
+    "StrideFirst",
     "TrainingError",
     "batches",
     "cached",

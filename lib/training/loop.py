@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lib.data import Data, Split
+from lib.training.strides import StrideFirst
 
 Progress = Callable[[float, str], None]
 """Called with the fraction done and a short message; a study passes its progress line here."""
@@ -196,14 +197,15 @@ def fit(
             if step < start_step or any(hook.skips(model, step) for hook in hooks):
                 continue
             opt.param_groups[0]["lr"] = learning_rate(schedule, lr, step / (epochs * steps))
-            for hook in hooks:
-                hook.before_step(model, step)
-            output = model(x)
-            loss = cross_entropy(output, y)
-            opt.zero_grad()
-            loss.backward()
-            for hook in hooks:
-                hook.after_backward(model, step)
+            with StrideFirst():
+                for hook in hooks:
+                    hook.before_step(model, step)
+                output = model(x)
+                loss = cross_entropy(output, y)
+                opt.zero_grad()
+                loss.backward()
+                for hook in hooks:
+                    hook.after_backward(model, step)
             opt.step()
             seen += len(y)
             loss_sum += loss.detach() * len(y)

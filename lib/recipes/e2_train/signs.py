@@ -16,6 +16,7 @@ from lib.constraint import mask_of
 from lib.layers.gates import RecurrentGate
 from lib.shapes import dense_macs, prunable
 from lib.training import TrainingError, charge
+from lib.training.strides import narrow, read
 
 BITS = 8  # of weights and of layer inputs
 GRADIENT_BITS = 16  # of the gradient of a layer's output
@@ -178,7 +179,10 @@ def _input_gradient(gradient: Tensor, weight: Tensor, shape: torch.Size, geometr
 def _weight_gradient(gradient: Tensor, x: Tensor, shape: torch.Size, geometry: Geometry) -> Tensor:
     if geometry is None:
         return gradient.flatten(0, -2).T @ x.flatten(0, -2)  # (F, N) @ (N, C)
-    return conv2d_weight(x, shape, gradient, *geometry)
+    stride, padding, *rest = geometry
+    if narrow(shape, stride, x.device):
+        x, stride, padding = read(x, stride, padding), 1, 0
+    return conv2d_weight(x, shape, gradient, stride, padding, *rest)
 
 
 def _forward(layer: nn.Module, rule: SignPrediction, x: Tensor) -> Tensor:
