@@ -14,10 +14,9 @@ from typing import ClassVar
 import numpy as np
 import pandas as pd
 
-from lib.crossbar import Mapping, Polarized
-from lib.crossbar.converters import exact_bits
-from lib.crossbar.tiling import Array, with_bits
-from lib.technology import TechnologyError, table
+from lib.costs.energy import CostError
+from lib.crossbar import Array, Mapping, Polarized, exact_bits
+from lib.technology import table
 
 READ_NS = 100.0
 """One read of an ISAAC array, all its columns converted (ISCA 2016)."""
@@ -29,12 +28,6 @@ def converter_law() -> tuple[tuple[float, float], tuple[float, float]]:
 
     Supply, memory and clock grow with the bits and the capacitors with their power of two, as ISAAC says; ``a`` and
     ``b`` are the least-squares fit to the seven points of the Accelergy library.
-
-    >>> from lib.costs.designs import converter_law
-    >>> from lib.technology import table
-    >>> (a, b), _ = converter_law()
-    >>> round(a * 4 + b * 2**4, 2), table("adc")("isaac_scaled_4", "energy_pJ")
-    (0.79, 0.79)
     """
     points = table("adc").frame.filter(like="isaac_scaled", axis=0)
     terms = np.stack([points["bits"], 2.0 ** points["bits"]], axis=1)
@@ -43,14 +36,7 @@ def converter_law() -> tuple[tuple[float, float], tuple[float, float]]:
 
 
 def converter(bits: int) -> tuple[float, float]:
-    """Energy (pJ) of a conversion and area (um2) of a converter by ISAAC's law, tied to its own 8 bits.
-
-    >>> from lib.costs.designs import converter
-    >>> round(converter(8)[0], 4)  # 16 mW for 100 ns, over 8 * 128 conversions
-    1.5625
-    >>> converter(7)[0] < converter(8)[0]
-    True
-    """
+    """Energy (pJ) of a conversion and area (um2) of a converter by ISAAC's law, tied to its own 8 bits."""
     (energy, at_8), (area, _) = ([a * b + c * 2**b for b in (bits, 8)] for a, c in converter_law())
     return energy / at_8 * table("isaac")("ima_adc", "power_mW") * READ_NS / (8 * 128), area
 
@@ -62,16 +48,6 @@ class Design:
     Attributes:
         array: how a network lies in it.
         counted, left_out: for the reader.
-
-    >>> from lib import crossbar, models, shapes
-    >>> from lib.costs.designs import Design
-    >>> class Converters(Design):
-    ...     def events(self, full):
-    ...         return {"adc": ("adc_used", 2.0)}  # pJ each
-    >>> layers = shapes.layer_shapes(models.build("lenet300", (1, 28, 28), 10), (1, 28, 28))
-    >>> tiles = crossbar.tile(layers, crossbar.Array())
-    >>> tiles["adc_used"].tolist(), Converters(crossbar.Array()).energy(tiles)["adc"].tolist()
-    ([67200, 9600, 320], [134400.0, 19200.0, 640.0])
     """
 
     array: Array
@@ -105,20 +81,16 @@ class Design:
         """Area of so many arrays and what goes with them, in mm2, by component."""
         raise NotImplementedError
 
-    def latency(self, tiles: pd.DataFrame, pipelined: bool = False, cycles: Dict[str, float] | None = None) -> float:
-        """Time of one input in ns: layer after layer, or between two inputs of a pipeline, whose slowest layer it is.
-
-        A column ``replication`` of `lib.crossbar.balanced` divides a layer's time.
-        """
-        times = tiles["steps"] * self._share(tiles, cycles) * self.read_ns / tiles.get("replication", 1)
-        return float(times.max() if pipelined else times.sum())
+    def latency(self, tiles: pd.DataFrame, cycles: Dict[str, float] | None = None) -> float:
+        """Time of one input in ns, layer after layer."""
+        return float((tiles["steps"] * self._share(tiles, cycles)).sum() * self.read_ns)
 
     def _share(self, tiles: pd.DataFrame, cycles: Dict[str, float] | None) -> pd.Series:
         return tiles["layer"].map(cycles or {}).fillna(self.array.steps) / self.array.steps
 
     def summary(self, tiles: pd.DataFrame, cycles: Dict[str, float] | None = None) -> pd.Series:
         """Arrays, conversions, energy (nJ), area (mm2) and time (us) of one network."""
-        share, arrays = self._share(tiles, cycles), int((tiles["arrays"] * tiles.get("replication", 1)).sum())
+        share, arrays = self._share(tiles, cycles), int(tiles["arrays"].sum())
         return pd.Series(
             {
                 "arrays": arrays,
@@ -135,13 +107,6 @@ class Isaac(Design):
     """ISAAC-CE (ISCA 2016): offset weights, bit-serial inputs, converters that an array's columns share.
 
     Converters have the array's ``adc_bits``, or as many as ISAAC's flip encoding needs, by `converter`.
-
-    >>> from lib import crossbar, models, shapes
-    >>> from lib.costs.designs import Isaac
-    >>> isaac = Isaac()
-    >>> tiles = crossbar.tile(shapes.layer_shapes(models.build("lenet300", (1, 28, 28), 10), (1, 28, 28)), isaac.array)
-    >>> isaac.adc_bits, tiles["arrays"].tolist(), isaac.latency(tiles)  # 3 layers, 8 steps of 100 ns
-    (8, [70, 12, 1], 2400.0)
     """
 
     array: Array = field(default_factory=partial(Array, flip=True))
@@ -194,24 +159,14 @@ class Isaac(Design):
 
 
 def tile_periphery(what: str) -> float:
-    """``power_mW`` or ``area_mm2`` of an ISAAC tile beside its IMAs; a quarter of the router that four tiles share.
-
-    >>> from lib.costs.designs import tile_periphery
-    >>> round(tile_periphery("power_mW"), 2)  # 20.7 + 7 + 42 / 4 + 0.52 + 0.05 + 0.4 + 1.68
-    40.85
-    """
+    """``power_mW`` or ``area_mm2`` of an ISAAC tile beside its IMAs; a quarter of the router that four tiles share."""
     isaac = table("isaac")
     parts = isaac.frame[isaac.frame["level"] == "tile"].index
     return sum(isaac(p, what) * (isaac(p, "count") if p == "tile_router" else 1) for p in parts)
 
 
 def isaac_chip() -> pd.Series:
-    """ISAAC-CE's chip summed up from Table I: power, area, peak operations; what its Table IV prints follows.
-
-    >>> from lib.costs.designs import isaac_chip
-    >>> isaac_chip()[["tile_power_mW", "chip_power_W", "chip_area_mm2"]].round(1).tolist()  # printed: 330, 65.8, 85.4
-    [329.8, 65.8, 85.4]
-    """
+    """ISAAC-CE's chip summed up from Table I: power, area, peak operations; what its Table IV prints follows."""
     isaac = table("isaac")
     parts = isaac.frame[isaac.frame["level"] == "ima"].index
     ima = {what: sum(isaac(p, what) for p in parts) for what in ("power_mW", "area_mm2")}
@@ -241,13 +196,7 @@ def isaac_chip() -> pd.Series:
 
 
 def forms_array(fragment: int, weight_bits: int = 8, input_bits: int = 16) -> Array:
-    """FORMS's array: 128 x 128 cells of 2 bits, magnitudes, ``fragment`` rows at a time.
-
-    >>> from lib.costs.designs import forms_array
-    >>> array = forms_array(fragment=8)
-    >>> array.height, array.mapping.slices, array.steps  # magnitudes of 7 bits in cells of 2
-    (8, 4, 16)
-    """
+    """FORMS's array: 128 x 128 cells of 2 bits, magnitudes, ``fragment`` rows at a time."""
     mapping = Polarized(weight_bits=weight_bits, cell_bits=2, fragment=fragment)
     return Array(mapping=mapping, input_bits=input_bits, active_rows=fragment, adc_bits=4)
 
@@ -258,12 +207,6 @@ class Forms(Isaac):
 
     Its 4-bit converter is 3.3 times cheaper than ISAAC's law makes one of 4 bits: ``own_converter = False`` takes that.
     Row drivers, cells, registers and tiles are ISAAC's.
-
-    >>> from lib.costs.designs import Forms
-    >>> round(Forms().read_ns, 2)  # 32 columns a converter, at 2.1 GS/s
-    15.24
-    >>> [round(Forms(own_converter=own).conversion()[0], 2) for own in (True, False)]  # pJ
-    [0.23, 0.74]
     """
 
     array: Array = field(default_factory=partial(forms_array, 8))
@@ -292,13 +235,6 @@ class Prime(Design):
     """PRIME (ISCA 2016): pairs of arrays subtracted before conversion, 3 input bits at once. Structure alone.
 
     PRIME prints no absolute energy, area or time, so there is none to price: compare conversions and arrays.
-
-    >>> from lib import crossbar, models, shapes
-    >>> from lib.costs.designs import Prime
-    >>> prime = Prime()
-    >>> tiles = crossbar.tile(shapes.layer_shapes(models.build("lenet300", (1, 28, 28), 10), (1, 28, 28)), prime.array)
-    >>> prime.array.steps, tiles["arrays"].tolist(), tiles["adc_used"].tolist()  # fc1: 4 strips, 600 pairs, 2 steps
-    (2, [24, 4, 2], [4800, 800, 40])
     """
 
     array: Array = field(default_factory=lambda: Array(256, 256, PRIME_WEIGHTS, 6, 3, **PRIME_PAIRS))
@@ -306,17 +242,11 @@ class Prime(Design):
     counted: ClassVar[str] = "arrays and conversions"
     left_out: ClassVar[str] = "energy, area and time: the paper prints none"
 
-    def energy(self, tiles: pd.DataFrame, full: bool = False, cycles: Dict[str, float] | None = None) -> pd.DataFrame:
-        """Refused."""
-        raise TechnologyError("PRIME prints no absolute energy; compare its conversions")
+    def _refuse(self, *_, **__):
+        """Energy, area and time are not there to be asked for."""
+        raise CostError("PRIME prints no absolute energy, area or time; compare its arrays, conversions and steps")
 
-    def area(self, arrays: int) -> pd.Series:
-        """Refused."""
-        raise TechnologyError("PRIME prints no absolute area; compare its arrays")
-
-    def latency(self, tiles: pd.DataFrame, pipelined: bool = False, cycles: Dict[str, float] | None = None) -> float:
-        """Refused."""
-        raise TechnologyError("PRIME prints no absolute time; compare its steps")
+    energy = area = latency = _refuse
 
     def summary(self, tiles: pd.DataFrame, cycles: Dict[str, float] | None = None) -> pd.Series:
         """Arrays and conversions; the rest is not a number."""
@@ -330,13 +260,6 @@ class Timely(Design):
 
     A time stands for a whole 8-bit number, so that there are no steps; each input is read from its buffer once. The
     crossbar's own energy is not verified and left out, so is the area of anything but converters and buffers.
-
-    >>> from lib import crossbar, models, shapes
-    >>> from lib.costs.designs import Timely
-    >>> timely = Timely()
-    >>> tiles = crossbar.tile(shapes.layer_shapes(models.build("lenet300", (1, 28, 28), 10), (1, 28, 28)), timely.array)
-    >>> timely.latency(tiles)  # 3 layers of 150 ns
-    450.0
     """
 
     array: Array = field(default_factory=lambda: Array(256, 256, Mapping("offset", 8, 4), input_bits=8, dac_bits=8))
@@ -389,27 +312,7 @@ UNPRICED = ("array_256x256", "unit_latency")
 """Rows of TIMELY's table that are no energy, or not verified."""
 
 
-def digital(macs: float, kind: str = "int8") -> float:
-    """Energy of multiply-accumulates at 45 nm in pJ (Horowitz, ISSCC 2014), without any memory.
-
-    Args:
-        kind: ``int8`` (with a 32-bit sum) or ``fp32``.
-
-    >>> from lib.costs.designs import digital
-    >>> round(digital(1000), 1), round(digital(1000, "fp32"), 1)  # 0.2 + 0.1 and 3.7 + 0.9 pJ each
-    (300.0, 4600.0)
-    """
-    pairs = {"int8": ("int8_mul", "int32_add"), "fp32": ("fp32_mul", "fp32_add")}
-    if kind not in pairs:
-        raise ValueError(f"kind = {kind!r}: allowed are {', '.join(pairs)}")
-    return macs * sum(table("digital")(op, "energy_pJ") for op in pairs[kind])
-
-
 def at_bits(design: Design, weight_bits: int, input_bits: int) -> Design:
-    """The design for numbers of other widths.
-
-    >>> from lib.costs.designs import Isaac, at_bits
-    >>> [(d.array.mapping.slices, d.array.steps) for d in (Isaac(), at_bits(Isaac(), 16, 16))]
-    [(4, 8), (8, 16)]
-    """
-    return replace(design, array=with_bits(design.array, weight_bits, input_bits))
+    """The design for numbers of other widths."""
+    mapping = replace(design.array.mapping, weight_bits=weight_bits)
+    return replace(design, array=replace(design.array, mapping=mapping, input_bits=input_bits))

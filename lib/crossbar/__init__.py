@@ -7,35 +7,30 @@ skipping zeros of inputs saves.
 
 from lib.crossbar.converters import Converter, calibrated, exact_bits
 from lib.crossbar.devices import Device
-from lib.crossbar.inference import ArrayLayer, on_arrays
-from lib.crossbar.mapping import SCHEMES, CrossbarError, Mapping, Polarized, Scheme, as_mapping
+from lib.crossbar.inference import on_arrays
+from lib.crossbar.mapping import SCHEMES, CrossbarError, Mapping, Polarized, as_mapping
 from lib.crossbar.occupied import occupied
 from lib.crossbar.product import Programmed
-from lib.crossbar.skipping import effective_cycles, input_cycles
-from lib.crossbar.tiling import Array, balanced, network_total, tile
+from lib.crossbar.skipping import effective_cycles
+from lib.crossbar.tiling import Array, tile
 from lib.crossbar.wires import Wires, effective, line_loss
 
 __all__ = [
     "SCHEMES",
     "Array",
-    "ArrayLayer",
     "Converter",
     "CrossbarError",
     "Device",
     "Mapping",
     "Polarized",
     "Programmed",
-    "Scheme",
     "Wires",
     "as_mapping",
-    "balanced",
     "calibrated",
     "effective",
     "effective_cycles",
     "exact_bits",
-    "input_cycles",
     "line_loss",
-    "network_total",
     "occupied",
     "on_arrays",
     "tile",

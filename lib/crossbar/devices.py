@@ -1,8 +1,10 @@
 """What a device does to the cells that a mapping writes; `lib.faults` has the devices."""
 
+from typing import ClassVar
+
 from torch import Tensor
 
-from lib.crossbar.mapping import Mapping
+from lib.crossbar.mapping import CrossbarError, Mapping
 
 
 class Device:
@@ -19,6 +21,31 @@ class Device:
     [0.0, -0.75]
     """
 
+    lasting: ClassVar[bool] = True
+    """Whether cells stay as they are until the next write, so that weights can be read back once for all inputs."""
+
     def disturb(self, cells: Tensor, mapping: Mapping, chip: int, layer: str) -> Tensor:
         """New conductances in shares of G_max, ``(slices, columns, F, ...)`` as ``cells``, which it may overwrite."""
         raise NotImplementedError
+
+
+Devices = Device | tuple[Device, ...]
+"""What happens to the cells, in this order."""
+
+
+def each(devices: Devices, lasting: bool = False) -> tuple[Device, ...]:
+    """One device or several, one by one.
+
+    Args:
+        lasting: others are refused.
+
+    Raises:
+        CrossbarError: something that is no device, or one that is new at every read where it cannot be drawn.
+    """
+    found = tuple(devices) if isinstance(devices, tuple | list) else (devices,)
+    for device in found:
+        if not isinstance(device, Device):
+            raise CrossbarError(f"{device!r} is no device: allowed are those of lib.faults, one or a tuple of them")
+        if lasting and not device.lasting:
+            raise CrossbarError(f"{device!r} is new at every read: only the trials of lib.faults.sweep draw it")
+    return found

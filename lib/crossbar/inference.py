@@ -1,6 +1,8 @@
 """A whole network with its layers in arrays: quantized inputs, bit by bit through cells and converters."""
 
+from collections import Counter
 from collections.abc import Mapping as Dict
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -8,81 +10,84 @@ from torch.nn.functional import pad
 
 from lib.constraint import plain
 from lib.crossbar.converters import Converter, calibrated
-from lib.crossbar.devices import Device
+from lib.crossbar.devices import Devices, each
 from lib.crossbar.mapping import CrossbarError
 from lib.crossbar.product import CHUNK, Programmed
 from lib.crossbar.tiling import Array
 from lib.crossbar.wires import Wires
-from lib.shapes import all_layers, prunable
+from lib.shapes import all_layers, prunable, uses
 
 
-class ArrayLayer(nn.Module):
-    """A convolution or linear layer whose weights lie in arrays; its bias stays digital.
+class ArrayLayer:
+    """What a layer whose weights lie in arrays computes in place of its own ``forward``; its bias stays digital.
 
     Attributes:
         inputs: how activations become whole numbers: of ``input_bits``, signed if the layer meets negative ones.
-
-    >>> from lib.crossbar import Array, ArrayLayer, Programmed
-    >>> layer, x = torch.nn.Linear(2, 1, bias=False), torch.tensor([[255.0, 5.0]])
-    >>> layer.weight.data = torch.tensor([[1.0, -1.0]])
-    >>> in_array = ArrayLayer(layer, Programmed(layer.weight.detach(), Array()))
-    >>> in_array.calibrate(x)
-    >>> round(in_array(x).item(), 3)
-    250.0
     """
 
     def __init__(self, layer: nn.Module, programmed: Programmed) -> None:
-        super().__init__()
         if getattr(layer, "padding_mode", "zeros") != "zeros":
             raise CrossbarError(f"padding_mode = {layer.padding_mode!r}: arrays take layers that are padded with zeros")
         self.layer, self.programmed = layer, programmed
+        self.linear, self.sequence = isinstance(layer, nn.Linear), isinstance(layer, nn.Conv1d)
         self.inputs: Converter | None = None
+        if not self.linear:  # a convolution over a sequence is one over images that are one pixel high
+            flat = (1,) * self.sequence
+            self.kernel, self.stride, self.dilation = (
+                flat + layer.kernel_size,
+                flat + layer.stride,
+                flat + layer.dilation,
+            )
+            self.padding = (*layer._reversed_padding_repeated_twice, 0, 0)[:4]  # left, right, top, bottom
 
-    def calibrate(self, x: Tensor) -> None:
-        """Choose the range of inputs, then that of converters, by least squared error over the inputs ``x``."""
-        self.inputs = calibrated(x, self.programmed.array.input_bits, signed=bool((x < 0).any()))
-        self.programmed.calibrate(self.whole(x), self.inputs.low < 0, self.vectors)
+    def calibrate(self, *x: Tensor) -> None:
+        """Choose the range of inputs, then that of converters, by least squared error over the inputs of all uses."""
+        values = torch.cat([_exact(part).flatten() for part in x])
+        self.inputs = calibrated(values, self.programmed.array.input_bits, signed=bool((values < 0).any()))
+        self.programmed.calibrate(*map(self.whole, x), signed=self.inputs.low < 0, arrange=self.vectors)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def digital(self, x: Tensor) -> Tensor:
+        """The layer's output without arrays."""
+        return type(self.layer).forward(self.layer, x)
+
+    def __call__(self, x: Tensor) -> Tensor:
         """The layer's output, by way of whole numbers."""
-        if self.inputs is None:
-            raise CrossbarError("a layer in arrays does not know the range of its inputs: calibrate it")
         whole, signed = self.whole(x), self.inputs.low < 0
         numbers = max(self.programmed.conversions, self.layer.weight[0].numel()) * self.programmed.array.steps
-        images = max(1, CHUNK // (self._windows(x) * numbers))
+        images = max(1, CHUNK // (self._windows(whole) * numbers))
         y = torch.cat([self._shaped(self.programmed(p, signed, self.vectors), p) for p in whole.split(images)])
         y = (y * (self.inputs.step * self.programmed.scale)).to(x.dtype)
-        if self.layer.bias is None:
-            return y
-        return y + (self.layer.bias[:, None, None] if isinstance(self.layer, nn.Conv2d) else self.layer.bias)
+        if self.layer.bias is not None:
+            y = y + (self.layer.bias if self.linear else self.layer.bias[:, None, None])
+        return y.squeeze(2) if self.sequence else y
 
     def whole(self, x: Tensor) -> Tensor:
-        """Activations as whole numbers."""
+        """Activations as whole numbers: ``(N, C, H, W)`` of a convolution, as they are of a linear layer."""
         low, step = self.inputs.low, self.inputs.step
+        x = _exact(x.unsqueeze(2) if self.sequence else x)
         return ((x - low) / step).round().clamp(0, self.inputs.codes) + round(low / step)
 
     def _grid(self, x: Tensor) -> tuple[int, int]:
         """Output positions of a convolution, high and wide."""
-        conv, (left, right, top, bottom) = self.layer, self.layer._reversed_padding_repeated_twice
+        left, right, top, bottom = self.padding
         sides = x.shape[2] + top + bottom, x.shape[3] + left + right
-        spans = (d * (k - 1) + 1 for d, k in zip(conv.dilation, conv.kernel_size, strict=True))
-        return tuple((n - span) // s + 1 for n, span, s in zip(sides, spans, conv.stride, strict=True))
+        spans = (d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel, strict=True))
+        return tuple((n - span) // s + 1 for n, span, s in zip(sides, spans, self.stride, strict=True))
 
     def _windows(self, x: Tensor) -> int:
         """Vectors of one image."""
-        if isinstance(self.layer, nn.Linear):
+        if self.linear:
             return max(1, x[0].numel() // x.shape[-1])
         high, wide = self._grid(x)
         return high * wide
 
     def vectors(self, digits: Tensor) -> Tensor:
         """``(N, C, H, W, T)`` or ``(N, ..., inputs, T)`` as the vectors that meet the matrix, ``(G * rows, M, T)``."""
-        if isinstance(self.layer, nn.Linear):
+        if self.linear:
             return digits.flatten(0, -3).transpose(0, 1)
-        conv, (left, right, top, bottom) = self.layer, self.layer._reversed_padding_repeated_twice
         grid = self._grid(digits)
-        digits = pad(digits, (0, 0, left, right, top, bottom)).contiguous()
-        (kh, kw), (sh, sw), (dh, dw) = conv.kernel_size, conv.stride, conv.dilation
+        digits = pad(digits, (0, 0, *self.padding)).contiguous()
+        (kh, kw), (sh, sw), (dh, dw) = self.kernel, self.stride, self.dilation
         n, c, h, w, _ = digits.stride()
         strides = (c, dh * h, dw * w, n, sh * h, sw * w, 1)
         windows = digits.as_strided((digits.shape[1], kh, kw, len(digits), *grid, digits.shape[-1]), strides)
@@ -90,9 +95,14 @@ class ArrayLayer(nn.Module):
 
     def _shaped(self, y: Tensor, x: Tensor) -> Tensor:
         """``(F, M)`` as the layer's output for ``x``."""
-        if isinstance(self.layer, nn.Linear):
+        if self.linear:
             return y.T.reshape(*x.shape[:-1], len(y))
         return y.view(len(y), len(x), *self._grid(x)).transpose(0, 1)
+
+
+def _exact(x: Tensor) -> Tensor:
+    """Numbers in at least float32: bfloat16 has no whole numbers above 256."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def on_arrays(
@@ -100,14 +110,15 @@ def on_arrays(
     array: Array | Dict[str, Array],
     images: Tensor,
     *,
-    devices: Device | tuple[Device, ...] = (),
+    devices: Devices = (),
     chip: int = 0,
     wires: Wires | None = None,
 ) -> nn.Module:
     """A copy of the model, in evaluation mode, whose layers run bit by bit in arrays: for `lib.training.evaluate`.
 
     Layer by layer in the order in which they run, the ranges of inputs and converters are chosen on what ``images``
-    give in the copy as it then is. Batch norm, biases and activations stay digital.
+    give in the copy as it then is; those of a layer that is used several times, over all uses: up to it the copy runs
+    in arrays then, and from its first use on without. Batch norm, biases and activations stay digital.
 
     Args:
         array: of all convolutions and linear layers, or by the name of those that lie in arrays.
@@ -115,7 +126,8 @@ def on_arrays(
         devices: what happens to the cells of a chip (`lib.faults`), before the wires weaken them.
 
     Raises:
-        CrossbarError: a layer that the model lacks, none at all, or what `Array` and `Wires` refuse.
+        CrossbarError: a layer that the model lacks or ``images`` never meet, none at all, layers that lie in arrays
+            already, a device that is new at every read, or what `Array` and `Wires` refuse.
 
     >>> from lib.crossbar import Array, on_arrays
     >>> model, x = torch.nn.Sequential(torch.nn.Linear(2, 1, bias=False)), torch.tensor([[255.0, 100.0]])
@@ -123,31 +135,85 @@ def on_arrays(
     >>> round(model(x).item()), round(on_arrays(model, Array(), x)(x).item())  # 1.4 lies there as 1
     (32525, 32485)
     """
+    refuse_arrays(model)
     copy = plain(model).eval()
     layers = prunable(copy)
     plan = array if isinstance(array, Dict) else dict.fromkeys(all_layers(copy, "one array for all"), array)
     if not plan or (unknown := set(plan) - set(layers)):
         named = f"layer {min(unknown)!r}" if plan else "no layer"
         raise CrossbarError(f"the plan of arrays names {named}; the model has {', '.join(layers) or 'none'}")
+    placed, drawn = {}, each(devices, lasting=True)
     for name, a in plan.items():
-        wanted = ArrayLayer(layers[name], _programmed(layers[name], a, devices, chip, name, wires))
-        copy.set_submodule(name, wanted)
-
-        def first(layer, inputs):
-            if layer.inputs is None:
-                layer.calibrate(inputs[0])
-
-        wanted.register_forward_pre_hook(first)
+        cells = _programmed(layers[name], a, drawn, chip, name, wires)
+        placed[name] = [ArrayLayer(module, cells) for module in uses(copy)[name]]
     with torch.no_grad():
-        copy(images)
+        _choose_ranges(copy, placed, images)
+    for user in (u for users in placed.values() for u in users):
+        user.layer.forward = user
     return copy
 
 
+def _choose_ranges(copy: nn.Module, placed: dict[str, list[ArrayLayer]], images: Tensor) -> None:
+    """A layer that is used once gets its ranges as it runs; for each that is used more often the network runs again."""
+    times, waiting, seen = Counter(), None, []
+
+    def count(name: str, user: ArrayLayer, x: Tensor) -> Tensor:
+        times[name] += 1
+        return user.digital(x)
+
+    def choose(name: str, *x: Tensor) -> None:
+        first, *others = placed[name]
+        first.calibrate(*x)
+        for user in others:
+            user.inputs = first.inputs
+
+    def run_as_far_as_known(name: str, user: ArrayLayer, x: Tensor) -> Tensor:
+        nonlocal waiting
+        if user.inputs is None and waiting in (None, name):
+            if times[name] == 1:
+                choose(name, x)
+            else:
+                waiting = name
+                seen.append(x)
+        return user(x) if user.inputs else user.digital(x)
+
+    def run(rule) -> None:
+        for name, users in placed.items():
+            for user in users:
+                user.layer.forward = partial(rule, name, user)
+        copy(images)
+
+    run(count)
+    while unknown := [name for name, users in placed.items() if not users[0].inputs]:
+        run(run_as_far_as_known)
+        if waiting:
+            choose(waiting, *seen)
+        elif never := [name for name in unknown if not placed[name][0].inputs]:
+            raise CrossbarError(f"the images never meet {', '.join(never)}: name the layers that lie in arrays")
+        waiting, seen = None, []
+
+
+def in_arrays(model: nn.Module) -> dict[str, list[ArrayLayer]]:
+    """The layers of a network of `on_arrays` that lie in arrays, each with all modules that share its weights."""
+    found = {name: [vars(m).get("forward") for m in modules] for name, modules in uses(model).items()}
+    return {name: users for name, users in found.items() if isinstance(users[0], ArrayLayer)}
+
+
+def refuse_arrays(model: nn.Module) -> None:
+    """Layers that lie in arrays no longer look at their ``weight``: what is written there would be lost.
+
+    Raises:
+        CrossbarError: the model has such layers.
+    """
+    if found := in_arrays(model):
+        raise CrossbarError(f"{', '.join(found)}: in arrays already; give on_arrays the network itself, and devices")
+
+
 def _programmed(layer, array, devices, chip, name, wires) -> Programmed:
-    groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
+    groups = getattr(layer, "groups", 1)
 
     def change(cells: Tensor) -> Tensor:
-        for device in devices if isinstance(devices, tuple) else (devices,):
+        for device in devices:
             cells = device.disturb(cells, array.mapping, chip, name)
         return wires.weaken(cells, array, groups) if wires else cells
 

@@ -28,11 +28,6 @@ def planes(x: Tensor, array: Array, signed: bool = False) -> Tensor:
 
     Raises:
         CrossbarError: numbers that ``input_bits`` do not hold, or signed ones with more than one bit a step.
-
-    >>> from lib.crossbar import Array
-    >>> from lib.crossbar.product import planes
-    >>> planes(torch.tensor([5, 8]), Array(input_bits=4)).tolist()
-    [[1.0, 0.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0]]
     """
     if signed and array.dac_bits > 1:
         raise CrossbarError(f"signed inputs go bit by bit: dac_bits = {array.dac_bits}; apply both signs one by one")
@@ -46,13 +41,7 @@ def planes(x: Tensor, array: Array, signed: bool = False) -> Tensor:
 
 
 def step_weights(array: Array, signed: bool = False) -> Tensor:
-    """What a unit on a row counts for at each step, ``(T,)``.
-
-    >>> from lib.crossbar import Array
-    >>> from lib.crossbar.product import step_weights
-    >>> step_weights(Array(input_bits=4)).tolist(), step_weights(Array(input_bits=4), signed=True).tolist()
-    ([1.0, 2.0, 4.0, 8.0], [1.0, 2.0, 4.0, -8.0])
-    """
+    """What a unit on a row counts for at each step, ``(T,)``."""
     w = 2.0 ** (array.dac_bits * torch.arange(array.steps, dtype=torch.float64))
     if signed:
         w[-1] *= -1
@@ -172,16 +161,16 @@ class Programmed:
         return Converter.up_to(self.largest, bits, self.signed_sums)
 
     def calibrate(
-        self, x: Tensor, signed: bool = False, arrange: Arrange = torch.as_tensor, most: int = 256
+        self, *inputs: Tensor, signed: bool = False, arrange: Arrange = torch.as_tensor, most: int = 256
     ) -> Converter:
-        """Choose the converter's range that loses least of the columns' sums for inputs as in a call.
+        """Choose the converter's range that loses least of the columns' sums for inputs as in calls.
 
         Args:
-            most: vectors that are looked at, evenly spread.
+            most: vectors of each that are looked at, evenly spread.
         """
         if not self.lossless:
             found = []
-            for part, negative in self._passes(x, signed):
+            for part, negative in (p for x in inputs for p in self._passes(x, signed)):
                 digits = arrange(planes(part, self.array, negative))
                 digits = digits[:, :: -(-digits.shape[1] // most)]
                 found += [sums[:, :-1].flatten() for sums in self._sums(digits)]

@@ -1,23 +1,14 @@
 """Zeros ahead of inputs: how many steps they take when what is zero for all rows of a fragment is skipped (FORMS)."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from lib.crossbar.inference import ArrayLayer
+from lib.crossbar.inference import ArrayLayer, in_arrays
 from lib.crossbar.mapping import CrossbarError
-
-
-def bit_length(x: Tensor) -> Tensor:
-    """Bits of whole numbers from 0: that of the highest one; 0 for 0.
-
-    >>> from lib.crossbar.skipping import bit_length
-    >>> bit_length(torch.tensor([0, 1, 2, 3, 4, 255])).tolist()
-    [0, 1, 2, 2, 3, 8]
-    """
-    return torch.frexp(x.double()).exponent
 
 
 def input_cycles(x: Tensor, fragment: int, input_bits: int, dac_bits: int = 1) -> Tensor:
@@ -25,14 +16,10 @@ def input_cycles(x: Tensor, fragment: int, input_bits: int, dac_bits: int = 1) -
 
     A fragment takes as many steps as its largest input has bits. A negative number is two's complement and has ones
     ahead: its fragment takes all steps.
-
-    >>> from lib.crossbar import input_cycles
-    >>> input_cycles(torch.tensor([[1], [5], [0], [1]]), fragment=2, input_bits=8).tolist()  # 5 has 3 bits
-    [[3], [1]]
     """
     rows = len(x)
     x = torch.nn.functional.pad(x, (0, 0, 0, -rows % fragment)).unflatten(0, (-1, fragment))
-    bits = torch.where((x < 0).any(1), input_bits, bit_length(x.clamp(min=0)).amax(1))
+    bits = torch.where((x < 0).any(1), input_bits, torch.frexp(x.clamp(min=0).double()).exponent.amax(1))
     return -(-bits // dac_bits)
 
 
@@ -40,7 +27,8 @@ def effective_cycles(model: nn.Module, images: Tensor, fragments: Sequence[int])
     """Mean input cycles of every layer of a network of `on_arrays`, measured on what ``images`` give there.
 
     Returns:
-        A row per layer and size of fragment: ``layer``, ``fragment``, ``cycles``, and ``steps`` without skipping.
+        A row per layer and size of fragment: ``layer``, ``fragment``, ``cycles`` of all uses together, and ``steps``
+        without skipping.
 
     Raises:
         CrossbarError: no layer lies in arrays, or a fragment below one row.
@@ -51,29 +39,32 @@ def effective_cycles(model: nn.Module, images: Tensor, fragments: Sequence[int])
     >>> effective_cycles(model, x, [1, 2, 4])["cycles"].tolist()  # (8 + 3 + 1 + 1) / 4, (8 + 1) / 2, 8
     [3.25, 4.5, 8.0]
     """
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, ArrayLayer)}
+    layers = in_arrays(model)
     if not layers or min(fragments, default=0) < 1:
         raise CrossbarError(
             f"fragments = {list(fragments)} of a model with {len(layers)} layers in arrays: both need one"
         )
-    rows = []
+    sums: dict[tuple[str, int], list[int]] = defaultdict(lambda: [0, 0])
 
-    def met(name: str):
-        def hook(layer, args):
-            array, x = layer.programmed.array, layer.whole(args[0])
-            vectors = layer.vectors(x[..., None])[..., 0]
+    def met(name: str, user: ArrayLayer):
+        def hook(_, args):
+            array, groups = user.programmed.array, user.programmed.groups
+            vectors = user.vectors(user.whole(args[0])[..., None])[..., 0]
             for f in fragments:
-                groups = vectors.chunk(layer.programmed.groups)
-                found = torch.cat([input_cycles(g, f, array.input_bits, array.dac_bits) for g in groups])
-                rows.append((name, f, float(found.double().mean()), array.steps))
+                for part in vectors.chunk(groups):
+                    found = input_cycles(part, f, array.input_bits, array.dac_bits)
+                    sums[name, f][0] += int(found.sum())
+                    sums[name, f][1] += found.numel()
 
         return hook
 
-    handles = [layer.register_forward_pre_hook(met(name)) for name, layer in layers.items()]
+    users = [(name, user) for name, shared in layers.items() for user in shared]
+    handles = [user.layer.register_forward_pre_hook(met(name, user)) for name, user in users]
     try:
         with torch.no_grad():
             model(images)
     finally:
         for handle in handles:
             handle.remove()
+    rows = [(n, f, total / of, layers[n][0].programmed.array.steps) for (n, f), (total, of) in sums.items()]
     return pd.DataFrame(rows, columns=["layer", "fragment", "cycles", "steps"])

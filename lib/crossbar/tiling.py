@@ -3,7 +3,7 @@
 All of it follows from shapes alone: nothing is run.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import ceil
 from typing import Literal, get_args
 
@@ -164,12 +164,6 @@ def count(strips: list[Strip], vectors: int, array: Array, stacked: bool = False
         strips: each of so many rows and so many filters.
         stacked: strips lie above each other in an array, where they fit, and are read one after the other; otherwise
             each starts an array of its own.
-
-    >>> from lib.crossbar import Array
-    >>> from lib.crossbar.tiling import count
-    >>> layer = count([(128, 32), (64, 32)], vectors=10, array=Array())  # rows and filters; 4 cells a weight, 8 steps
-    >>> layer["arrays"], layer["utilization"], layer["steps"], layer["adc_used"]
-    (2, 0.75, 80, 20480)
     """
     cells_a_weight = array.mapping.slices * array.mapping.columns
     halves = 2 if array.pair == "arrays" else 1
@@ -210,58 +204,3 @@ def _stack(pieces: list[tuple[int, int]], rows: int) -> tuple[int, int]:
         free[place] -= height
         turns[place] += turn
     return len(free), max(turns, default=0)
-
-
-def balanced(tiles: pd.DataFrame, arrays: int) -> pd.DataFrame:
-    """The tiles with ``replication``: how often each layer's arrays are there, so that the slowest layer is fastest.
-
-    Layers are copied in proportion to their vectors, as ISAAC does, as far as that many arrays allow.
-
-    Raises:
-        CrossbarError: fewer arrays than one copy of each layer takes.
-
-    >>> from lib import crossbar, models, shapes
-    >>> layers = shapes.layer_shapes(models.build("lenet5", (1, 28, 28), 10), (1, 28, 28))
-    >>> tiles = crossbar.tile(layers, crossbar.Array())
-    >>> tiles["arrays"].tolist(), tiles["vectors"].tolist()
-    ([1, 8, 112, 4], [576, 64, 1, 1])
-    >>> crossbar.balanced(tiles, arrays=150)["replication"].tolist()  # 18 + 16 + 112 + 4 arrays
-    [18, 2, 1, 1]
-    """
-    need, vectors = tiles["arrays"].to_numpy(), tiles["vectors"].to_numpy()
-    if need.sum() > arrays:
-        raise CrossbarError(f"{arrays} arrays: one copy of the network takes {need.sum()}")
-    copies = [1] * len(need)
-    while True:  # the slowest layer gets a copy, as long as there is room
-        slowest = max(range(len(need)), key=lambda i: vectors[i] / copies[i])
-        used = sum(n * c for n, c in zip(need, copies, strict=True))
-        if used + need[slowest] > arrays or copies[slowest] >= vectors[slowest]:
-            return tiles.assign(replication=copies)
-        copies[slowest] += 1
-
-
-def network_total(tiles: pd.DataFrame) -> pd.Series:
-    """Sums over the layers of what adds up; ``utilization`` is that of all cells together.
-
-    >>> from lib import crossbar, models, shapes
-    >>> layers = shapes.layer_shapes(models.build("lenet5", (1, 28, 28), 10), (1, 28, 28))
-    >>> total = crossbar.network_total(crossbar.tile(layers, crossbar.Array()))
-    >>> total[["arrays", "weights", "cells"]].tolist()  # 4 cells a weight
-    [125.0, 430500.0, 1722000.0]
-    """
-    own = ["groups", "channels", "kernel", "rows", "filters", "utilization", "rows_left", "filters_left"]
-    total = tiles.select_dtypes("number").drop(columns=own, errors="ignore").sum().astype(float)
-    there = (tiles["cells"] / tiles["utilization"].where(tiles["utilization"] > 0)).sum()
-    total["utilization"] = total["cells"] / there if there else 0.0
-    return total
-
-
-def with_bits(array: Array, weight_bits: int, input_bits: int) -> Array:
-    """The array for numbers of other widths.
-
-    >>> from lib.crossbar.tiling import Array, with_bits
-    >>> array = with_bits(Array(), weight_bits=16, input_bits=4)
-    >>> array.mapping.slices, array.steps
-    (8, 4)
-    """
-    return replace(array, mapping=replace(array.mapping, weight_bits=weight_bits), input_bits=input_bits)

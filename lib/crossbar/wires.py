@@ -87,10 +87,6 @@ def in_series(conductance: Tensor, row: float, column: float) -> Tensor:
     """The same by MNSIM 2.0's rule: every cell in series with its wire to the driver and to the ground, none shared.
 
     Cheap, and too good: wires carry the currents of other cells as well.
-
-    >>> from lib.crossbar.wires import in_series
-    >>> (1 / in_series(torch.full((2, 2), 1e-3), row=1.0, column=10.0)).round().tolist()
-    [[1021.0, 1022.0], [1011.0, 1012.0]]
     """
     rows, columns = conductance.shape[-2:]
     to_driver = row * torch.arange(1, columns + 1, device=conductance.device)
@@ -99,13 +95,7 @@ def in_series(conductance: Tensor, row: float, column: float) -> Tensor:
 
 
 def on_lines(conductance: Tensor, row: float, column: float) -> Tensor:
-    """The same by the closed form of `line_loss`, for each column with its mean conductance; rows are left perfect.
-
-    >>> from lib.crossbar.wires import line_loss, on_lines
-    >>> cells = on_lines(torch.full((128, 1), 1e-5), row=2.12, column=2.12)
-    >>> round(1 - cells[0, 0].item() / 1e-5, 4), round(line_loss(128, 1e-5, 2.12), 4)
-    (0.1017, 0.1017)
-    """
+    """The same by the closed form of `line_loss`, for each column with its mean conductance; rows are left perfect."""
     x = conductance.shape[-2] * (column * conductance.mean(-2, keepdim=True)).sqrt()
     return conductance * torch.where(x > 0, torch.tanh(x) / x.clamp(min=1e-12), 1.0)
 

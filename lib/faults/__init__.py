@@ -7,21 +7,14 @@ Devices disturb the conductances that a `lib.crossbar.Mapping` writes: `StuckAt`
 
 from lib.crossbar import Device
 from lib.faults.moments import moments
-from lib.faults.stuck import RATIO, InSlice, StuckAt
+from lib.faults.readback import on_chip, on_crossbars, read_back
+from lib.faults.stuck import InSlice, StuckAt
+from lib.faults.tolerated import Tolerated, tolerated_rate
 from lib.faults.training import UnderFaults
-from lib.faults.trials import Tolerated, on_chip, on_crossbars, read_back, sweep, tolerated_rate
-from lib.faults.variation import (
-    PhaseChange,
-    PowerLaw,
-    Published,
-    ReadNoise,
-    Relaxation,
-    Variation,
-    published_variations,
-)
+from lib.faults.trials import sweep
+from lib.faults.variation import PhaseChange, PowerLaw, Published, ReadNoise, Relaxation, Variation
 
 __all__ = [
-    "RATIO",
     "Device",
     "InSlice",
     "PhaseChange",
@@ -36,7 +29,6 @@ __all__ = [
     "moments",
     "on_chip",
     "on_crossbars",
-    "published_variations",
     "read_back",
     "sweep",
     "tolerated_rate",

@@ -24,23 +24,12 @@ LATE = 2.0**-6
 
 
 def stream(chip: int, layer: str, *purpose: int) -> np.random.Generator:
-    """The random numbers of one layer of one chip for one purpose; independent of all others.
-
-    >>> from lib.faults.chips import stream
-    >>> first = stream(7, "fc1", 2).random()
-    >>> [stream(chip, layer, 2).random() == first for chip, layer in ((7, "fc1"), (7, "fc2"), (8, "fc1"))]
-    [True, False, False]
-    """
+    """The random numbers of one layer of one chip for one purpose; independent of all others."""
     return np.random.default_rng([chip, zlib.crc32(layer.encode()), *purpose])
 
 
 def time_of(rate: float) -> float:
-    """The time by which a share ``rate`` of all cells has failed.
-
-    >>> from lib.faults.chips import time_of
-    >>> round(time_of(0.5), 4), time_of(1.0)
-    (0.6931, inf)
-    """
+    """The time by which a share ``rate`` of all cells has failed."""
     return -log1p(-rate) if rate < 1 else np.inf
 
 
@@ -49,12 +38,6 @@ def events(sites: int, intensity: float, until: float, chip: int, layer: str) ->
 
     Args:
         intensity: events per site in a unit of time.
-
-    >>> from lib.faults.chips import events
-    >>> early, _ = events(1000, intensity=1.0, until=0.01, chip=0, layer="fc1")
-    >>> late, _ = events(1000, intensity=1.0, until=0.02, chip=0, layer="fc1")
-    >>> len(early) < len(late), late[: len(early)].tolist() == early.tolist()
-    (True, True)
     """
     places, marks = [np.empty(0, np.int64)], [np.empty(0)]
     start, end, period = 0.0, EARLIEST, 0
@@ -71,15 +54,7 @@ def events(sites: int, intensity: float, until: float, chip: int, layer: str) ->
 
 
 def failures(sites: int, until: float, chip: int, layer: str) -> tuple[np.ndarray, np.ndarray]:
-    """The sites that fail on their own before a time, each once, and the uniform number of its first event.
-
-    >>> from lib.faults.chips import failures, time_of
-    >>> broken, _ = failures(100_000, time_of(0.1), chip=0, layer="fc1")
-    >>> round(len(broken) / 100_000, 2)
-    0.1
-    >>> set(failures(100_000, time_of(0.05), chip=0, layer="fc1")[0]) <= set(broken)
-    True
-    """
+    """The sites that fail on their own before a time, each once, and the uniform number of its first event."""
     places, marks = events(sites, 1.0, min(until, LATE), chip, layer)
     places, first = np.unique(places, return_index=True)
     marks = marks[first]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lib.crossbar import CrossbarError, Device, Mapping
+from lib.crossbar.devices import each
 from lib.faults.chips import events, failures, time_of
 
 RATIO = 5.2
@@ -143,6 +144,9 @@ class InSlice(Device):
 
     device: Device
     slice: int
+
+    def __post_init__(self) -> None:
+        each(self.device, lasting=True)
 
     def disturb(self, cells: Tensor, mapping: Mapping, chip: int, layer: str) -> Tensor:
         """The other slices stay as they are.

@@ -10,7 +10,8 @@ from torch.nn.utils import parametrize
 
 from lib.constraint import attach, detach
 from lib.crossbar import CrossbarError, Mapping
-from lib.faults.trials import Devices, on_crossbars, read_back
+from lib.crossbar.devices import Devices
+from lib.faults.readback import on_crossbars, read_back
 from lib.shapes import Parametrization, prunable, uses
 from lib.training import Hook, TrainingError
 

@@ -4,18 +4,16 @@ Conductances stay above zero: a deviation that would leave the physical range en
 """
 
 from dataclasses import dataclass
-from functools import cache
-from math import log, sqrt
-from typing import Literal
+from math import inf, log, sqrt
+from typing import ClassVar, Literal
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 
 from lib.crossbar import CrossbarError, Device, Mapping
 from lib.faults.chips import stream
-from lib.technology import FOLDER
+from lib.technology import table
 
 WRITE, DRIFT, READ = 2, 3, 4  # purposes of random streams; 0 and 1 are the failures'
 
@@ -51,7 +49,7 @@ class Variation(Device):
     mean_corrected: bool = False
 
     def __post_init__(self) -> None:
-        _need(self.sigma >= 0, f"sigma = {self.sigma}: allowed is 0 or more")
+        _need(0 <= self.sigma < inf, f"sigma = {self.sigma}: allowed are numbers from 0")
         kinds = ("lognormal", "gaussian", "additive")
         _need(self.kind in kinds, f"kind = {self.kind!r}: allowed are {', '.join(kinds)}")
 
@@ -63,23 +61,9 @@ class Variation(Device):
         return (cells * (1 + n) if self.kind == "gaussian" else cells + n).clamp_(min=0)
 
 
-@cache
-def published_variations() -> pd.DataFrame:
-    """``data/technology/write_variation.csv``: published standard deviations as polynomials of the conductance.
-
-    >>> from lib.faults import published_variations
-    >>> published_variations().loc["wan_1s", ["g_max_uS", "c0_uS", "c1_uS"]].tolist()
-    [39.26, 1.053, 0.2374]
-    """
-    table = pd.read_csv(FOLDER / "write_variation.csv").set_index("name")
-    unverified = table.index[table["status"] != "verified"]
-    _need(not len(unverified), f"write_variation.csv: {', '.join(unverified)} not verified against a source")
-    return table
-
-
 @dataclass(frozen=True)
 class Published(Device):
-    """Write variation of a published device: ``name`` is a row of `published_variations`.
+    """Write variation of a published device: ``name`` is a row of ``data/technology/write_variation.csv``.
 
     The lowest conductance that was measured is the device's own: choose the mapping's ``on_off`` accordingly.
 
@@ -92,16 +76,17 @@ class Published(Device):
     name: str
 
     def __post_init__(self) -> None:
-        known = published_variations().index
+        known = table("write_variation").frame.index
         _need(self.name in known, f"device {self.name!r} is unknown: allowed are {', '.join(known)}")
 
     def sigma(self, cells: Tensor) -> Tensor:
         """The standard deviation at each conductance, both in shares of G_max."""
-        row = published_variations().loc[self.name]
-        x = cells.clamp(max=1) * (row["g_max_uS"] if row["variable"] == "G_uS" else 1)
-        x = x.clamp(min=row["lowest_uS"] if row["variable"] == "G_uS" else row["lowest_uS"] / row["g_max_uS"])
-        polynomial = sum(row[f"c{k}_uS"] * x**k for k in range(5))
-        return polynomial.clamp(min=0) / row["g_max_uS"]
+        figures = table("write_variation")
+        top, lowest = figures(self.name, "g_max_uS"), figures(self.name, "lowest_uS")
+        unit = top if figures.frame.loc[self.name, "variable"] == "G_uS" else 1
+        x = unit * cells.clamp(lowest / top, 1)
+        polynomial = sum(figures(self.name, f"c{k}_uS") * x**k for k in range(5))
+        return polynomial.clamp(min=0) / top
 
     def disturb(self, cells: Tensor, mapping: Mapping, chip: int, layer: str) -> Tensor:
         """Each cell by a normal deviation of its state's width."""
@@ -213,9 +198,10 @@ class ReadNoise(Device):
     """
 
     sigma: float
+    lasting: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        _need(self.sigma >= 0, f"sigma = {self.sigma}: allowed is 0 or more")
+        _need(0 <= self.sigma < inf, f"sigma = {self.sigma}: allowed are numbers from 0")
 
     def disturb(self, cells: Tensor, mapping: Mapping, chip: int, layer: str) -> Tensor:
         """Nothing that lasts."""

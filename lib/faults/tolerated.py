@@ -1,0 +1,116 @@
+"""The rate of broken cells that a network tolerates."""
+
+from collections.abc import Callable, Sequence
+from math import ceil, inf, isfinite, log, log1p, log2, nan, sqrt
+from typing import NamedTuple
+
+import numpy as np
+from scipy.stats import bootstrap
+from torch import nn
+
+from lib.crossbar import CrossbarError
+from lib.crossbar.devices import Devices, each
+from lib.data import Split
+from lib.faults.readback import Mapped
+from lib.faults.stuck import StuckAt
+from lib.faults.trials import _Bench, _Journal, accuracies, numbers_of
+from lib.training import Progress
+
+
+class Tolerated(NamedTuple):
+    """The rate at which the mean accuracy over chips has dropped by so many points, with its 95 % interval.
+
+    >>> from lib.faults import Tolerated
+    >>> plain = Tolerated(0.005, 0.004, 0.006, trials=180, bound="")
+    >>> hardened = Tolerated(0.5, 0.5, 0.5, trials=150, bound=">")
+    >>> f"{hardened.bound} {hardened.rate / plain.rate:.0f} times"
+    '> 100 times'
+    """
+
+    rate: float
+    low: float
+    high: float
+    trials: int
+    bound: str
+    """``<`` or ``>`` when the drop is reached below the lowest, or not before the highest rate that was allowed."""
+
+
+def tolerated_rate(
+    model: nn.Module,
+    mapping: Mapped,
+    drop: float,
+    chips: int | Sequence[int],
+    split: Split,
+    *,
+    faults: Callable[[float], Devices] = StuckAt,
+    reference: float | None = None,
+    lowest: float = 1e-5,
+    highest: float = 0.5,
+    precision: float = 0.1,
+    batch_size: int = 100,
+    processes: int = 1,
+    progress: Progress | None = None,
+) -> Tolerated:
+    """The rate at which mean accuracy falls ``drop`` points below ``reference``, by bisection of its logarithm.
+
+    As the faults of a chip are nested, accuracy falls along the rate on (nearly) every chip, and about
+    ``log2(log(highest / lowest) / (2 precision))`` rates have to be measured. Between the two that are left the drop is
+    interpolated; the interval is a bootstrap over chips, all rates of a chip together, and not a number for one chip.
+
+    Args:
+        drop: points of accuracy. reference: accuracy in [0, 1]; by default that of the healthy mapped model.
+        precision: half the width of the last bracket, as a share of the rate.
+
+    Raises:
+        CrossbarError: as `sweep`; a drop that is not positive, a reference that is no number; bounds that are not
+            0 < lowest < highest <= 1.
+
+    >>> from lib import data, faults
+    >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 4, bias=False))
+    >>> model[1].weight.data, split = torch.eye(4), data.Split(torch.eye(4).reshape(4, 1, 2, 2), torch.arange(4))
+    >>> found = faults.tolerated_rate(model, "two_column", drop=10, chips=50, split=split)
+    >>> round(found.rate, 2), found.low < found.rate < found.high  # of 32 cells
+    (0.08, True)
+    """
+    if not (0 < drop < inf and 0 < lowest < highest <= 1 and 0 < precision < inf):
+        raise CrossbarError(f"{drop=}, {lowest=}, {highest=}, {precision=}: allowed are positive, and lowest < highest")
+    if reference is not None and not isfinite(reference):
+        raise CrossbarError(f"reference = {reference}: allowed is an accuracy")
+    numbers = numbers_of(chips)
+    bench = _Bench(model, mapping, split, batch_size)
+    journal = _Journal(bench)
+    measured: dict[float, list[float]] = {}
+
+    def holds(rate: float) -> bool:
+        tasks = [(each(faults(rate)), chip) for chip in numbers]
+        found = {chip: accuracy for _, chip, accuracy in accuracies(bench, journal, tasks, processes)}
+        measured[rate] = [found[chip] for chip in numbers]
+        if progress:
+            progress(len(measured) / (steps + 1), f"rate {rate:.3g}: {np.mean(measured[rate]):.1%}")
+        return np.mean(measured[rate]) >= floor
+
+    floor = (bench.trial((), 0) if reference is None else reference) - drop / 100
+    steps = max(1, ceil(log2(log(highest / lowest) / log1p(2 * precision))))
+    low, high = lowest, highest
+    for _ in range(steps):
+        middle = sqrt(low * high)
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    bound = ">" if high == highest and holds(highest) else "<" if low == lowest and not holds(lowest) else ""
+    rates = np.array(sorted(measured))
+    grid = np.array([measured[rate] for rate in rates])  # rates x chips
+    rate, ends = float(_crossing(rates, grid.mean(1), floor)), (nan, nan)
+    if len(numbers) > 1:
+        crossing = lambda index, axis=-1: _crossing(rates, grid[:, index].mean(-1), floor)  # noqa: E731
+        options = {"n_resamples": 2000, "method": "percentile", "vectorized": True, "rng": np.random.default_rng(0)}
+        ends = bootstrap((np.arange(len(numbers)),), crossing, **options).confidence_interval
+    return Tolerated(rate, float(ends[0]), float(ends[1]), len(rates) * len(numbers), bound)
+
+
+def _crossing(rates: np.ndarray, accuracy: np.ndarray, floor: float) -> np.ndarray:
+    """Where curves ``(rates, ...)`` first fall below a floor, interpolated in the rate's logarithm; else an end."""
+    falling = np.minimum.accumulate(accuracy, axis=0)
+    after = np.clip((falling >= floor).sum(0), 1, len(rates) - 1)
+    above, below = (np.take_along_axis(falling, i[None], 0)[0] for i in (after - 1, after))
+    share = np.clip((above - floor) / np.maximum(above - below, 1e-12), 0, 1)
+    x = np.log(rates)
+    return np.exp(x[after - 1] + share * (x[after] - x[after - 1]))
