@@ -9,10 +9,11 @@ A layer is one tensor of bytes, a stream of bits, lowest first: positions, numbe
   it in ``width`` bits, of which the largest number means so many zeros and no weight yet. ``submatrix``: a bit for each
   row and each column of the GEMM matrix that is not all zero; what lies on both is stored.
 - Values. ``step``: of the levels ``n * step``, with ``n`` from ``-K`` to ``K``, 0 only where zeros are stored.
-  ``table``: of levels that are listed. ``raw``: 32 bits a weight.
+  ``table``: of levels that are listed. ``raw``: the 16 or 32 bits of a weight.
 
-The file's metadata hold a `Packed` for each such tensor, as a JSON list. All other entries of the ``state_dict`` are
-stored as they are.
+A tensor that has several names, such as a tied weight, is stored under the first. The file's metadata hold, as JSON, a
+`Packed` for each layer and the first name for each of the other names. What else a ``state_dict`` holds is stored as it
+is.
 """
 
 import json
@@ -26,21 +27,34 @@ import pandas as pd
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
-from torch import nn
+from torch import Tensor, nn
 
 from lib.constraint import State, state_of
 from lib.files import write_whole
 from lib.shapes import prunable
 
+__all__ = ["ExportError", "read", "restore", "save"]
+
+SAID = "lib.export"
+"""Of the metadata, what is ours."""
+
+KINDS = {"float32": 32, "bfloat16": 16, "float16": 16}
+"""Types of weights that are packed, and their bits; float32 holds all of them exactly."""
+
+
+class ExportError(ValueError):
+    """A network that cannot be written, or a file that cannot be read: the message names what is wrong.
+
+    >>> from lib import export
+    >>> export.save(torch.nn.Sequential(torch.nn.Linear(2, 1)).double(), "small.safetensors")
+    Traceback (most recent call last):
+        ...
+    lib.export.ExportError: layer '0' is float64: a file holds float32, bfloat16, float16; convert the network first
+    """
+
 
 class Packed(NamedTuple):
-    """How a layer's weight lies in its bytes.
-
-    >>> from lib.export import Packed
-    >>> way = Packed([1, 8], "bitmask", 0, 0, "step", bits=2, count=3, levels=2)  # 3 of 8 weights at +-1 or +-2 steps
-    >>> way.count * way.bits
-    6
-    """
+    """How a layer's weight lies in its bytes."""
 
     shape: list[int]
     positions: str
@@ -54,6 +68,7 @@ class Packed(NamedTuple):
     """Values stored."""
     levels: int
     """How many are listed, or ``K``; negative if 0 is one of the levels ``n * step``."""
+    dtype: str = "float32"
 
 
 def save(model: nn.Module, path: str | Path) -> pd.DataFrame:
@@ -64,6 +79,7 @@ def save(model: nn.Module, path: str | Path) -> pd.DataFrame:
         ``table_bits``, as in `lib.costs.network_storage`; the rest of the file is biases, batch norm and its header.
 
     Raises:
+        ExportError: a layer of other numbers than float32, bfloat16 and float16.
         OSError: the file cannot be written.
 
     >>> from tempfile import TemporaryDirectory
@@ -74,26 +90,37 @@ def save(model: nn.Module, path: str | Path) -> pd.DataFrame:
     >>> rows.to_dict("records")[0]  # 2 bits for each run of zeros, 2 for each multiple of 0.5, and the step
     {'layer': '0', 'positions': 'runs', 'values': 'step', 'kept': 3, 'data_bits': 6, 'index_bits': 6, 'table_bits': 32}
     """
-    state, metadata, rows = state_of(model), {}, []
+    state, rows = state_of(model), []
+    first = _first_names(state)
+    said: dict[str, Packed | str] = {name: other for name, other in first.items() if other != name}
+    stored = {name: state[name].cpu().contiguous().clone() for name in state if first[name] == name}
     for layer in prunable(model):
-        name = f"{layer}.weight"
-        if state[name].dtype != torch.float32:
-            continue
-        weight = state[name].cpu().contiguous().numpy()
-        packed, (index, data, table) = min(_ways(weight), key=lambda way: sum(len(part) for part in way[1]))
-        state[name] = torch.from_numpy(np.packbits(np.concatenate([index, data, table]), bitorder="little"))
-        metadata[name] = json.dumps(packed, separators=(",", ":"))
-        kept = int(np.count_nonzero(weight))
+        name = first[f"{layer}.weight"]
+        weight, dtype = stored[name], str(stored[name].dtype).removeprefix("torch.")
+        if dtype not in KINDS:
+            raise ExportError(f"layer {layer!r} is {dtype}: a file holds {', '.join(KINDS)}; convert the network first")
+        exact = weight.float().numpy()
+        packed, (index, data, table) = min(_ways(exact, dtype), key=lambda way: sum(len(part) for part in way[1]))
+        stored[name] = torch.from_numpy(np.packbits(np.concatenate([index, data, table]), bitorder="little"))
+        said[name] = packed
+        kept = int(np.count_nonzero(exact))
         rows.append((layer, packed.positions, packed.values, kept, len(data), len(index), len(table)))
-    write_whole(Path(path), to_bytes({n: t.cpu().contiguous() for n, t in state.items()}, metadata))
+    write_whole(Path(path), to_bytes(stored, {SAID: json.dumps(said, separators=(",", ":"))}))
     return pd.DataFrame(rows, columns=["layer", "positions", "values", "kept", "data_bits", "index_bits", "table_bits"])
+
+
+def _first_names(state: State) -> dict[str, str]:
+    """For every entry, the first of those that are the same tensor."""
+    first: dict[tuple, str] = {}
+    place = {name: (t.data_ptr(), t.shape, t.stride()) if t.numel() else (name,) for name, t in state.items()}
+    return {name: first.setdefault(place[name], name) for name in state}
 
 
 def read(path: str | Path) -> State:
     """The ``state_dict`` of a file that `save` has written, weights unpacked (any safetensors file will do).
 
     Raises:
-        FileNotFoundError: there is no such file. ValueError: it is damaged.
+        FileNotFoundError: there is no such file. ExportError: it is damaged.
 
     >>> from tempfile import TemporaryDirectory
     >>> from lib import export
@@ -105,18 +132,21 @@ def read(path: str | Path) -> State:
     """
     try:
         with safe_open(str(path), framework="pt") as file:
-            packed = {name: Packed(*json.loads(text)) for name, text in (file.metadata() or {}).items()}
-            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
-        return {n: torch.from_numpy(_unpack(t.numpy(), packed[n])) if n in packed else t for n, t in stored.items()}
-    except (SafetensorError, TypeError, IndexError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is damaged, or was not written by lib.export.save: {error}") from None
+            said = json.loads((file.metadata() or {}).get(SAID, "{}"))
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
+        for name, packed in said.items():
+            if isinstance(packed, list):
+                state[name] = _unpack(state[name].numpy(), Packed(*packed))
+        return state | {name: state[other] for name, other in said.items() if isinstance(other, str)}
+    except (SafetensorError, TypeError, KeyError, IndexError, json.JSONDecodeError) as error:
+        raise ExportError(f"{path} is damaged, or was not written by lib.export.save: {error}") from None
 
 
 def restore(model: nn.Module, path: str | Path) -> nn.Module:
     """Set a network of the same structure to what a file holds, in place. Returns the model.
 
     Raises:
-        ValueError: the file is of another structure, or damaged.
+        FileNotFoundError: there is no such file. ExportError: it is of another structure, or damaged.
 
     >>> from tempfile import TemporaryDirectory
     >>> from lib import export, models
@@ -126,10 +156,17 @@ def restore(model: nn.Module, path: str | Path) -> nn.Module:
     >>> torch.equal(other.fc1.weight, model.fc1.weight)
     True
     """
+    state, own = read(path), model.state_dict()
+    first, unlike = _first_names(own), f"{path} holds another network:"
+    for name in (n for n in own if n in state):
+        if state[name].dtype != own[name].dtype:
+            raise ExportError(f"{unlike} {name} is {state[name].dtype}, in the model {own[name].dtype}")
+        if first[name] in state and not torch.equal(state[name], state[first[name]]):
+            raise ExportError(f"{unlike} {name} and {first[name]} are two tensors, in the model they are one")
     try:
-        model.load_state_dict(read(path))
+        model.load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError(f"{path} holds another network: {str(error).splitlines()[-1].strip()}") from None
+        raise ExportError(f"{unlike} {str(error).splitlines()[-1].strip()}") from None
     return model
 
 
@@ -154,22 +191,22 @@ Streams = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Bits of the positions, of the values and of the levels."""
 
 
-def _ways(weight: np.ndarray) -> Iterator[tuple[Packed, Streams]]:
+def _ways(weight: np.ndarray, dtype: str) -> Iterator[tuple[Packed, Streams]]:
     flat = weight.reshape(-1)
     nonzero = flat != 0
-    values = [*_values(flat[nonzero])]
+    values = [*_values(flat[nonzero], dtype)]
     for kind, bits, count, levels, *streams in values:
-        value = (kind, bits, count, levels)
+        value = (kind, bits, count, levels, dtype)
         yield Packed([*weight.shape], "bitmask", 0, 0, *value), (nonzero.astype(np.uint8), *streams)
         runs, width = _runs(nonzero)
         yield Packed([*weight.shape], "runs", width, len(runs), *value), (_to_bits(runs, width), *streams)
     matrix = weight.reshape(len(weight), -1)
     rows, columns = matrix.any(1), matrix.any(0)
-    for kind, bits, count, levels, *streams in _values(matrix[rows][:, columns].reshape(-1)):
+    for kind, bits, count, levels, *streams in _values(matrix[rows][:, columns].reshape(-1), dtype):
         lines = np.concatenate([rows, columns]).astype(np.uint8)
-        yield Packed([*weight.shape], "submatrix", 0, 0, kind, bits, count, levels), (lines, *streams)
-    for kind, bits, count, levels, *streams in _values(flat):
-        yield Packed([*weight.shape], "all", 0, 0, kind, bits, count, levels), (np.zeros(0, np.uint8), *streams)
+        yield Packed([*weight.shape], "submatrix", 0, 0, kind, bits, count, levels, dtype), (lines, *streams)
+    for kind, bits, count, levels, *streams in _values(flat, dtype):
+        yield Packed([*weight.shape], "all", 0, 0, kind, bits, count, levels, dtype), (np.zeros(0, np.uint8), *streams)
 
 
 def _runs(nonzero: np.ndarray) -> tuple[np.ndarray, int]:
@@ -186,10 +223,11 @@ def _runs(nonzero: np.ndarray) -> tuple[np.ndarray, int]:
     return runs, width
 
 
-def _values(stored: np.ndarray) -> Iterator[tuple]:
+def _values(stored: np.ndarray, dtype: str) -> Iterator[tuple]:
     """Kind, bits, count, levels, and the streams of the values and of the levels."""
-    raw = np.ascontiguousarray(stored).view(np.uint32).astype(np.int64)
-    yield "raw", 32, len(stored), 0, _to_bits(raw, 32), np.zeros(0, np.uint8)
+    width = KINDS[dtype]
+    raw = torch.from_numpy(stored).to(getattr(torch, dtype)).view(getattr(torch, f"int{width}")).numpy()
+    yield "raw", width, len(stored), 0, _to_bits(raw, width), np.zeros(0, np.uint8)
     levels, numbers = np.unique(stored, return_inverse=True)
     if not 0 < len(levels) <= 256:
         return
@@ -228,7 +266,7 @@ def _step(levels: np.ndarray) -> tuple[np.float32, np.ndarray] | None:
     return None
 
 
-def _unpack(stream: np.ndarray, packed: Packed) -> np.ndarray:
+def _unpack(stream: np.ndarray, packed: Packed) -> Tensor:
     """The weight, ``packed.shape``."""
     bits = np.unpackbits(stream, bitorder="little")
     size, taken = int(np.prod(packed.shape)), 0
@@ -248,13 +286,14 @@ def _unpack(stream: np.ndarray, packed: Packed) -> np.ndarray:
         matrix[np.ix_(take(len(matrix), 1) == 1, take(matrix.shape[1], 1) == 1)] = True
     else:
         place.reshape(-1)[:] = take(size, 1) == 1 if packed.positions == "bitmask" else True
-    numbers = take(packed.count, packed.bits)
+    numbers, dtype = take(packed.count, packed.bits), getattr(torch, packed.dtype)
     if packed.values == "raw":
-        values = numbers.astype(np.uint32).view(np.float32)
+        width = KINDS[packed.dtype]
+        values = torch.from_numpy(numbers.astype(f"uint{width}").view(f"int{width}")).view(dtype).float().numpy()
     else:
         listed = take(1 if packed.values == "step" else packed.levels, 32).astype(np.uint32).view(np.float32)
         listed = _multiples(packed.levels).astype(np.float32) * listed if packed.values == "step" else listed
         values = listed[numbers]
     weight = np.zeros(packed.shape, np.float32)
     weight[place] = values
-    return weight
+    return torch.from_numpy(weight).to(dtype)

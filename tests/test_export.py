@@ -5,11 +5,14 @@ from copy import deepcopy
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.utils import prune
 
 from lib import export
 from lib.constraint import attach_masks, fitted, harden, project, state_of, weights
 from lib.costs import network_storage
+from lib.export import ExportError
 from lib.models import build
 from lib.pruning import Column, Filter, FilterColumn, Unstructured, uniform_plan
 from lib.quantization import Levels, Quantized, binary, ternary
@@ -112,16 +115,85 @@ def test_levels_that_are_no_multiples_are_listed(tmp_path):
     assert torch.equal(export.read(tmp_path / "a.safetensors")["fc2.weight"], layer.weight)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["dense", "half", "filters and columns", "ternary", "31 levels"])
+def test_numbers_of_16_bits(name, dtype, tmp_path):
+    net = compressed(name)[0].to(dtype)
+    bill = export.save(net, tmp_path / "net.safetensors")
+    fresh = export.restore(build("lenet5", (1, 28, 28), 10, seed=9).to(dtype), tmp_path / "net.safetensors")
+    assert all(torch.equal(v, fresh.state_dict()[n]) for n, v in net.state_dict().items())
+    assert bill["data_bits"].max() <= 400_000 * 16
+    with pytest.raises(ExportError, match=f"is {dtype}, in the model torch.float32"):
+        export.restore(build("lenet5", (1, 28, 28), 10), tmp_path / "net.safetensors")
+
+
+class Shares(nn.Module):
+    """A weight, a bias, a batch norm and an embedding under two names each, and a part of a tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.out = nn.Embedding(9, 4), nn.Linear(4, 9)
+        self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.two.weight, self.two.bias, self.out.weight = self.one.weight, self.one.bias, self.words.weight
+        self.norm = self.again = nn.BatchNorm1d(4)
+        self.register_buffer("part", self.norm.running_mean[1:3])
+
+    def forward(self, x):
+        return self.out(self.again(self.two(self.norm(self.one(self.words(x))))))
+
+
+def test_a_tensor_of_several_names_is_stored_once(tmp_path):
+    torch.manual_seed(0)
+    net, path = Shares(), tmp_path / "net.safetensors"
+    net(torch.arange(9))
+    assert export.save(net, path)["layer"].tolist() == ["out", "one"]
+    assert not {"two.weight", "two.bias", "again.weight", "out.weight"} & load_file(path).keys()
+    torch.manual_seed(1)
+    found, fresh = export.read(path), export.restore(Shares(), path)
+    assert found.keys() == net.state_dict().keys()
+    assert all(torch.equal(v, found[n]) and torch.equal(v, fresh.state_dict()[n]) for n, v in net.state_dict().items())
+    assert found["two.weight"] is found["one.weight"]
+    assert torch.equal(net.eval()(torch.arange(9)), fresh.eval()(torch.arange(9)))
+
+
+def test_two_tensors_are_not_put_into_one(tmp_path):
+    net, path = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), tmp_path / "net.safetensors"
+    export.save(net, path)
+    net[1].weight = net[0].weight
+    before = net[0].weight.clone()
+    with pytest.raises(ExportError, match=r"1.weight and 0.weight are two tensors, in the model they are one"):
+        export.restore(net, path)
+    assert torch.equal(net[0].weight, before)
+
+
+def test_weights_that_something_makes_are_written_as_they_are(tmp_path):
+    torch.manual_seed(0)
+    make = lambda: nn.Sequential(nn.Conv1d(2, 3, 3), nn.Flatten(), nn.Linear(9, 2))  # noqa: E731
+    net, x = make(), torch.randn(4, 2, 5)
+    nn.utils.parametrizations.weight_norm(net[0])
+    prune.l1_unstructured(net[2], "weight", amount=0.5)
+    bill = export.save(net, tmp_path / "net.safetensors")
+    assert bill["kept"].tolist() == [18, 9]
+    with torch.no_grad():
+        assert torch.equal(export.restore(make(), tmp_path / "net.safetensors")(x), net(x))
+
+
+def test_files_of_others_are_read(tmp_path):
+    state = build("lenet300", (1, 28, 28), 10).state_dict()
+    save_file(state, tmp_path / "a.safetensors", {"format": "pt"})
+    assert all(torch.equal(v, state[n]) for n, v in export.read(tmp_path / "a.safetensors").items())
+
+
 def test_bad_files_are_named(tmp_path):
     net, _ = compressed("joint")
     path = tmp_path / "net.safetensors"
     export.save(net, path)
     before = deepcopy(net.state_dict())
-    with pytest.raises(ValueError, match="another network"):
+    with pytest.raises(ExportError, match="another network"):
         export.restore(build("lenet300", (1, 28, 28), 10), path)
     raw = path.read_bytes()
     path.write_bytes(raw[: len(raw) // 2])
-    with pytest.raises(ValueError, match="damaged"):
+    with pytest.raises(ExportError, match="damaged"):
         export.restore(net, path)
     assert all(torch.equal(before[n], v) for n, v in net.state_dict().items())
     with pytest.raises(FileNotFoundError):
