@@ -1,59 +1,18 @@
-"""The house style and the recurring figures. The only room that draws."""
+"""The house style and a handful of general figures, of rows and the names of their columns. Only here is drawn."""
 
-from lib.plots.compression import convergence_of_steps, drop_against, drop_against_compression, storage_bars, survivors
-from lib.plots.crossbars import converter_sweep, decomposition, joint, lost_against_rate, pareto, savings, wire_sweep
-from lib.plots.faults import (
-    SCHEME_COLOURS,
-    accuracy_against_faults,
-    broken_layer,
-    error_against_weight,
-    gain_bars,
-    tolerated_against_density,
-    tolerated_bars,
-)
-from lib.plots.quantization import (
-    clipping,
-    lost_against_bits,
-    unified_against_pruned,
-    weight_histograms,
-    with_and_without_retraining,
-)
-from lib.plots.retraining import (
-    accuracy_against_budget,
-    accuracy_against_sparsity,
-    admm_convergence,
-    correlation_against_p,
-    correlation_by_mode,
-)
-from lib.plots.schedules import (
-    accuracy_against_energy,
-    accuracy_by_round,
-    lost_by_sparsity,
-    mask_distance_matrices,
-    parts_of_training,
-)
-from lib.plots.start import comparison
-from lib.plots.structures import (
-    accuracy_against_choice,
-    accuracy_by_structure,
-    matched_compression,
-    speedup_against_rate,
-    storage_against_rate,
-    structure_gallery,
-)
+from lib.plots.axes import panels
+from lib.plots.bars import bars
+from lib.plots.curves import curves, pareto, points
+from lib.plots.pictures import pictures
+from lib.plots.rows import PlotError
 from lib.plots.style import (
     BAND,
     BLUE,
-    BROWN,
-    GREEN,
     GREY,
-    ORANGE,
-    PURPLE,
-    RED,
     VERDICT_COLOURS,
     house_style,
     ledger_table,
-    measured,
+    looks,
     show,
     table,
 )
@@ -61,57 +20,18 @@ from lib.plots.style import (
 __all__ = [
     "BAND",
     "BLUE",
-    "BROWN",
-    "GREEN",
     "GREY",
-    "ORANGE",
-    "PURPLE",
-    "RED",
-    "SCHEME_COLOURS",
     "VERDICT_COLOURS",
-    "accuracy_against_budget",
-    "accuracy_against_choice",
-    "accuracy_against_energy",
-    "accuracy_against_faults",
-    "accuracy_against_sparsity",
-    "accuracy_by_round",
-    "accuracy_by_structure",
-    "admm_convergence",
-    "broken_layer",
-    "clipping",
-    "comparison",
-    "convergence_of_steps",
-    "converter_sweep",
-    "correlation_against_p",
-    "correlation_by_mode",
-    "decomposition",
-    "drop_against",
-    "drop_against_compression",
-    "error_against_weight",
-    "gain_bars",
+    "PlotError",
+    "bars",
+    "curves",
     "house_style",
-    "joint",
     "ledger_table",
-    "lost_against_bits",
-    "lost_against_rate",
-    "lost_by_sparsity",
-    "mask_distance_matrices",
-    "matched_compression",
-    "measured",
+    "looks",
+    "panels",
     "pareto",
-    "parts_of_training",
-    "savings",
+    "pictures",
+    "points",
     "show",
-    "speedup_against_rate",
-    "storage_against_rate",
-    "storage_bars",
-    "structure_gallery",
-    "survivors",
     "table",
-    "tolerated_against_density",
-    "tolerated_bars",
-    "unified_against_pruned",
-    "weight_histograms",
-    "wire_sweep",
-    "with_and_without_retraining",
 ]

@@ -4,7 +4,7 @@ import base64
 import hashlib
 import html
 import io
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from itertools import cycle
 from typing import Any, Literal
 
@@ -12,20 +12,20 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 from IPython.display import HTML
-from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from pandas.io.formats.style import Styler
 
 from lib.study import measured
 
 # Told apart with every kind of colour vision (Wong, Nature Methods 2011, as seaborn has it); then darker, for the many.
-_SAFE = sns.color_palette("colorblind", 10)
+_SAFE = [
+    colour for i, colour in enumerate(sns.color_palette("colorblind", 10)) if i != 7
+]  # grey is the dense network's
 PALETTE = [*_SAFE, *(tuple(0.55 * c for c in colour) for colour in _SAFE)]
 BLUE, ORANGE, GREEN, RED, PURPLE, BROWN = _SAFE[:6]
 GREY = "0.45"
 MARKERS = "osD^vP*X<>hd"
+DASHES = ("-", "--", ":", "-.")
 Look = tuple[tuple[float, ...] | str, str]
 OWN_LOOK: dict[str, Look] = {
     "dense": (GREY, "o"),
@@ -36,9 +36,10 @@ OWN_LOOK: dict[str, Look] = {
     **dict.fromkeys(("kernel", "kernels"), (PURPLE, "v")),
     **dict.fromkeys(("block columns", "blocks (PIM-Prune)"), (ORANGE, "P")),
     **{"fine-tune": (RED, "o"), "rewind": (ORANGE, "s"), "ticket": (BLUE, "D"), "random reinit": (GREEN, "^")},
+    **{"one-shot": (BROWN, "D"), "iterative": (ORANGE, "s"), "ADMM": (PURPLE, "o")},
     **{"offset": (GREEN, "s"), "two_column": (ORANGE, "D"), "differential": (BLUE, "o"), "polarized": (PURPLE, "v")},
 }
-"""The colour and marker of what returns in many figures: structures, ways to retrain, mappings."""
+"""The colour and marker of what returns in many figures: structures, ways to retrain, searches, mappings."""
 BAND = "Bands and bars: 95 % bootstrap interval over seeds."
 
 VERDICT_COLOURS = {"reproduced": "#1a7f37", "not reproduced": "#b42318", "inconclusive": "#8a6100"}
@@ -83,6 +84,7 @@ def show(figure: Figure, caption: str, *, alt: str, kind: Literal["svg", "png"] 
     >>> 'alt="An empty figure"' in page, "Mean over 3 seeds.</figcaption>" in page, plt.fignum_exists(figure.number)
     (True, True, False)
     """
+    legend(figure)
     raw = io.BytesIO()
     metadata = {"Date": None} if kind == "svg" else None
     figure.savefig(raw, format=kind, bbox_inches="tight", dpi=150, metadata=metadata)
@@ -95,116 +97,53 @@ def show(figure: Figure, caption: str, *, alt: str, kind: Literal["svg", "png"] 
     )
 
 
-def looks(names: Iterable[str]) -> dict[str, Look]:
-    """A colour and a marker for each name: its own wherever it appears, for all others the next that are free.
+def legend(figure: Figure) -> None:
+    """One legend for all panels: beside one or two, below more. None where panels have their own.
 
-    >>> from lib.plots.style import looks
+    >>> from lib.plots import panels
+    >>> from lib.plots.style import legend
+    >>> figure, axes = panels(["a", "b"])
+    >>> lines = [ax.plot([0, 1], label="filter") for ax in axes]
+    >>> legend(figure)
+    >>> [text.get_text() for text in figure.legends[0].get_texts()]
+    ['filter']
+    """
+    entries: dict[str, Any] = {}
+    for ax in figure.axes:
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    if not entries or figure.legends or any(ax.get_legend() for ax in figure.axes):
+        return
+    spec, longest = figure.axes[0].get_subplotspec(), max(map(len, entries))
+    if spec is None or (spec.get_gridspec().ncols <= 2 and longest < 32):
+        figure.legend(entries.values(), entries.keys(), loc="outside right upper")
+        return
+    columns = max(1, min(len(entries), 110 // (longest + 6)))
+    figure.set_figheight(figure.get_figheight() + 0.25 * -(-len(entries) // columns))
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=columns)
+
+
+def looks(names: Iterable[Any]) -> dict[Any, Look]:
+    """A colour and a marker for each name: its own wherever it appears, for others the next free; numbers take a scale.
+
+    >>> from lib.plots import looks
     >>> drawn = looks(["filter", "mine"])
     >>> drawn["filter"] == looks(["other", "filter"])["filter"], drawn["mine"] == drawn["filter"]
     (True, False)
     """
     names = list(dict.fromkeys(names))
+    if names and not any(isinstance(name, str) for name in names):
+        scale = dict(zip(sorted(names), sns.color_palette("viridis", len(names)), strict=True))
+        return {name: (scale[name], "o") for name in names}
     taken = {OWN_LOOK[name] for name in names if name in OWN_LOOK}
     used = {colour for colour, _ in taken}
     free = ((c, MARKERS[i % len(MARKERS)]) for i, c in enumerate(cycle(PALETTE)) if c not in used)
     return {name: OWN_LOOK.get(name) or next(free) for name in names}
 
 
-def band(ax: Axes, frame: pd.DataFrame, x: str, y: str, label: str, **style) -> None:
-    """Mean line over runs with the 95 % bootstrap interval as a band.
-
-    >>> import matplotlib.pyplot as plt
-    >>> import pandas as pd
-    >>> from lib.plots.style import band
-    >>> runs = pd.DataFrame({"rate": [2, 2, 4, 4], "lost": [0.1, 0.3, 0.5, 0.9]})
-    >>> band(ax := plt.figure().add_subplot(), runs, "rate", "lost", "filter")
-    >>> ax.lines[0].get_ydata().round(2).tolist(), len(ax.collections)  # means, and one band
-    ([0.2, 0.7], 1)
-    """
-    sns.lineplot(frame, x=x, y=y, ax=ax, label=label, errorbar=("ci", 95), seed=0, err_kws={"alpha": 0.15}, **style)
-
-
-def log_ticks(axis: Axis, subs: Sequence[float] = (1, 2, 5)) -> None:
-    """Ticks of a logarithmic axis as plain numbers.
-
-    >>> import matplotlib.pyplot as plt
-    >>> from lib.plots.style import log_ticks
-    >>> log_ticks((ax := plt.figure().add_subplot(xscale="log", xlim=(0.5, 1500))).xaxis, subs=(1,))
-    >>> [tick.get_text() for tick in ax.get_xticklabels() if 0.5 <= tick.get_position()[0] <= 1500]
-    ['1', '10', '100', '1,000']
-    """
-    axis.set_major_locator(LogLocator(subs=subs))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 10 else f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
-
-
-def spread_of(values: pd.Series) -> list[list[float]]:
-    """How far the lowest and the highest lie from the mean, as matplotlib's error bars take it; never below zero.
-
-    >>> import pandas as pd
-    >>> from lib.plots.style import spread_of
-    >>> spread_of(pd.Series([1.0, 2.0, 6.0])), spread_of(pd.Series([0.1, 0.1, 0.1]))[1]  # rounding: a mean above 0.1
-    ([[2.0], [3.0]], [0.0])
-    """
-    mean = values.mean()
-    return [[max(0.0, float(mean - values.min()))], [max(0.0, float(values.max() - mean))]]
-
-
-def lost_line(
-    ax: Axes, runs: pd.DataFrame, by: str, x: str, label: str, colour: tuple, marker: str, **style: Any
-) -> None:
-    """Means of ``drop`` over seeds, joined along the settings ``by``; bars from the best network to the worst.
-
-    >>> import matplotlib.pyplot as plt
-    >>> import pandas as pd
-    >>> from lib.plots.style import lost_line
-    >>> runs = pd.DataFrame({"bits": [2, 2, 4], "rate": [14.0, 16.0, 8.0], "drop": [1.0, 3.0, 0.5]})
-    >>> lost_line(ax := plt.figure().add_subplot(), runs, "bits", "rate", "levels", "red", "o")
-    >>> [values.tolist() for values in ax.lines[0].get_data()]
-    [[15.0, 8.0], [2.0, 0.5]]
-    """
-    groups = runs.groupby(by)
-    place, lost = groups[x].mean(), groups["drop"]
-    spread = [(lost.mean() - lost.min()).clip(0), (lost.max() - lost.mean()).clip(0)]
-    style = {"color": colour, "marker": marker, "ms": 5, "lw": 1.4, "elinewidth": 0.8, "label": label} | style
-    ax.errorbar(place, lost.mean(), spread, **style)
-
-
-def lost_axis(ax: Axes, shown: pd.DataFrame, most: float) -> None:
-    """Points lost in ``drop``, less is higher, down to ``most``; the dense network is the dashed line.
-
-    Where even the best arm loses about as much, the axis reaches down to twice its loss: no panel is empty.
-
-    >>> import matplotlib.pyplot as plt
-    >>> import pandas as pd
-    >>> from lib.plots.style import lost_axis
-    >>> lost_axis(ax := plt.figure().add_subplot(), pd.DataFrame({"drop": [0.5, 40.0]}), most=5.0)
-    >>> [float(end) for end in ax.get_ylim()], ax.get_ylabel()
-    ([5.0, -0.2], 'points of accuracy lost')
-    >>> lost_axis(ax, pd.DataFrame({"drop": [7.0, 40.0]}), most=5.0)
-    >>> [float(end) for end in ax.get_ylim()]
-    [14.0, -0.2]
-    """
-    ax.axhline(0, color=GREY, ls="--", lw=1.2)
-    least, largest = shown["drop"].min(), shown["drop"].max()
-    ax.set_ylim(min(max(most, 2 * least), largest + 0.2), min(-0.2, least - 0.2))
-    ax.set_ylabel("points of accuracy lost")
-
-
-def legend_beside(figure: Figure, ax: Axes) -> None:
-    """The legend of ``ax`` to the right of the figure, once for all its panels.
-
-    >>> import matplotlib.pyplot as plt
-    >>> from lib.plots.style import legend_beside
-    >>> figure, axes = plt.subplots(1, 2)
-    >>> lines = [ax.plot([0, 1], label="filter") for ax in axes]
-    >>> legend_beside(figure, axes[0])
-    >>> len(figure.legends), [text.get_text() for text in figure.legends[0].get_texts()]
-    (1, ['filter'])
-    """
-    handles, labels = ax.get_legend_handles_labels()
-    figure.tight_layout()
-    figure.legend(handles, labels, loc="center left", bbox_to_anchor=(1.0, 0.55))
+def called(column: str, value: Any) -> str:
+    """How the legend tells a value: words speak for themselves, a number is one of its column."""
+    return value if isinstance(value, str) else f"{column} {value:g}"
 
 
 def ledger_table(ledger: pd.DataFrame) -> HTML:
