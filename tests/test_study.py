@@ -1,9 +1,11 @@
 import math
+from pathlib import Path
 
 import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import yaml
 
 from lib.reproduce import preset_parameters, presets, studies
@@ -18,6 +20,7 @@ from lib.study import (
     gain_at,
     interval,
     open_study,
+    provenance,
 )
 
 NAME = "01_lottery_ticket_vs_finetuning"
@@ -222,6 +225,19 @@ def test_parameter_help_is_what_papermill_shows():
 def test_provenance_has_no_path(opened):
     assert str(PROJECT) not in opened._repr_html_()
     assert {"commit", "torch", "device", "threads"} <= set(opened.provenance)
+
+
+@pytest.mark.parametrize(("limits", "said"), [({}, ""), ({"ONEDNN_MAX_CPU_ISA": "AVX2"}, " (oneDNN: at most AVX2)")])
+def test_provenance_names_processor_and_instructions(monkeypatch, limits, said):
+    for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in limits.items():
+        monkeypatch.setenv(name, value)
+    told = provenance()
+    assert told["instructions"] == torch.backends.cpu.get_cpu_capability() + said
+    assert told["cpu"]
+    told_by_linux = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+    assert "model name" not in told_by_linux or f": {told['cpu']}\n" in told_by_linux
 
 
 def test_gain_is_read_at_the_first_crossing():

@@ -194,11 +194,11 @@ def open_study(name: str, system: str, namespace: dict[str, Any]) -> Study:
 
 
 def provenance() -> dict[str, Any]:
-    """What a result depends on besides its parameters: commit, versions, device, threads.
+    """What a result depends on besides its parameters: commit, versions, device, processor, threads.
 
     >>> from lib.study import provenance
     >>> list(provenance()), provenance()["threads"] == torch.get_num_threads()
-    (['commit', 'python', 'torch', 'torchvision', 'numpy', 'pandas', 'device', 'threads'], True)
+    (['commit', 'python', 'torch', 'torchvision', 'numpy', 'pandas', 'device', 'cpu', 'instructions', 'threads'], True)
     """
     place = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
     versions = ("torch", "torchvision", "numpy", "pandas")
@@ -207,8 +207,25 @@ def provenance() -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in versions},
         "device": place,
+        "cpu": _processor(),
+        "instructions": _instructions(),
         "threads": torch.get_num_threads(),
     }
+
+
+def _processor() -> str:
+    """The model of the CPU, where the system tells it."""
+    try:
+        found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def _instructions() -> str:
+    """The instruction set that PyTorch's kernels use, and the limit on oneDNN's, which chooses by itself."""
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA")
+    return torch.backends.cpu.get_cpu_capability() + (f" (oneDNN: at most {limit})" if limit else "")
 
 
 def commit() -> str:
