@@ -3,6 +3,8 @@ PYTHON ?= python3
 PRESET ?= quick
 JOBS   ?= 1
 RUN     = $(VENV)/bin/python -m
+# Without the last option, a test that kills its process is given to a new one, for ever.
+TEST    = $(RUN) pytest -n 2 --dist loadfile --max-worker-restart 0
 
 .PHONY: reports test lab benchmarks clean
 
@@ -12,9 +14,9 @@ reports: $(VENV)/ready  ## run every study at PRESET, JOBS at a time, and render
 test: $(VENV)/ready  ## lint, unit tests, every notebook at the smoke preset, one report from end to end
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
-	$(RUN) pytest -n 2 --dist loadfile
+	$(TEST)
 	$(RUN) lib.reproduce --preset smoke --prepare-only build/nbval
-	$(RUN) pytest --nbval-lax --nbval-current-env --nbval-cell-timeout 120 -n 2 --dist loadfile build/nbval
+	$(TEST) --nbval-lax --nbval-current-env --nbval-cell-timeout 120 build/nbval
 
 lab: $(VENV)/ready  ## open the notebooks in JupyterLab
 	$(RUN) jupyterlab --notebook-dir=notebooks
