@@ -192,21 +192,17 @@ Streams = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def _ways(weight: np.ndarray, dtype: str) -> Iterator[tuple[Packed, Streams]]:
-    flat = weight.reshape(-1)
-    nonzero = flat != 0
-    values = [*_values(flat[nonzero], dtype)]
-    for kind, bits, count, levels, *streams in values:
-        value = (kind, bits, count, levels, dtype)
-        yield Packed([*weight.shape], "bitmask", 0, 0, *value), (nonzero.astype(np.uint8), *streams)
-        runs, width = _runs(nonzero)
-        yield Packed([*weight.shape], "runs", width, len(runs), *value), (_to_bits(runs, width), *streams)
-    matrix = weight.reshape(len(weight), -1)
-    rows, columns = matrix.any(1), matrix.any(0)
-    for kind, bits, count, levels, *streams in _values(matrix[rows][:, columns].reshape(-1), dtype):
-        lines = np.concatenate([rows, columns]).astype(np.uint8)
-        yield Packed([*weight.shape], "submatrix", 0, 0, kind, bits, count, levels, dtype), (lines, *streams)
-    for kind, bits, count, levels, *streams in _values(flat, dtype):
-        yield Packed([*weight.shape], "all", 0, 0, kind, bits, count, levels, dtype), (np.zeros(0, np.uint8), *streams)
+    flat, matrix = weight.reshape(-1), weight.reshape(len(weight), -1)
+    nonzero, rows, columns = flat != 0, matrix.any(1), matrix.any(0)
+    runs, width = _runs(nonzero)
+    for positions, *sizes, index, stored in (
+        ("bitmask", 0, 0, nonzero, flat[nonzero]),
+        ("runs", width, len(runs), _to_bits(runs, width), flat[nonzero]),
+        ("submatrix", 0, 0, np.concatenate([rows, columns]), matrix[rows][:, columns].reshape(-1)),
+        ("all", 0, 0, nonzero[:0], flat),
+    ):
+        for *value, data, table in _values(stored, dtype):
+            yield Packed([*weight.shape], positions, *sizes, *value, dtype), (index.astype(np.uint8), data, table)
 
 
 def _runs(nonzero: np.ndarray) -> tuple[np.ndarray, int]:
@@ -231,22 +227,19 @@ def _values(stored: np.ndarray, dtype: str) -> Iterator[tuple]:
     levels, numbers = np.unique(stored, return_inverse=True)
     if not 0 < len(levels) <= 256:
         return
-    listed = _to_bits(levels.view(np.uint32).astype(np.int64), 32)
     bits = _width(len(levels))
-    yield "table", bits, len(stored), len(levels), _to_bits(numbers, bits), listed
+    yield "table", bits, len(stored), len(levels), _to_bits(numbers, bits), _raw(levels)
     if found := _step(levels):
         step, n = found
         k, zero = int(np.abs(n).max()), bool((n == 0).any())
-        bits = _width(2 * k + zero)
-        numbers = np.searchsorted(_multiples(-k if zero else k), n)[numbers]
-        yield (
-            "step",
-            bits,
-            len(stored),
-            -k if zero else k,
-            _to_bits(numbers, bits),
-            _to_bits(step.view(np.uint32)[None].astype(np.int64), 32),
-        )
+        bits, levels = _width(2 * k + zero), -k if zero else k
+        numbers = np.searchsorted(_multiples(levels), n)[numbers]
+        yield "step", bits, len(stored), levels, _to_bits(numbers, bits), _raw(step[None])
+
+
+def _raw(numbers: np.ndarray) -> np.ndarray:
+    """The bits of float32."""
+    return _to_bits(numbers.view(np.uint32).astype(np.int64), 32)
 
 
 def _multiples(levels: int) -> np.ndarray:

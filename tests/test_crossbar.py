@@ -6,7 +6,7 @@ from math import inf
 import pytest
 import torch
 
-from lib.crossbar import SCHEMES, CrossbarError, Mapping, as_mapping
+from lib.crossbar import SCHEMES, CrossbarError, Mapping
 
 BITS = ((None, None), (8, 2), (8, None), (8, 3), (5, 2), (4, 1), (2, 1), (16, 4))
 
@@ -123,4 +123,4 @@ def test_copies_are_independent_cells_and_read_back_as_their_mean():
 
 def test_weights_that_are_not_finite_are_refused():
     with pytest.raises(CrossbarError, match="not finite"):
-        as_mapping("offset").range_of(torch.tensor([1.0, float("nan")]))
+        Mapping("offset").range_of(torch.tensor([1.0, float("nan")]))

@@ -8,7 +8,6 @@ alike, and no time in seconds would be the same tomorrow.
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from math import exp, inf, log
 from statistics import median
 from time import perf_counter
@@ -19,8 +18,8 @@ import pandas as pd
 import torch
 from scipy.stats import bootstrap
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
+from lib.constraint import plain
 from lib.costs.energy import CostError
 from lib.shapes import macs, prunable
 
@@ -75,7 +74,7 @@ def latency_ratio(
 ) -> tuple[float, float, float]:
     """How many times faster ``other`` is than ``model`` on the batch ``x``: time(model) / time(other), no unit.
 
-    Measured in turns on one thread in eval mode; masks are multiplied in once, outside the clock. It is a ratio
+    Measured in turns on one thread in eval mode; masks, and whatever else makes weights, are baked in. It is a ratio
     because the noise of a machine hits both of a pair.
 
     Returns:
@@ -92,8 +91,8 @@ def latency_ratio(
     """
     if repeats < 2:
         raise CostError(f"repeats = {repeats}: an interval takes at least 2")
-    slow, fast = (deepcopy(net).eval() for net in (model, other))
-    with _one_thread(), parametrize.cached():
+    slow, fast = (plain(net).eval() for net in (model, other))
+    with _one_thread():
         pairs = _in_turns(lambda: slow(x), lambda: fast(x), repeats, max(warmup, 1))
     ratios = np.array([a / b for a, b in pairs])
     middle = float(np.median(ratios))

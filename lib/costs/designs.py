@@ -55,7 +55,7 @@ class Design:
     counted: ClassVar[str] = ""
     left_out: ClassVar[str] = ""
 
-    def events(self, full: bool) -> dict[str, tuple[str, float]]:
+    def events(self) -> dict[str, tuple[str, float]]:
         """By component: the column of `lib.crossbar.tile` that counts it, and what one costs in pJ."""
         raise NotImplementedError
 
@@ -64,16 +64,15 @@ class Design:
         """Time of one read of an array."""
         return READ_NS
 
-    def energy(self, tiles: pd.DataFrame, full: bool = False, cycles: Dict[str, float] | None = None) -> pd.DataFrame:
-        """Energy of one input in pJ: a row per layer, a column per component and their ``total``.
+    def energy(self, tiles: pd.DataFrame, cycles: Dict[str, float] | None = None) -> pd.DataFrame:
+        """Energy of one input in pJ, of what holds something: a row per layer, a column per component and ``total``.
 
         Args:
-            full: every column and row of an array costs, also those that hold nothing.
             cycles: steps that inputs take on average, by layer, where zeros ahead are skipped
                 (`lib.crossbar.effective_cycles`); others take all of ``array.steps``.
         """
         share = self._share(tiles, cycles)
-        parts = {part: tiles[column] * share * pj for part, (column, pj) in self.events(full).items()}
+        parts = {part: tiles[column] * share * pj for part, (column, pj) in self.events().items()}
         found = pd.DataFrame({"layer": tiles["layer"], **parts})
         return found.assign(total=found.drop(columns="layer").sum(axis=1))
 
@@ -128,20 +127,16 @@ class Isaac(Design):
         energy, area = converter(self.adc_bits)
         return energy, area * self.array.columns / 128  # one converter for 128 columns in 100 ns
 
-    def events(self, full: bool) -> dict[str, tuple[str, float]]:
+    def events(self) -> dict[str, tuple[str, float]]:
         """Power of a group over 100 ns, divided among its events at full occupancy."""
         isaac, ima = table("isaac"), 8 * 128
-        power = {c: isaac(f"ima_{c}", "power_mW") * READ_NS for c in ("dac", "array", "sample_hold", "shift_add")}
-        cells = self.array.rows * self.array.columns / 128**2
-        columns = "adc_full" if full else "adc_used"
+        pj = {c: isaac(f"ima_{c}", "power_mW") * READ_NS / ima for c in ("dac", "array", "sample_hold", "shift_add")}
         return {
-            "adc": (columns, self.conversion()[0]),
-            "dac": ("dac_full" if full else "dac_used", power["dac"] / ima),
-            "array": ("array_reads", power["array"] / 8 * cells)
-            if full
-            else ("cell_reads", power["array"] / 8 / 128**2),
-            "sample_hold": (columns, power["sample_hold"] / ima),
-            "shift_add": (columns, power["shift_add"] / ima),
+            "adc": ("adc_used", self.conversion()[0]),
+            "dac": ("dac_used", pj["dac"]),
+            "array": ("cell_reads", pj["array"] / 128),
+            "sample_hold": ("adc_used", pj["sample_hold"]),
+            "shift_add": ("adc_used", pj["shift_add"]),
         }
 
     def area(self, arrays: int) -> pd.Series:
@@ -274,8 +269,8 @@ class Timely(Design):
         """Unit latency of the Accelergy library."""
         return table("timely")("unit_latency", "time_ns")
 
-    def energy(self, tiles: pd.DataFrame, full: bool = False, cycles: Dict[str, float] | None = None) -> pd.DataFrame:
-        """As `Design.energy`; ``full`` and ``cycles`` do not apply, as numbers go in whole."""
+    def energy(self, tiles: pd.DataFrame, cycles: Dict[str, float] | None = None) -> pd.DataFrame:
+        """As `Design.energy`; ``cycles`` do not apply, as numbers go in whole."""
         timely = table("timely")
         pj = {part: timely(part, "energy_fJ") / 1000 for part in timely.frame.index if part not in UNPRICED}
         mapping, vectors = self.array.mapping, tiles["vectors"]

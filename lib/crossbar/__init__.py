@@ -8,7 +8,7 @@ skipping zeros of inputs saves.
 from lib.crossbar.converters import Converter, calibrated, exact_bits
 from lib.crossbar.devices import Device
 from lib.crossbar.inference import on_arrays
-from lib.crossbar.mapping import SCHEMES, CrossbarError, Mapping, Polarized, as_mapping
+from lib.crossbar.mapping import SCHEMES, CrossbarError, Mapping, Polarized
 from lib.crossbar.occupied import occupied
 from lib.crossbar.product import Programmed
 from lib.crossbar.skipping import effective_cycles
@@ -25,7 +25,6 @@ __all__ = [
     "Polarized",
     "Programmed",
     "Wires",
-    "as_mapping",
     "calibrated",
     "effective",
     "effective_cycles",

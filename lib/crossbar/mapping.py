@@ -7,14 +7,14 @@ of the image.
 
 from dataclasses import dataclass, field, replace
 from math import ceil, inf
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 Scheme = Literal["offset", "two_column", "differential"]
-SCHEMES: tuple[Scheme, ...] = ("offset", "two_column", "differential")
+SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
 
 
 class CrossbarError(ValueError):
@@ -267,16 +267,3 @@ class Polarized(Mapping):
         """The weights that conductances read back as, each with its fragment's sign."""
         levels = cells if self.g_min == 0 else (cells - self.g_min) / (1 - self.g_min)
         return torch.einsum("sc,sc...->...", self.coefficients(cells), levels) * scale * self._known()
-
-
-def as_mapping(mapping: Mapping | str) -> Mapping:
-    """A mapping, from itself or from the name of its scheme (continuous, perfect cells).
-
-    Raises:
-        CrossbarError: an unknown name.
-
-    >>> from lib.crossbar import Mapping, as_mapping
-    >>> as_mapping("offset") == Mapping("offset"), as_mapping("two_column").columns
-    (True, 2)
-    """
-    return mapping if isinstance(mapping, Mapping) else Mapping(mapping)

@@ -16,9 +16,7 @@ Pair = Literal["columns", "arrays"]
 Strip = tuple[int, int]
 """Rows and filters whose weights lie side by side and are read together."""
 
-
-ISAAC_WEIGHTS = Mapping("offset", weight_bits=8, cell_bits=2)
-"""ISAAC's signed weights, at 8 bits."""
+_ISAAC = Mapping("offset", weight_bits=8, cell_bits=2)
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ class Array:
 
     rows: int = 128
     columns: int = 128
-    mapping: Mapping = ISAAC_WEIGHTS
+    mapping: Mapping = _ISAAC
     input_bits: int = 8
     dac_bits: int = 1
     tiling: Tiling = "dense"

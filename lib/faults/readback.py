@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lib.constraint import plain
-from lib.crossbar import CrossbarError, Mapping, as_mapping
+from lib.crossbar import CrossbarError, Mapping
 from lib.crossbar.devices import Devices, each
 from lib.crossbar.inference import refuse_arrays
 from lib.shapes import all_layers, prunable
@@ -41,7 +41,7 @@ def on_crossbars(model: nn.Module, mapping: Mapped) -> dict[str, Mapping]:
             raise CrossbarError(f"the plan maps layer {name!r}; the model has {', '.join(layers)}")
         if not layers[name].weight.isfinite().all():
             raise CrossbarError(f"layer {name!r} has weights that are not finite: they cannot be mapped to cells")
-    return {name: as_mapping(m) for name, m in plan.items()}
+    return {name: m if isinstance(m, Mapping) else Mapping(m) for name, m in plan.items()}
 
 
 def read_back(weight: Tensor, mapping: Mapping, devices: Devices, chip: int, layer: str) -> Tensor:
