@@ -52,7 +52,8 @@ def compact(model: nn.Module, example: Tensor) -> nn.Module:
     Cut are the channels that are dead and those that nobody reads, from all writers, batch norms and readers, to a
     fixed point; each layer keeps at least one filter. Not cut are filters that are removed in only some of the layers
     that a sum adds up, channels that a bias or a beta makes a nonzero constant at a reader (`follow` masks those),
-    spaces with other norms than batch norms, and grouped convolutions that are not depthwise.
+    spaces with other norms than batch norms or with layers that are not known (`lib.shapes`), and grouped convolutions
+    that are not depthwise.
 
     Args:
         model: masked, or with zeros in its weights. example: images ``(N, C, H, W)`` of the network's size.
@@ -61,8 +62,8 @@ def compact(model: nn.Module, example: Tensor) -> nn.Module:
         An ordinary network without masks, in the model's mode and memory format.
 
     Raises:
-        ConstraintError: a layer is used twice, or the smaller network does not run or gives other outputs, as for
-            sizes written into ``forward``.
+        ConstraintError: a layer is used twice or shares a tensor, or the smaller network does not run or gives other
+            outputs, as for sizes written into ``forward``.
 
     >>> from lib import channels, models, pruning, recipes
     >>> from lib.constraint import attach_masks
@@ -79,6 +80,9 @@ def compact(model: nn.Module, example: Tensor) -> nn.Module:
     _, alive = settle(spaces, nonzero, groups, arriving(bare, spaces, example))
     small = deepcopy(bare)
     _cut(small, spaces, _cuttable(spaces, layers, alive))
+    trained = {name: parameter.requires_grad for name, parameter in bare.named_parameters()}
+    for name, parameter in small.named_parameters():
+        parameter.requires_grad_(trained[name])  # frozen layers stay so
     if any(_channels_last(p) for p in bare.parameters()):
         small = small.to(memory_format=torch.channels_last)
     check_same(bare, small, example, "cutting out dead channels")

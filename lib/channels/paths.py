@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lib.channels.spaces import Space, first_line, groups_of, is_depthwise, own_norms, spaces_of, trace
 from lib.constraint import ConstraintError, Masks, Plan, plain
 from lib.pruning.groups import Filter
-from lib.shapes import prunable
+from lib.shapes import KINDS, prunable
 
 
 @torch.no_grad()
@@ -21,13 +21,6 @@ def arriving(model: nn.Module, spaces: list[Space], example: Tensor) -> list[Ten
 
     Raises:
         ConstraintError: a layer is used twice, so that its filters belong to several spaces at once.
-
-    >>> from lib.channels import paths, spaces
-    >>> net = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False), torch.nn.ReLU(), torch.nn.Linear(2, 1))
-    >>> net[0].weight.data = torch.tensor([[1.0, 1.0], [-1.0, -1.0]])
-    >>> hidden = [s for s in spaces.spaces_of(spaces.trace(net, torch.ones(1, 2)), torch.device("cpu")) if s.readers]
-    >>> paths.arriving(net, hidden, torch.ones(1, 2))[0].tolist()
-    [True, False]
     """
     seen: set[str] = set()
     model = deepcopy(model).eval()
@@ -40,7 +33,7 @@ def arriving(model: nn.Module, spaces: list[Space], example: Tensor) -> list[Ten
         if name in seen:
             raise ConstraintError(f"layer {name!r} is used twice in a forward pass: its channels cannot be followed")
         seen.add(name)
-        x = inputs[0].transpose(1, -1) if isinstance(layer, nn.Conv2d) else inputs[0]  # channels last
+        x = inputs[0].transpose(1, -1) if layer.weight.dim() > 2 else inputs[0]  # channels last
         nonzero[name] = (x != 0).flatten(0, -2).any(0)
 
     for name, layer in prunable(model).items():
@@ -54,7 +47,7 @@ def _silent(model: nn.Module) -> nn.Module:
     """A copy in which every layer and batch norm is removed: what still arrives anywhere is made on the way."""
     copy = plain(model)
     for module in copy.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear | _BatchNorm):
+        if isinstance(module, (*KINDS, _BatchNorm)):
             for parameter in module.parameters(recurse=False):
                 parameter.zero_()
         if isinstance(module, _BatchNorm) and module.running_mean is not None:
@@ -85,14 +78,6 @@ def settle(
     Args:
         keep: a mask for every layer. groups: the groups of every layer (1 for a linear one).
         constant: for each space the channels (size,) that are not zero at the readers even when nobody writes them.
-
-    >>> from lib.channels import paths, spaces
-    >>> net = torch.nn.Sequential(torch.nn.Linear(3, 2, bias=False), torch.nn.ReLU(), torch.nn.Linear(2, 1))
-    >>> found = spaces.spaces_of(spaces.trace(net, torch.ones(1, 3)), torch.device("cpu"))
-    >>> keep = {"0": torch.tensor([[True, True, True], [False, False, False]]), "2": torch.tensor([[True, True]])}
-    >>> keep, _ = paths.settle(found, keep, {"0": 1, "2": 1}, [torch.zeros(s.size, dtype=torch.bool) for s in found])
-    >>> keep["2"].tolist()  # nobody writes the second
-    [[True, False]]
     """
     keep = {name: mask.clone(memory_format=torch.contiguous_format) for name, mask in keep.items()}
     alive = [torch.ones_like(c) for c in constant]
@@ -125,13 +110,12 @@ def residual_groups(model: nn.Module, example: Tensor) -> list[list[str]]:
         example: images ``(N, C, H, W)`` of the network's size; one is enough and their values don't matter.
 
     Raises:
-        ConstraintError: layers share some channels but not all (a sum with a concatenation), or the model cannot be
-            traced.
+        ConstraintError: layers share some channels but not all (a sum with a concatenation), two modules share a
+            tensor, or the model cannot be traced.
 
     >>> from lib import models
     >>> from lib.channels import residual_groups
-    >>> groups = residual_groups(models.build("resnet8", (1, 28, 28), 10), torch.zeros(1, 1, 28, 28))
-    >>> groups[:3]
+    >>> residual_groups(models.build("resnet8", (1, 8, 8), 10, width=2), torch.zeros(1, 1, 8, 8))[:3]
     [['conv1', 'block1_1.conv2'], ['block1_1.conv1'], ['block2_1.conv1']]
     """
     layers = prunable(model)
@@ -156,7 +140,7 @@ def coupled(model: nn.Module, plan: Plan, example: Tensor) -> Plan:
     can be zeroed, but not cut. Other sets are not touched.
 
     >>> from lib import channels, models, pruning
-    >>> model, image = models.build("resnet8", (1, 28, 28), 10), torch.zeros(1, 1, 28, 28)
+    >>> model, image = models.build("resnet8", (1, 8, 8), 10, width=2), torch.zeros(1, 1, 8, 8)
     >>> plan = channels.coupled(model, pruning.uniform_plan(model, pruning.Filter(0.5)), image)
     >>> {name: plan[name].coupled for name in ("conv1", "block1_1.conv1", "block1_1.conv2")}
     {'conv1': 'conv1', 'block1_1.conv1': '', 'block1_1.conv2': 'conv1'}
@@ -224,9 +208,9 @@ def follow(model: nn.Module, masks: Masks, example: Tensor) -> Masks:
         ``conv1.bias`` by parameter. `lib.constraint.attach_masks` takes them all.
 
     Raises:
-        ConstraintError: a mask fits no layer, a layer is used twice, or the model does something with its channels
-            that torch-pruning does not see (such as shuffling them), so that (b) would change its output. What the
-            model does only in training, such as auxiliary classifiers, is not seen.
+        ConstraintError: a mask fits no layer, a layer is used twice or shares a tensor, or the model does something
+            with its channels that torch-pruning does not see (such as shuffling them), so that (b) would change its
+            output. What the model does only in training, such as auxiliary classifiers, is not seen.
 
     >>> from lib import channels, models, pruning, recipes
     >>> model, image = models.build("lenet5", (1, 28, 28), 10), torch.rand(1, 1, 28, 28)
@@ -250,14 +234,7 @@ def follow(model: nn.Module, masks: Masks, example: Tensor) -> Masks:
 
 @torch.no_grad()
 def zeroed(model: nn.Module, masks: Masks) -> nn.Module:
-    """An ordinary copy with the masked-out parameters at zero.
-
-    >>> from lib.channels.paths import zeroed
-    >>> net = torch.nn.Sequential(torch.nn.Linear(2, 1))
-    >>> net[0].weight.data = torch.tensor([[3.0, 1.0]])
-    >>> zeroed(net, {"0": torch.tensor([[True, False]])})[0].weight.tolist(), net[0].weight.tolist()
-    ([[3.0, 0.0]], [[3.0, 1.0]])
-    """
+    """An ordinary copy with the masked-out parameters at zero."""
     copy = plain(model)
     parameters, layers = dict(copy.named_parameters()), prunable(copy)
     for name, mask in masks.items():
@@ -267,16 +244,7 @@ def zeroed(model: nn.Module, masks: Masks) -> nn.Module:
 
 @torch.no_grad()
 def check_same(model: nn.Module, other: nn.Module, example: Tensor, what: str) -> None:
-    """Refuse a change of the outputs beyond rounding: the traced graph then misses something that the model does.
-
-    >>> from lib.channels.paths import check_same
-    >>> net, x = torch.nn.Linear(2, 1, bias=False), torch.ones(1, 2)
-    >>> net.weight.data = torch.tensor([[3.0, 1.0]])
-    >>> check_same(net, torch.nn.Flatten(0), x, "taking the layer away")
-    Traceback (most recent call last):
-        ...
-    lib.constraint.sets.ConstraintError: taking the layer away changes the outputs by up to 3: ...
-    """
+    """Refuse a change of the outputs beyond rounding: the traced graph then misses something that the model does."""
     try:
         before, after = (deepcopy(net).eval()(example) for net in (model, other))
     except RuntimeError as error:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lib.constraint import ConstraintError, plain
-from lib.shapes import prunable
+from lib.shapes import KINDS, prunable
 
 # Operations that hand channels on; a space with any other (a layer norm, attention, a bare parameter) is left alone.
 PASSING = {"CONV", "LINEAR", "BN", "ELEMENTWISE", "CONCAT", "SPLIT", "RESHAPE", "UNBIND", "EXPAND", "SLICE", "OUTPUT"}
@@ -20,12 +20,6 @@ class End(NamedTuple):
     """Where a space meets a module: its filter, input channel or norm entry ``index[i]`` is the channel ``channel[i]``.
 
     Both are ``(n,)``. One channel meets ``H*W`` columns of a linear layer behind a flattened map.
-
-    >>> from lib.channels.spaces import End
-    >>> columns = torch.ones(4, dtype=torch.bool)  # of a linear layer behind 2 channels of 2 pixels
-    >>> End("fc", torch.tensor([0, 1, 2, 3]), torch.tensor([0, 0, 1, 1])).write(torch.tensor([True, False]), columns)
-    >>> columns.tolist()
-    [True, True, False, False]
     """
 
     name: str
@@ -38,15 +32,7 @@ class End(NamedTuple):
 
 
 class Space(NamedTuple):
-    """Channels that are written together: see the module's first paragraph.
-
-    >>> from lib.channels.spaces import End, Space
-    >>> both = torch.arange(2)
-    >>> total = Space(2, [End("conv1", both, both), End("conv2", both, both)], [], [], output=False, frozen=False)
-    >>> left = {"conv1": torch.tensor([True, False]), "conv2": torch.tensor([False, False])}
-    >>> total.gather(total.writers, left).tolist()
-    [True, False]
-    """
+    """Channels that are written together: see the module's first paragraph."""
 
     size: int
     writers: list[End]
@@ -64,54 +50,42 @@ class Space(NamedTuple):
 
 
 def groups_of(layer: nn.Module) -> int:
-    """The groups of a convolution; 1 for a linear layer.
-
-    >>> from lib.channels.spaces import groups_of
-    >>> groups_of(torch.nn.Conv2d(4, 8, 3, groups=2)), groups_of(torch.nn.Linear(4, 8))
-    (2, 1)
-    """
+    """The groups of a convolution; 1 for a linear layer."""
     return getattr(layer, "groups", 1)
 
 
 def is_depthwise(layer: nn.Module) -> bool:
-    """Whether input channel ``c`` is all that filter ``c`` reads, so that the two go together.
-
-    >>> from lib.channels.spaces import is_depthwise
-    >>> is_depthwise(torch.nn.Conv2d(4, 4, 3, groups=4)), is_depthwise(torch.nn.Conv2d(4, 8, 3, groups=4))
-    (True, False)
-    """
+    """Whether input channel ``c`` is all that filter ``c`` reads, so that the two go together."""
     return groups_of(layer) > 1 and layer.groups == layer.in_channels == layer.out_channels
 
 
-def _ungrouped(conv: nn.Conv2d) -> nn.Conv2d:
+def _ungrouped(conv: nn.Conv1d | nn.Conv2d) -> nn.Module:
     """A stand-in without groups, for tracing only: what it reads and what it writes are then different spaces."""
+    kind = nn.Conv1d if isinstance(conv, nn.Conv1d) else nn.Conv2d
     sizes = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation)
-    stand_in = nn.Conv2d(*sizes, bias=conv.bias is not None, device="meta")
+    stand_in = kind(*sizes, bias=conv.bias is not None, device="meta")
     stand_in.weight = nn.Parameter(conv.weight.new_zeros(()).expand(stand_in.weight.shape))  # takes no memory
     stand_in.bias = conv.bias
     return stand_in
 
 
 def first_line(error: Exception) -> str:
-    """The kind and the first line of an error.
-
-    >>> from lib.channels.spaces import first_line
-    >>> first_line(ValueError(chr(10).join(["sizes differ", "in line 7"])))
-    'ValueError: sizes differ'
-    """
+    """The kind and the first line of an error."""
     return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
 def trace(model: nn.Module, example: Tensor) -> tp.DependencyGraph:
     """torch-pruning's dependency graph of an ordinary copy of the model.
 
-    >>> from lib import models
-    >>> from lib.channels.spaces import trace
-    >>> graph = trace(models.build("lenet5", (1, 28, 28), 10), torch.zeros(1, 1, 28, 28))
-    >>> sorted(len(group[0].idxs) for group in graph.get_all_groups())  # channels of the four layers
-    [10, 20, 50, 500]
+    Raises:
+        ConstraintError: two modules share a tensor, or torch-pruning cannot trace the model.
     """
     bare = plain(model).requires_grad_(True)
+    owners: dict[Tensor, str] = {}
+    for name, module in bare.named_modules():
+        for parameter in module.parameters(recurse=False):
+            if (other := owners.setdefault(parameter, name)) != name:
+                raise ConstraintError(f"{other} and {name} share a tensor: their channels cannot be followed")
     for name, layer in prunable(bare).items():
         if groups_of(layer) > 1:
             bare.set_submodule(name, _ungrouped(layer))
@@ -139,7 +113,7 @@ def spaces_of(graph: tp.DependencyGraph, device: torch.device) -> list[Space]:
     names = {module: name for name, module in graph.model.named_modules()}
     layers = prunable(graph.model)
     found = []
-    for group in graph.get_all_groups(root_module_types=[nn.Conv2d, nn.Linear]):
+    for group in graph.get_all_groups(root_module_types=[*KINDS]):
         writers, readers, norms, output, frozen = [], [], [], False, False
         for item in group.items:
             node, module = item.dep.target, item.dep.target.module
@@ -158,14 +132,7 @@ def spaces_of(graph: tp.DependencyGraph, device: torch.device) -> list[Space]:
 
 
 def own_norms(graph: tp.DependencyGraph) -> dict[str, list[str]]:
-    """For each layer: the batch norms that its output goes to directly and alone.
-
-    >>> from lib import models
-    >>> from lib.channels.spaces import own_norms, trace
-    >>> graph = trace(models.build("vgg", (1, 28, 28), 10), torch.zeros(1, 1, 28, 28))
-    >>> {name: own_norms(graph)[name] for name in ("conv1_1", "fc")}
-    {'conv1_1': ['bn1_1'], 'fc': []}
-    """
+    """For each layer: the batch norms that its output goes to directly and alone."""
     names = {module: name for name, module in graph.model.named_modules()}
     own = {}
     for name, layer in prunable(graph.model).items():

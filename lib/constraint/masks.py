@@ -111,9 +111,14 @@ def detach(modules: list[nn.Module], kind: type[nn.Module], parameter: str = "we
         if len(chain) > 1 and not bake:
             del chain[-1]
             continue
+        trained = any(p.requires_grad for p in chain.parameters(recurse=False))
         own = type(module)  # a deep copy shares this class with its original, and removal would strip it from both
         module.__class__ = type(own.__name__, own.__bases__, dict(vars(own)))
         parametrize.remove_parametrizations(module, parameter, leave_parametrized=bake and i == 0)  # one tensor
+        if parameter not in module._parameters:  # made of several, which had no gradient
+            tensor = getattr(module, parameter).detach()
+            delattr(module, parameter)
+            module.register_parameter(parameter, nn.Parameter(tensor, trained))
 
 
 def _slot(model: nn.Module, name: str) -> tuple[list[nn.Module], str]:
