@@ -1,6 +1,7 @@
 """A file of lib imports its own room and lower floors only, also inside functions."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -42,3 +43,14 @@ def test_nothing_above_is_imported(file):
     assert rooms <= FLOOR.keys(), "a room without a floor"
     assert {other for other in rooms if FLOOR[other] >= FLOOR[room]} <= {room}
     assert FLOOR[room] >= FLOOR["study"] or not imported(file) & SHOW
+
+
+def test_what_is_reached_through_a_room_comes_with_it():
+    """``room.file.name`` works in a fresh kernel only if the room imports the file."""
+    texts = [*LIB.rglob("*.py"), *LIB.parent.glob("notebooks/*.ipynb"), *LIB.parent.glob("*.md")]
+    text = "\n".join(file.read_text(encoding="utf-8") for file in texts)
+    for init in LIB.glob("*/__init__.py"):
+        room, brought = init.parent.name, init.read_text(encoding="utf-8")
+        for file in {file.stem for file in init.parent.glob("*.py")}:
+            reached = re.search(rf"(?<![\w.]){room}\.{file}\.\w", text)
+            assert not reached or f"from lib.{room}.{file} import" in brought, reached[0]
