@@ -7,7 +7,7 @@ import pytest
 import torch
 from filelock import FileLock
 
-from lib import data, models, reproduce
+from lib import data, models, reproduce, study
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -46,7 +46,7 @@ def smoke(tmp_path_factory):
     with FileLock(f"{place}.lock"), pytest.MonkeyPatch.context() as patch:
         patch.setenv("CACHE_ROOT", str(place / "cache"))
         errors = reproduce.reproduce("smoke", reports=place / "smoke")  # nothing is left to do the second time
-    assert errors == dict.fromkeys(reproduce.studies(), "")
+    assert errors == dict.fromkeys(study.studies(), "")
     return place / "smoke"
 
 

@@ -7,7 +7,7 @@ last good run is left alone, and inside a study every finished training run come
 from lib.reproduce.batch import reproduce
 from lib.reproduce.index import write_index
 from lib.reproduce.page import render
-from lib.reproduce.plan import prepare, preset_parameters, presets, studies, up_to_date_key
+from lib.reproduce.plan import prepare, preset_parameters, presets, up_to_date_key
 from lib.reproduce.run import Run, last_run, run_study
 
 __all__ = [
@@ -19,7 +19,6 @@ __all__ = [
     "render",
     "reproduce",
     "run_study",
-    "studies",
     "up_to_date_key",
     "write_index",
 ]

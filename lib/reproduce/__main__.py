@@ -3,22 +3,14 @@
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from lib.reproduce.batch import chosen, folders, overview, reproduce
 from lib.reproduce.plan import prepare, preset_parameters, presets
-from lib.study import PROJECT, ParameterError
+from lib.study import PROJECT, ParameterError, parameters, studies
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns 0, 1 when a study failed, 2 when it was asked for something that cannot be, 130 when interrupted.
-
-    >>> from lib.reproduce.__main__ import main
-    >>> main(["--preset", "none"])  # says on stderr which presets there are
-    2
-    """
+    """Returns 0, 1 when a study failed, 2 when it was asked for something that cannot be, 130 when interrupted."""
     parser = _parser()
     options = parser.parse_args(arguments)
     try:
@@ -61,13 +53,15 @@ def _answer(options: argparse.Namespace) -> int:
     if options.prepare_only:
         prepare(options.preset, options.prepare_only)
         return 0
-    changed = {name: _value(value) for name, value in options.changed}
-    parameters = preset_parameters(options.preset, changed)
+    for other in sorted(p.name for p in parameters.NOTEBOOKS.glob("[0-9]*.ipynb") if p.stem not in studies()):
+        sys.stderr.write(f"{other} is skipped: a study is called NN_name.ipynb, a copy needs a name of its own\n")
+    changed = dict(options.changed)
+    values = preset_parameters(options.preset, changed)
     place = options.reports or (PROJECT / "reports" / "custom" if changed else None)
     reports, _ = folders(options.preset, place)
     if options.list or options.dry_run:
-        asked = chosen(parameters, options.studies)
-        _tell(overview({s: parameters[s] for s in asked}, reports), options)
+        asked = chosen(values, options.studies)
+        _tell(overview({s: values[s] for s in asked}, reports), options)
         return 0
     errors = reproduce(
         options.preset,
@@ -80,14 +74,6 @@ def _answer(options: argparse.Namespace) -> int:
     shown = reports.relative_to(Path.cwd()) if reports.is_relative_to(Path.cwd()) else reports
     sys.stderr.write(f"open {shown / 'index.html'}\n")
     return 1 if any(errors.values()) else 0
-
-
-def _value(text: str) -> Any:
-    """As Papermill reads it: a number, a list, a truth value, else text."""
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
 
 
 def _tell(studies, options: argparse.Namespace) -> None:

@@ -6,21 +6,20 @@ import json
 from pathlib import Path
 from typing import Any
 
-import nbformat
 import yaml
 
 from lib import data
-from lib.study import PROJECT, ParameterError, check_parameters, parameters
+from lib.study import PROJECT, ParameterError, check_parameters, parameters, studies
 
 
-def studies() -> list[str]:
-    """The names of all study notebooks, in order.
+class _Loader(yaml.BaseLoader):
+    """YAML with text for every value (`no` is no truth value, `010` no 8), and every name once."""
 
-    >>> from lib.reproduce import studies
-    >>> studies()[:2]
-    ['00_start_here', '01_lottery_ticket_vs_finetuning']
-    """
-    return sorted(p.stem for p in parameters.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
+    def construct_mapping(self, node, deep=False):
+        names = [self.construct_object(name) for name, _ in node.value]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ParameterError(f"{twice[0]!r} is there twice")
+        return super().construct_mapping(node, deep)
 
 
 def presets() -> list[str]:
@@ -47,24 +46,40 @@ def preset_parameters(preset: str, changed: dict[str, Any] | None = None) -> dic
     >>> preset_parameters("smoke", {"seeds": 2})["01_lottery_ticket_vs_finetuning"]["seeds"]
     2
     """
-    if preset not in presets():
-        raise ParameterError(f"preset {preset!r} is unknown: allowed are {', '.join(presets())}")
-    path = parameters.NOTEBOOKS / "presets" / f"{preset}.yaml"
-    try:
-        given = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ParameterError(f"{path.name} is no YAML: {' '.join(str(error).split())}") from None
-    result = {study: dict(given.get(study) or {}) for study in {*studies(), *given}}
+    given = _given(preset)
+    result = {study: given.get(study) or {} for study in sorted({*studies(), *given})}
     known = {study: parameters.declared(study) for study in result}
     for name, value in (changed or {}).items():
         holders = [study for study in result if name in known[study]]
         if not holders:
             raise ParameterError(f"parameter {name!r} is unknown in every study")
         for study in holders:
-            result[study][name] = value
+            result[study] = result[study] | {name: value}
     for study, values in result.items():
-        check_parameters(study, values)
+        try:
+            checked = check_parameters(study, values)
+        except ParameterError as error:
+            raise ParameterError(f"{study} at {preset}: {error}") from None
+        result[study] = {name: checked[name] for name in values}
     return {study: result[study] for study in studies()}
+
+
+def _given(preset: str) -> dict[str, dict[str, str | list[str]]]:
+    """A preset's file as it is, every value text; ``""`` for a study without any."""
+    if preset not in presets():
+        raise ParameterError(f"preset {preset!r} is unknown: allowed are {', '.join(presets())}")
+    path = parameters.NOTEBOOKS / "presets" / f"{preset}.yaml"
+    try:
+        given = yaml.load(path.read_text("utf-8"), _Loader) or {}
+    except ParameterError as error:
+        raise ParameterError(f"{path.name}: {error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ParameterError(f"{path.name} is no YAML in UTF-8: {' '.join(str(error).split())}") from None
+    for place, found in {"": given, **(given if isinstance(given, dict) else {})}.items():
+        if found and not isinstance(found, dict):
+            where = f"{path.name}, {place}" if place else path.name
+            raise ParameterError(f"{where} holds {found!r:.60}: expected `study:` and under it lines `name: value`")
+    return given
 
 
 def prepare(preset: str, folder: Path) -> None:
@@ -72,7 +87,8 @@ def prepare(preset: str, folder: Path) -> None:
 
     >>> from pathlib import Path
     >>> from tempfile import TemporaryDirectory
-    >>> from lib.reproduce import prepare, studies
+    >>> from lib.reproduce import prepare
+    >>> from lib.study import studies
     >>> prepare("smoke", Path((folder := TemporaryDirectory()).name))
     >>> sorted(path.stem for path in Path(folder.name).iterdir()) == studies()
     True
@@ -102,25 +118,25 @@ def up_to_date_key(study: str, values: dict[str, Any]) -> str:
     >>> [up_to_date_key(study, given) == up_to_date_key(study, {}) for given in ({"report_dir": "x"}, {"seeds": 99})]
     [True, False]
     """
-    cells = [c.source for c in nbformat.read(parameters.NOTEBOOKS / f"{study}.ipynb", 4).cells if c.cell_type == "code"]
-    files = sorted(_imported("\n".join(c for c in cells if not c.lstrip().startswith(("%", "!")))))
+    python = parameters.python_of(study)
+    files = sorted(_imported(python))
     if PROJECT / "lib" / "costs" / "technology.py" in files:
         files += sorted((PROJECT / "data" / "technology").glob("*.csv"))
     code = {p.relative_to(PROJECT).as_posix(): _content(p) for p in files}
     full = check_parameters(study, values)
-    named = [v for k, v in full.items() if k in ("dataset", "datasets", "lenet_datasets", "single_layer_datasets")]
+    named = [full[name] for name, p in parameters.declared(study).items() if "a data set" in p.range]
     names = {n for value in named for n in ([value] if isinstance(value, str) else value)}
     seen = {n: data.fingerprint(n) for n in sorted(names)}
     hidden = ("data_root", "report_dir")  # where files lie changes no result
     shown = {k: v for k, v in full.items() if k not in hidden}
-    return hashlib.sha256(json.dumps([cells, shown, code, seen], sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([python, shown, code, seen], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _content(path: Path) -> str:
     """A file's text; that of Python without comments, docstrings and layout."""
     if path.suffix != ".py":
-        return path.read_text()
-    tree = ast.parse(path.read_text())
+        return path.read_text("utf-8")
+    tree = ast.parse(path.read_text("utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
             node.body.pop(0)
@@ -146,5 +162,5 @@ def _imported(source: str) -> set[Path]:
                     file = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
                     if file.is_file() and file not in found:
                         found.add(file)
-                        queue.append(file.read_text())
+                        queue.append(file.read_text("utf-8"))
     return found

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from math import exp, log
 
+from lib.study.ranges import ParameterError
+
 
 def gain_at(gains: Sequence[float], accuracies: Sequence[float], floor: float) -> float:
     """The gain (rate, compression, ...) up to which accuracy stays at or above ``floor``: the *first* crossing.
@@ -13,14 +15,14 @@ def gain_at(gains: Sequence[float], accuracies: Sequence[float], floor: float) -
     that the value is then a lower bound; NaN when not even the smallest gain holds it.
 
     Raises:
-        ValueError: lists of different length, empty, or a gain that is not positive.
+        ParameterError: lists of different length, empty, or a gain that is not positive.
 
     >>> from lib.study import gain_at
     >>> round(gain_at([1, 4, 16], [90, 89, 87], 88), 3)
     8.0
     """
     if len(gains) != len(accuracies) or not len(gains) or min(gains) <= 0:
-        raise ValueError(f"{len(gains)} gains and {len(accuracies)} accuracies: expected as many, all gains above 0")
+        raise ParameterError(f"{len(gains)} gains and {len(accuracies)} accuracies: expected as many, gains above 0")
     points = sorted(zip(gains, accuracies, strict=True))
     if points[0][1] < floor:
         return float("nan")

@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from IPython.display import HTML
 
 from lib.files import write_whole
 from lib.study.claims import CLAIM_COLUMNS, Claim, Criterion, interval, measured
-from lib.study.parameters import PROJECT, ParameterError, check_parameters, declared, injected
+from lib.study.parameters import PROJECT, check_parameters, declared, injected, require
+from lib.study.ranges import ParameterError
+from lib.study.shown import Shown
 
 
 @dataclass
@@ -48,6 +49,16 @@ class Study:
         chosen = self.parameters.get("report_dir", "")
         return PROJECT / chosen if chosen else None  # relative to the project, so that no report holds a user's path
 
+    def require(self, name: str, holds: bool, expected: str) -> None:
+        """What a parameter has to fit besides its own range, said in the set-up cell.
+
+        A batch looks at it before anything runs, where it speaks of parameters alone (see `check_parameters`).
+
+        Raises:
+            ParameterError: ``holds`` is false; it names the parameter, its value and what is expected.
+        """
+        require(self.parameters, name, holds, expected)
+
     def expect(
         self,
         id: str,
@@ -66,10 +77,10 @@ class Study:
             dataset: what the claim is tested on where that is not the study's own; ``model`` likewise.
 
         Raises:
-            ValueError: the claim is stated twice.
+            ParameterError: the claim is stated twice.
         """
         if id in self.claims:
-            raise ValueError(f"claim {id!r} is stated twice")
+            raise ParameterError(f"claim {id!r} is stated twice")
         self.claims[id] = Claim(id, statement, source, published, criterion, unit, dataset, model)
 
     def settle(self, id: str, values: Sequence[float], *, geometric: bool = False) -> None:
@@ -79,8 +90,10 @@ class Study:
             geometric: average their logarithms, as ratios ask for: 2 and 1/2 then have the mean 1.
 
         Raises:
-            KeyError: the claim was never stated.
+            ParameterError: the claim was never stated.
         """
+        if id not in self.claims:
+            raise ParameterError(f"claim {id!r} was never stated: allowed are {', '.join(self.claims)}")
         claim = self.claims[id]
         mean, low, high = np.exp(interval(np.log(values))) if geometric else interval(values)
         if claim.criterion.n == len(values) == 1:
@@ -122,7 +135,7 @@ class Study:
         ]
         return pd.DataFrame(rows, columns=[*CLAIM_COLUMNS])
 
-    def answer(self, sentence: str) -> HTML:
+    def answer(self, sentence: str) -> Shown:
         """The study's answer in a sentence or two, to be a cell's last value; a report shows it on top.
 
         Args:
@@ -135,7 +148,8 @@ class Study:
             row = rows.get(match[1])
             return f"<strong>{measured(row) if row else 'not measured'}</strong>"
 
-        return HTML(f'<p class="answer">{re.sub(r"{([^}]+)}", value, html.escape(sentence, quote=False))}</p>')
+        answer = re.sub(r"{([^}]+)}", value, html.escape(sentence, quote=False))
+        return Shown(f'<p class="answer">{answer}</p>', answer=answer)
 
     def save(self, results: pd.DataFrame) -> None:
         """Write the tidy results and this study's claims, when the study was given a ``report_dir``.
@@ -148,7 +162,7 @@ class Study:
         write_whole(self.report_dir / "results" / f"{self.name}.csv", results.to_csv(index=False))
         write_whole(self.report_dir / "claims" / f"{self.name}.csv", self.ledger().to_csv(index=False))
 
-    def _repr_html_(self) -> str:
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
         def table(title: str, rows: dict[str, Any]) -> str:
             cells = "".join(
                 f"<tr><th>{html.escape(k)}</th><td>{html.escape(str(v))}</td></tr>" for k, v in rows.items()
@@ -158,18 +172,20 @@ class Study:
         hidden = ("report_dir", "data_root")  # where files lie is no part of a result, and no reader's business
         shown = {k: v for k, v in self.parameters.items() if k not in hidden}
         parts = table("Parameters", shown) + table("Provenance", self.provenance)
-        return f'<div class="provenance" style="display:flex;gap:3em;flex-wrap:wrap">{parts}</div>'
+        page = f'<div class="provenance" style="display:flex;gap:3em;flex-wrap:wrap">{parts}</div>'
+        return Shown(page, provenance=self.provenance)._repr_mimebundle_()
 
 
 def open_study(name: str, system: str, namespace: dict[str, Any]) -> Study:
     """Open a study from its set-up cell: ``study = open_study("01_...", "System", globals())``.
 
     Checks every parameter (also names that Papermill injected and the study does not know), that the report folder
-    can be written, sets the thread count, and gathers provenance.
+    can be written, sets the thread count, and gathers provenance. A batch tells its kernels whose notebook they run,
+    so that a copy does not publish under the name of the original.
 
     Raises:
-        ParameterError: a parameter is unknown, of the wrong type or out of range.
-        OSError: the report folder cannot be written.
+        ParameterError: a parameter is unknown, of the wrong type or out of range, the report folder cannot be written,
+            or the notebook that a batch runs has another name.
 
     >>> from lib.study import open_study
     >>> cell = {"sparsities": "[0.5, 0.9]", "seeds": 3}  # lists as Papermill passes them
@@ -177,6 +193,9 @@ def open_study(name: str, system: str, namespace: dict[str, Any]) -> Study:
     >>> cell["sparsities"], study.parameters["seeds"], study.report_dir
     ([0.5, 0.9], 3, None)
     """
+    own = os.environ.get("WORKBOOK_STUDY", name)
+    if own != name:
+        raise ParameterError(f"open_study({name!r}, ...) in {own}.ipynb: expected {own!r}, a study of its own")
     given = {k: namespace[k] for k in declared(name) if k in namespace}
     given |= {k: namespace.get(k) for k in injected(namespace.get("In", []))}
     parameters = check_parameters(name, given)
@@ -229,17 +248,15 @@ def _instructions() -> str:
 
 
 def commit() -> str:
-    """The short git commit, with ``+`` behind it when tracked source was changed; ``unknown`` outside git.
-
-    >>> from lib.study.opened import commit
-    >>> commit() == "unknown" or len(commit().removesuffix("+")) >= 9
-    True
-    """
+    """The short git commit, with ``+`` behind it when tracked source was changed; ``unknown`` without a repository."""
+    told = {"cwd": PROJECT, "capture_output": True, "encoding": "utf-8", "errors": "surrogateescape", "check": True}
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=PROJECT, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(["git", *words], **told).stdout.strip()
 
     try:
+        if not PROJECT.samefile(git("rev-parse", "--show-toplevel")):  # unpacked inside of another repository
+            return "unknown"
         changed = git("status", "--porcelain", "--untracked-files=no", "--", "lib", "notebooks")
         return git("rev-parse", "--short=9", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
