@@ -16,29 +16,24 @@ import shlex
 import sys
 from pathlib import Path
 
-import yaml
-
 from lib.reproduce import preset_parameters
 from lib.study import declared
 
 
-def typed(value):
-    """What YAML would make of it: Snakemake hands numbers inside of --config on as text."""
-    return [typed(v) for v in value] if isinstance(value, list) else yaml.safe_load(str(value))
-
-
 def options(values):
-    return " ".join(f"-p {name} {shlex.quote(json.dumps(value))}" for name, value in values.items())
+    """Text goes as it is: Snakemake hands numbers inside of --config on as text, and the batch reads them by type."""
+    told = {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
+    return " ".join(f"-p {name} {shlex.quote(value)}" for name, value in told.items())
 
 
 PRESET = config.get("preset", "quick")
 PARTS = config.get("parts", f"build/parts/{PRESET}")
 REPORTS = config.get("reports", f"reports/{PRESET}")
-SET = {name: typed(value) for name, value in config.get("set", {}).items()}
+SET = config.get("set", {})
 SPLIT = config.get("split", {})
 PARAMETERS = preset_parameters(PRESET, SET)
 STUDIES = str(config.get("studies", " ".join(PARAMETERS))).split()
-RUN = f"{sys.executable} -m lib.reproduce --preset {PRESET} {options(SET)}"
+RUN = f"{shlex.quote(sys.executable)} -m lib.reproduce --preset {PRESET} {options(SET)}"
 CODE = [*map(str, Path("lib").rglob("*.py"))]
 
 
@@ -68,7 +63,7 @@ rule index:
     input:
         expand("{reports}/runs/{study}.json", reports=REPORTS, study=STUDIES),
     shell:
-        f"{RUN} --reports {REPORTS} {' '.join(STUDIES)}"
+        f"{RUN} --reports {shlex.quote(REPORTS)} {' '.join(STUDIES)}"
 
 
 rule study:
@@ -79,7 +74,7 @@ rule study:
     output:
         REPORTS + "/runs/{study}.json",
     shell:
-        f"{RUN} --reports {REPORTS} {{wildcards.study}}"
+        f"{RUN} --reports {shlex.quote(REPORTS)} {{wildcards.study}}"
 
 
 rule part:
@@ -91,4 +86,4 @@ rule part:
     params:
         chosen=chosen,
     shell:
-        f"{RUN} {{params.chosen}} --reports {PARTS}/{{wildcards.study}}/{{wildcards.part}} {{wildcards.study}}"
+        f"{RUN} {{params.chosen}} --reports {shlex.quote(PARTS)}/{{wildcards.study}}/{{wildcards.part}} {{wildcards.study}}"

@@ -3,10 +3,11 @@
 import re
 
 import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_output
 
 from lib import reproduce as room
 from lib import study
-from lib.reproduce.page import lay_out
+from lib.reproduce.page import folded
 
 
 def pages(smoke):
@@ -37,7 +38,7 @@ def page(browser):
 
 def test_text_asks_for_nothing_from_outside(smoke):
     for file in pages(smoke):
-        text = file.read_text()
+        text = file.read_text("utf-8")
         outside = re.findall(r"""(?:src|href)\s*=\s*["']?(?!data:|#|["'])([^"'\s>]+)""", text)
         linked = re.findall(r'<a[^>]*href="(https?:[^"]+)"', text)
         assert [u for u in outside if ":" in u and u not in linked] == []
@@ -48,7 +49,7 @@ def test_text_asks_for_nothing_from_outside(smoke):
 
 
 def test_every_page_opens_without_a_complaint_and_every_link_leads_somewhere(smoke, page):
-    assert len(pages(smoke)) == len(room.studies()) + 1
+    assert len(pages(smoke)) == len(study.studies()) + 1
     for file in pages(smoke):
         page.goto(file.as_uri())
         ids = set(page.eval_on_selector_all("[id]", "all => all.map(e => e.id)"))
@@ -60,7 +61,8 @@ def test_every_page_opens_without_a_complaint_and_every_link_leads_somewhere(smo
             other = file.parent / target if target else file
             assert other.is_file(), href
             if anchor:
-                assert anchor in (ids if not target else set(re.findall(r' id="([^"]+)"', other.read_text()))), href
+                there = set(re.findall(r' id="([^"]+)"', other.read_text("utf-8"))) if target else ids
+                assert anchor in there, href
         assert page.eval_on_selector_all("img:not([alt]), img[alt='']", "all => all.length") == 0
         assert page.title()
     assert page.complaints == []
@@ -76,7 +78,7 @@ def test_nothing_overflows_a_phone(smoke, page, scheme):
         assert page.evaluate("document.documentElement.scrollWidth") <= 390, file.name
         wide = page.evaluate(
             """() => [...document.querySelectorAll("main *")]
-                .filter(e => e.checkVisibility() && !e.closest(".scroll, figure, pre, math"))
+                .filter(e => e.checkVisibility() && !e.closest(".scroll, table, figure, pre, math"))
                 .filter(e => e.getBoundingClientRect().right > innerWidth + 1).map(e => e.outerHTML.slice(0, 80))"""
         )
         assert wide == [], file.name
@@ -106,7 +108,7 @@ def test_text_can_be_read_in_both_schemes(smoke, page, scheme):
         ("index.html", ["p", "a", ".soft", "td.inconclusive", "th"]),
         (None, ["p", "main a", "td", "summary"]),
     ):
-        page.goto((smoke / (file or f"{room.studies()[-1]}.html")).as_uri())
+        page.goto((smoke / (file or f"{study.studies()[-1]}.html")).as_uri())
         for selector in selectors:
             assert contrast(page, selector) >= 4.5, (scheme, file, selector)
 
@@ -147,7 +149,7 @@ def test_a_claim_leads_to_its_row(smoke, page):
 
 
 def test_a_report_begins_with_its_answer_and_ends_with_its_provenance(smoke, page):
-    for name in room.studies():
+    for name in study.studies():
         page.goto((smoke / f"{name}.html").as_uri())
         run = room.last_run(name, smoke)
         if run.answer:
@@ -156,12 +158,12 @@ def test_a_report_begins_with_its_answer_and_ends_with_its_provenance(smoke, pag
         assert place[0] > place[1]
         assert page.locator("footer").inner_text().count("commit") >= 1
         assert page.locator("details.code[open]").count() == 0
-        drawn = (study.NOTEBOOKS / f"{name}.ipynb").read_text().count("plots.show(")  # a cell shows its last alone
+        drawn = study.parameters.python_of(name).count("plots.show(")  # a cell shows its last alone
         assert page.locator("figure").count() == page.locator("figure figcaption").count() >= drawn > 0
 
 
 def test_paper_shows_no_code_and_no_navigation(smoke, page):
-    page.goto((smoke / f"{room.studies()[-1]}.html").as_uri())
+    page.goto((smoke / f"{study.studies()[-1]}.html").as_uri())
     page.emulate_media(media="print")
     assert page.locator("nav:visible").count() == 0
     assert page.locator("details.code:visible").count() == 0
@@ -169,17 +171,14 @@ def test_paper_shows_no_code_and_no_navigation(smoke, page):
 
 
 def test_figures_stand_alone_for_the_index(smoke):
-    figure = (smoke / "figures" / "01_lottery_ticket_vs_finetuning.svg").read_text()
+    figure = (smoke / "figures" / "01_lottery_ticket_vs_finetuning.svg").read_text("utf-8")
     assert "desirable rate" in figure  # a curve's title, not one of the page's icons
-    index = (smoke / "index.html").read_text()
-    assert index.count("data:image/svg+xml") == len(room.studies())
+    index = (smoke / "index.html").read_text("utf-8")
+    assert index.count("data:image/svg+xml") == len(study.studies())
 
 
 def test_neighbouring_code_is_one_fold():
-    cell = '<div class="jp-Cell">{}</div>'
-    code = '<details class="code"><summary>code</summary><pre>{}</pre></details>'
-    shown = '<div class="jp-OutputArea-child">seen</div>'
-    body = cell.format(code.format("a")) + cell.format(code.format("b")) + cell.format(code.format("c") + shown)
-    page = lay_out("x", body + cell.format("<p>text</p>") + cell.format(code.format("d")))
-    folds = re.findall(r"<details class=\"code\">(.*?)</details>", page, re.DOTALL)
-    assert [re.findall(r"<pre>(.)</pre>", fold) for fold in folds] == [["a", "b", "c"], ["d"]]
+    shown = [new_output("stream", text="seen")]
+    cells = [new_code_cell("a"), new_code_cell("b"), new_code_cell("c", outputs=shown), new_code_cell("d")]
+    cells += [new_markdown_cell("text"), new_code_cell(" "), new_code_cell("e", outputs=shown)]
+    assert [cell.source for cell in folded(cells)] == ["a\n\nb\n\nc", "d", "text", "e"]

@@ -1,6 +1,7 @@
 """The batch through Snakemake, two jobs at a time: the numbers that one process gives. An extra: skips without it."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -21,9 +22,9 @@ def snakemake(tmp_path):
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     found = shutil.which("snakemake", path=path) or pytest.skip("snakemake is not installed")
 
-    def run(*words, config=()):
+    def run(*words, config=(), command=(found,)):
         places = [f"reports={tmp_path}/many/smoke", f"parts={tmp_path}/parts"]
-        command = [found, "--jobs", "2", "--nolock", *words, "--config", "preset=smoke", f"studies={NAME}", *places]
+        command = [*command, "--jobs", "2", "--nolock", *words, "--config", "preset=smoke", f"studies={NAME}", *places]
         command += ["set={seeds: 2, sparsities: [0.5]}", *config]
         done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, done.stderr[-3000:]
@@ -53,3 +54,12 @@ def test_a_job_for_each_seed_and_value(snakemake):
     jobs = [line for line in said.splitlines() if "lib.reproduce" in line and "first_seed" in line]
     assert len(jobs) == 2 * 5  # seeds, and values of top_fractions
     assert all("-p seeds 1" in job and "-p top_fractions" in job for job in jobs)
+
+
+def test_an_environment_may_lie_in_a_path_with_a_space(snakemake, tmp_path):
+    (tmp_path / "my environment").symlink_to(sys.prefix)
+    python = str(tmp_path / "my environment" / "bin" / "python")
+    said = snakemake("--dry-run", "--printshellcmds", command=(python, "-m", "snakemake"))
+    jobs = [shlex.split(line.partition(": ")[2]) for line in said.splitlines() if " lib.reproduce " in line]
+    assert len(jobs) == 4  # two parts, the study, the index
+    assert {job[0] for job in jobs} == {python}

@@ -15,7 +15,7 @@ from IPython.display import HTML
 from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
 
-from lib.study import measured
+from lib.study import Shown, measured
 
 # Told apart with every kind of colour vision (Wong, Nature Methods 2011, as seaborn has it); then darker, for the many.
 _SAFE = [
@@ -91,10 +91,11 @@ def show(figure: Figure, caption: str, *, alt: str, kind: Literal["svg", "png"] 
     plt.close(figure)
     mime = {"svg": "image/svg+xml", "png": "image/png"}[kind]
     source = f"data:{mime};base64,{base64.b64encode(raw.getvalue()).decode()}"
-    return HTML(
+    page = (
         f'<figure style="margin:1em 0"><img src="{source}" alt="{html.escape(alt)}" style="max-width:100%">'
         f'<figcaption style="color:#555;max-width:60em">{html.escape(caption)}</figcaption></figure>'
     )
+    return Shown(page, figure=alt, svg=raw.getvalue().decode()) if kind == "svg" else HTML(page)
 
 
 def legend(figure: Figure) -> None:
@@ -157,17 +158,15 @@ def ledger_table(ledger: pd.DataFrame) -> HTML:
     >>> "0.20 [0.10, 0.30]</td>" in (page := ledger_table(study.ledger()).data), "reproduced</td>" in page
     (True, True)
     """
-    shown = pd.DataFrame(
-        {
-            "claim": ledger["claim"],
-            "published": ledger["published"],
-            "criterion": ledger["criterion"],
-            "measured": [measured(row) for row in ledger.to_dict("records")],
-            "n": ledger["n"],
-            "verdict": ledger["verdict"],
-        }
-    )
-    return table(shown, verdict=lambda v: f"color:{VERDICT_COLOURS[v]};font-weight:600")
+    heads, left = ["claim", "published", "criterion", "measured", "n", "verdict"], "text-align:left"
+    shown = ledger.assign(measured=[measured(row) for row in ledger.to_dict("records")])[heads].astype(str)
+    rows = "<tr>" + "".join(f'<th style="{left}">{head}</th>' for head in heads) + "</tr>"
+    for i, claim in enumerate(shown.itertuples(index=False), 1):  # the index of all claims leads to a row by its number
+        *told, verdict = map(html.escape, claim)
+        rows += f'<tr id="claim-{i}">' + "".join(f'<td style="{left}">{text}</td>' for text in told)
+        look = f"{left};font-weight:600;color:{VERDICT_COLOURS[verdict]}"
+        rows += f'<td class="{verdict.replace(" ", "-")}" style="{look}">{verdict}</td></tr>'
+    return HTML(f"<table>{rows}</table>")
 
 
 def table(frame: pd.DataFrame, **styles: Callable[[Any], str]) -> HTML:

@@ -20,26 +20,14 @@ from lib.study import PROJECT, ParameterError
 
 
 def folders(preset: str, reports: Path | None = None) -> tuple[Path, Path]:
-    """Where reports go, and where executed notebooks, logs and locks of the runs behind them lie.
-
-    >>> from lib.reproduce.batch import folders
-    >>> from lib.study import PROJECT
-    >>> [folder.relative_to(PROJECT).as_posix() for folder in folders("quick")]
-    ['reports/quick', 'build/quick']
-    """
+    """Where reports go, and where executed notebooks, logs and locks of the runs behind them lie."""
     reports = (reports or PROJECT / "reports" / preset).resolve()
     own = reports.parent == PROJECT / "reports"
     return reports, PROJECT / "build" / (reports.name if own else hashlib.sha256(str(reports).encode()).hexdigest()[:8])
 
 
 def state(study: str, values: dict[str, Any], reports: Path) -> str:
-    """``never ran``, ``failed``, ``stale`` (what it depends on has changed since) or ``complete``.
-
-    >>> from pathlib import Path
-    >>> from lib.reproduce.batch import state
-    >>> state("01_lottery_ticket_vs_finetuning", {}, Path("no/such/reports"))
-    'never ran'
-    """
+    """``never ran``, ``failed``, ``stale`` (what it depends on has changed since) or ``complete``."""
     if last_run(study, reports, failed=True):
         return "failed"
     run = last_run(study, reports)
@@ -49,13 +37,7 @@ def state(study: str, values: dict[str, Any], reports: Path) -> str:
 
 
 def overview(parameters: dict[str, dict[str, Any]], reports: Path) -> pd.DataFrame:
-    """Each study's state, and the time and memory of its last complete run.
-
-    >>> from pathlib import Path
-    >>> from lib.reproduce.batch import overview
-    >>> overview({"01_lottery_ticket_vs_finetuning": {}}, Path("no/such/reports")).values.tolist()
-    [['01_lottery_ticket_vs_finetuning', 'never ran', None, None]]
-    """
+    """Each study's state, and the time and memory of its last complete run."""
     rows = []
     for study, values in parameters.items():
         run = last_run(study, reports)
@@ -68,17 +50,16 @@ def chosen(parameters: dict[str, dict[str, Any]], only: Sequence[str] | None) ->
     """The studies that are asked for, in order; all of them by default. ``05`` stands for ``05_crossbar_costs``.
 
     Raises:
-        ParameterError: an unknown study.
-
-    >>> from lib.reproduce.batch import chosen
-    >>> chosen({"01_tickets": {}, "05_costs": {}}, ["05"]), chosen({"01_tickets": {}, "05_costs": {}}, None)
-    (['05_costs'], ['01_tickets', '05_costs'])
+        ParameterError: an unknown study, or a number that several have.
     """
     if not only:
         return [*parameters]
     found = {name: [s for s in parameters if s == name or s.split("_")[0] == name] for name in only}
-    if unknown := [name for name, matches in found.items() if not matches]:
-        raise ParameterError(f"study {unknown[0]!r} is unknown: allowed are {', '.join(parameters)}")
+    for name, matches in found.items():
+        if len(matches) != 1:
+            raise ParameterError(
+                f"study {name!r} is {' or '.join(matches) or 'unknown'}: allowed are {', '.join(parameters)}"
+            )
     return [s for s in parameters if [s] in found.values()]
 
 
@@ -111,7 +92,7 @@ def reproduce(
     >>> reproduce("smoke", only=["99"])
     Traceback (most recent call last):
         ...
-    lib.study.parameters.ParameterError: study '99' is unknown: allowed are 00_start_here, ...
+    lib.study.ranges.ParameterError: study '99' is unknown: allowed are 00_start_here, ...
     """
     parameters = preset_parameters(preset, changed)
     asked = chosen(parameters, only)
@@ -166,7 +147,7 @@ def _run_all(
                     errors[study] = run.error if run else ""
                     text = f"{run.minutes:.1f} min, {run.memory_mb} MB" if run else "ran in another batch"
                 except Exception as error:  # a full disk, a page that cannot be laid out: this study's, not the batch's
-                    errors[study], text = f"{type(error).__name__}: {error}".splitlines()[0], "nothing was written"
+                    errors[study], text = f"{type(error).__name__}: {error}".splitlines()[0], "not published"
                 bar.update(1 - done[study])
                 bar.write(f"{study}: {errors[study] or 'complete'} ({text})", file=sys.stderr)
         except BaseException:

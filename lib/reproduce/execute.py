@@ -1,14 +1,13 @@
 """One notebook through Papermill, in a process that ends when the batch that began it does.
 
-``python execute.py NOTEBOOK OUTPUT PARAMETERS.yaml``
+``python execute.py NOTEBOOK OUTPUT PARAMETERS.json``
 """
 
+import json
 import os
 import sys
 import threading
 import time
-
-import yaml
 
 
 def _end_with(parent: int) -> None:
@@ -24,8 +23,8 @@ def main(notebook: str, output: str, values: str) -> int:
     from papermill.exceptions import PapermillException
 
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    with open(values) as file:
-        parameters = yaml.safe_load(file)
+    with open(values, encoding="utf-8") as file:
+        parameters = json.load(file)
     try:
         execute_notebook(notebook, output, parameters, kernel_name="python3", progress_bar=False)
     except PapermillException as error:

@@ -1,28 +1,37 @@
 """The HTML report of an executed notebook: one file that opens anywhere, without a script or a request."""
 
-import base64
+import html
 import re
 from collections import Counter
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import nbformat
 import pandas as pd
-from bs4 import BeautifulSoup, Tag
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from nbformat import NotebookNode
+
+from lib.study import SAID
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 VERDICTS = ("reproduced", "not reproduced", "inconclusive")
+OPENING, OUTER = "provenance", {"provenance", "answer"}  # outputs that say these have places of their own in a page
+FORMULA = re.compile(
+    r"^ {0,3}(?P<fence>`{3,}|~{3,}).*?(?:^ {0,3}(?P=fence)|\Z)"  # what is code, or escaped, is no formula
+    r"|(?<!`)(?P<ticks>`+)(?!`)(?:.(?!\n\s*\n))+?(?<!`)(?P=ticks)(?!`)|\\\$"
+    r"|\$\$(?P<display>[^`]+?)\$\$"
+    r"|\$(?=\S)(?P<inline>(?:\\.|[^`$\\\n]|\n(?!\s*\n))+?)(?<=\S)\$(?!\d)",  # by pandoc's rule: $5 to $10 is text
+    re.DOTALL | re.MULTILINE,
+)
 
 
 def render(executed: Path, *, run: dict[str, Any] | None = None, ledger: pd.DataFrame | None = None) -> str:
-    """A self-contained HTML page of an executed notebook.
+    """A self-contained HTML page of an executed notebook: answer and verdicts on top, provenance at the foot.
 
     Args:
         run: the record of the run, for the foot of the page.
-        ledger: the study's claims, for the verdicts on top; their rows in the page get anchors ``claim-1``, ...
+        ledger: the study's claims, for the verdicts on top.
 
     >>> from lib.reproduce import render
     >>> from lib.study import NOTEBOOKS
@@ -32,119 +41,86 @@ def render(executed: Path, *, run: dict[str, Any] | None = None, ledger: pd.Data
     """
     from nbconvert import HTMLExporter
 
-    notebook = nbformat.read(executed, 4)
+    notebook, opened = nbformat.read(executed, 4), ""
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             cell.source = mathml(cell.source)
-    notebook.cells = [c for c in notebook.cells if c.source.strip()]
-    exporter = HTMLExporter(template_name="report", extra_template_basedirs=[str(TEMPLATES)])
-    body, _ = exporter.from_notebook_node(notebook)
-    return lay_out(executed.stem, body, run=run, ledger=ledger)
+        for output in list(cell.get("outputs", [])):
+            if OUTER & said(output).keys():
+                cell.outputs.remove(output)
+                opened = output.data["text/html"] if OPENING in said(output) else opened
+    cells = folded(notebook.cells)
+    first = int(cells[:1] != [] and cells[0].source.startswith("# "))  # the title stands before the answer
+    options = {"exclude_input_prompt": True, "exclude_output_prompt": True}
+    exporter = HTMLExporter(template_name="report", extra_template_basedirs=[str(TEMPLATES)], **options)
+    parts = (nbformat.from_dict({**notebook, "cells": part}) for part in (cells[:first], cells[first:]))
+    head, body = (exporter.from_notebook_node(part)[0] for part in parts)
+    counts = Counter(ledger["verdict"]) if ledger is not None else {}
+    return template("report.html.j2").render(
+        study=executed.stem,
+        head=head,
+        body=body,
+        opened=opened,
+        contents=re.findall(r'<h2 id="([^"]+)">(.*?)<a class="anchor-link"', body),
+        verdicts=[(v, counts[v]) for v in VERDICTS if counts.get(v)],
+        run=run,
+        colours=_code_colours(),
+        **outline(executed),
+    )
 
 
-class Outline(NamedTuple):
-    """What an index tells of a report: its title, its answer as HTML, and what its first figure shows.
+def outline(executed: Path) -> dict[str, Any]:
+    """What an executed notebook, or what there is of it, says as data; of several figures the first.
 
-    >>> from lib.reproduce.page import Outline
-    >>> Outline("Mine", "It costs <strong>0.2</strong> points.", "accuracy against rate").title
-    'Mine'
-    """
-
-    title: str
-    answer: str
-    figure: str
-
-
-def outline(executed: Path) -> Outline:
-    """That of an executed notebook, or of whatever part of it there is.
-
-    >>> from pathlib import Path
-    >>> from lib.reproduce.page import outline
-    >>> from lib.study import NOTEBOOKS
-    >>> outline(NOTEBOOKS / "06_quantization.ipynb").title, outline(Path("lost.ipynb"))
-    ('Which numbers may weights be?', Outline(title='lost', answer='', figure=''))
+    Returns:
+        ``title`` and ``answer``, as HTML, ``figure``, ``svg``, ``provenance``; "" for what it does not say.
     """
     try:
         cells = nbformat.read(executed, 4).cells
     except (OSError, ValueError):
-        return Outline(executed.stem, "", "")
-    title = next((m[1] for c in cells if (m := re.search(r"^# (.+)$", c.source, re.MULTILINE))), executed.stem)
-    outputs = [o.get("data", {}).get("text/html", "") for c in cells for o in c.get("outputs", [])]
-    shown = "".join("".join(o) for o in outputs)
-    answer = re.search(r'<p class="answer">(.*?)</p>', shown, re.DOTALL)
-    return Outline(title, answer[1] if answer else "", first_figure(shown)[0])
+        cells = []
+    told = [said(output) for cell in cells for output in cell.get("outputs", [])]
+    texts = [cell.source for cell in cells if cell.cell_type == "markdown"]
+    title = next((m[1] for text in texts if (m := re.search(r"^# (.+)$", text, re.MULTILINE))), executed.stem)
+    found = {key: next((s[key] for s in told if key in s), "") for key in ("answer", "figure", "svg", "provenance")}
+    return {"title": html.escape(title)} | found
 
 
-def first_figure(page: str) -> tuple[str, bytes]:
-    """What the first drawing of a page shows, as HTML, and the drawing as SVG; both empty if there is none.
+def said(output: NotebookNode) -> dict[str, Any]:
+    """What an output of a notebook says as data, see `lib.study.Shown`."""
+    return output.get("data", {}).get(SAID, {})
 
-    >>> from lib.reproduce.page import first_figure
-    >>> first_figure('<img src="data:image/svg+xml;base64,PHN2Zy8+" alt="a line">'), first_figure("no image")
-    (('a line', b'<svg/>'), ('', b''))
-    """
-    for image in re.finditer(r'<img[^>]* src="data:image/svg\+xml;base64,([^"]+)"[^>]*>', page):
-        if alt := re.search(r' alt="([^"]*)"', image[0]):
-            return alt[1], base64.b64decode(image[1])
-    return "", b""
+
+def folded(cells: list[NotebookNode]) -> list[NotebookNode]:
+    """Cells as a page has them: code with nothing shown in between is one; none that is empty or Papermill's own."""
+    found: list[NotebookNode] = []
+    for cell in cells:
+        if not cell.source.strip() or "papermill-error-cell-tag" in cell.metadata.get("tags", []):
+            continue
+        if found and cell.cell_type == found[-1].cell_type == "code" and not found[-1].outputs:
+            cell.source = f"{found.pop().source}\n\n{cell.source}"
+        found.append(cell)
+    return found
 
 
 def mathml(markdown: str) -> str:
-    """``$$...$$`` and ``$...$`` as MathML, which browsers draw without a script.
-
-    >>> from lib.reproduce.page import mathml
-    >>> mathml("a share of $p$")
-    'a share of <math ...><mrow><mi>p</mi></mrow></math>'
-    """
+    """``$$...$$`` and ``$...$`` as MathML, which browsers draw without a script; a formula that is none stays text."""
     from latex2mathml.converter import convert
 
-    markdown = re.sub(r"\$\$(.+?)\$\$", lambda m: convert(m[1].strip(), display="block"), markdown, flags=re.DOTALL)
-    return re.sub(r"(?<![\\$])\$([^$\n]+?)\$", lambda m: convert(m[1]), markdown)
+    def drawn(match: re.Match) -> str:
+        try:
+            if match["display"]:
+                return convert(match["display"].strip(), display="block")
+            return convert(match["inline"]) if match["inline"] else match[0]
+        except Exception:  # it raises errors of many types, and a formula as text is better than no report
+            return match[0]
 
-
-def lay_out(study: str, body: str, *, run: dict[str, Any] | None = None, ledger: pd.DataFrame | None = None) -> str:
-    """The page around a notebook's cells as HTML: answer and verdicts on top, contents, provenance at the foot.
-
-    >>> from lib.reproduce.page import lay_out
-    >>> page = lay_out("09_mine", '<h1>Mine</h1><p>How.</p><p class="answer">Yes.</p>')
-    >>> "<title>Mine</title>" in page, page.index("Yes.") < page.index("How.")
-    (True, True)
-    """
-    soup = BeautifulSoup(body, "html.parser")
-    for prompt in soup.select(".jp-InputPrompt, .jp-OutputPrompt, .jp-Collapser"):
-        prompt.decompose()
-    title = soup.h1.get_text().removesuffix("¶") if soup.h1 else study
-    opened = _taken(soup, "div.provenance")
-    answer = _taken(soup, "p.answer")
-    _fold_code(soup)
-    for table in soup.find_all("table"):
-        table.wrap(soup.new_tag("div", attrs={"class": "scroll", "tabindex": "0"}))
-    _mark_verdicts(soup)
-    start = soup.select_one(".jp-MarkdownCell")
-    head = start.extract() if start and start.h1 else ""
-    contents = [(h["id"], h.get_text().removesuffix("¶")) for h in soup.find_all("h2") if h.get("id")]
-    counts = Counter(ledger["verdict"]) if ledger is not None else {}
-    return template("report.html.j2").render(
-        study=study,
-        title=title,
-        head=str(head),
-        body=str(soup),
-        answer=answer.decode_contents() if answer else "",
-        opened=str(opened or ""),
-        contents=contents,
-        verdicts=[(v, counts[v]) for v in VERDICTS if counts.get(v)],
-        run=run,
-        colours=_code_colours(),
-    )
+    return FORMULA.sub(drawn, markdown)
 
 
 @cache
 def template(name: str):
-    """A Jinja template of this folder.
-
-    >>> from lib.reproduce.page import template
-    >>> template("index.html.j2").name
-    'index.html.j2'
-    """
+    """A Jinja template of this folder."""
     loader = Environment(loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, autoescape=False)
     return loader.get_template(name)
 
@@ -157,37 +133,3 @@ def _code_colours() -> str:
         HtmlFormatter(style=s, nobackground=True).get_style_defs(".highlight") for s in ("default", "monokai")
     )
     return f"{light}\n@media screen and (prefers-color-scheme: dark) {{\n{dark}\n}}"
-
-
-def _taken(soup: BeautifulSoup, selector: str) -> Tag | None:
-    """The first match, out of its place, and without the output around it that is empty then."""
-    found = soup.select_one(selector)
-    if found is None:
-        return None
-    output = found.find_parent(class_="jp-Cell-outputWrapper")
-    found.extract()
-    if output is not None and not output.get_text(strip=True) and not output.find("img"):
-        output.decompose()
-    return found
-
-
-def _fold_code(soup: BeautifulSoup) -> None:
-    """One fold for code cells that follow each other with nothing shown in between."""
-    for cell, following in pairwise(soup.select(".jp-Cell")):
-        code, next_code = cell.select_one("details.code"), following.select_one("details.code")
-        if code and next_code and not cell.select_one(".jp-OutputArea-child"):
-            code.summary.decompose()
-            for part in reversed(list(code.contents)):
-                next_code.summary.insert_after(part.extract())
-            cell.decompose()
-
-
-def _mark_verdicts(soup: BeautifulSoup) -> None:
-    """Anchors and colours for the rows of the ledger, the table whose last column is a verdict with a measurement."""
-    for table in soup.find_all("table"):
-        heads = [th.get_text(strip=True) for th in table.select("thead th")]
-        if heads[:1] == ["claim"] and heads[-1:] == ["verdict"] and "measured" in heads:
-            for i, row in enumerate(table.select("tbody tr"), 1):
-                row["id"] = f"claim-{i}"
-                cell = row.find_all("td")[-1]
-                cell["class"] = [*cell.get("class", []), cell.get_text(strip=True).replace(" ", "-")]

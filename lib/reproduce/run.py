@@ -1,6 +1,8 @@
 """One study in a process of its own, and what came of it."""
 
+import html
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -8,7 +10,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,9 @@ from typing import Any
 import nbformat
 import pandas as pd
 import psutil
-import yaml
 
 from lib.files import write_whole
-from lib.reproduce.page import first_figure, outline, render
+from lib.reproduce.page import outline, render
 from lib.reproduce.plan import up_to_date_key
 from lib.study import PROJECT, parameters, provenance
 
@@ -56,19 +57,7 @@ class Run:
 
 
 class Interrupted(Exception):
-    """The batch is being stopped: the run was ended and leaves nothing.
-
-    >>> from pathlib import Path
-    >>> from tempfile import TemporaryDirectory
-    >>> from threading import Event
-    >>> from lib.reproduce import run_study
-    >>> (stop := Event()).set()
-    >>> with TemporaryDirectory() as folder:
-    ...     run_study("01_lottery_ticket_vs_finetuning", {}, Path(folder), Path(folder), stop=stop)
-    Traceback (most recent call last):
-        ...
-    lib.reproduce.run.Interrupted
-    """
+    """The batch is being stopped: the run was ended and leaves nothing."""
 
 
 def last_run(study: str, reports: Path, *, failed: bool = False) -> Run | None:
@@ -80,7 +69,7 @@ def last_run(study: str, reports: Path, *, failed: bool = False) -> Run | None:
     True
     """
     try:
-        return Run(**json.loads(_record(study, reports, failed).read_text()))
+        return Run(**json.loads(_record(study, reports, failed).read_text("utf-8")))
     except (OSError, ValueError, TypeError):
         return None
 
@@ -115,7 +104,7 @@ def run_study(
     >>> run_study("01_lottery_ticket_vs_finetuning", {"seeds": 0}, Path("reports"), Path("build"))
     Traceback (most recent call last):
         ...
-    lib.study.parameters.ParameterError: seeds = 0: allowed are whole numbers from 1
+    lib.study.ranges.ParameterError: seeds = 0: expected 1 or more
     """
     key, started = up_to_date_key(study, values), time.monotonic()
     for left in build.glob(f"{study}.*.run"):  # of a batch that was killed; whoever calls holds the study's lock
@@ -125,23 +114,24 @@ def run_study(
     try:
         executed, stage = folder / f"{study}.ipynb", folder / reports.name  # claims tell the preset by its name
         where = stage.relative_to(PROJECT) if stage.is_relative_to(PROJECT) else stage
-        given = folder / "parameters.yaml"
-        write_whole(given, yaml.safe_dump(values | {"report_dir": where.as_posix()}))
+        given = folder / "parameters.json"
+        write_whole(given, json.dumps(values | {"report_dir": where.as_posix()}))
         script = Path(__file__).with_name("execute.py")  # by its path: as a module it would import torch first
-        command = [sys.executable, "-P", script, parameters.NOTEBOOKS / f"{study}.ipynb"]
-        with (build / f"{study}.log").open("w") as log:
-            process = subprocess.Popen(
-                [*map(str, command), str(executed), str(given)], stdout=log, stderr=subprocess.STDOUT
-            )
+        command = [sys.executable, "-P", script, parameters.NOTEBOOKS / f"{study}.ipynb", executed, given]
+        log, own = build / f"{study}.log", os.environ | {"WORKBOOK_STUDY": study}
+        with log.open("wb") as file:
+            process = subprocess.Popen([*map(str, command)], stdout=file, stderr=subprocess.STDOUT, env=own)
             memory = _watch(process, executed, report, stop)
-        cell, error = failure(executed, process.returncode)
+        cell, error = failure(executed, process.returncode, f"build/{build.name}/{log.name}")
+        if others := [f.relative_to(stage).as_posix() for f in stage.rglob("*.*") if f.stem != study]:
+            error = error or f"it wrote {', '.join(others)}: expected files of its own name"
+        told = outline(executed)
+        svg, seen = told.pop("svg"), told.pop("provenance") or provenance()
         took = {"minutes": round((time.monotonic() - started) / 60, 2), "memory_mb": memory}
-        took |= {"finished": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"), "provenance": provenance()}
-        run = Run(study, key, error, cell, **outline(executed)._asdict(), **took)
-        _publish(run, executed, stage, reports)
+        took |= {"finished": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"), "provenance": seen}
         if executed.is_file():
-            executed.replace(build / executed.name)
-        return run
+            executed = executed.replace(build / executed.name)
+        return _publish(Run(study, key, error, cell, **told, **took), executed, svg, stage, reports)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -174,31 +164,23 @@ def _memory(pid: int) -> int:
 def _cells(executed: Path) -> tuple[int, int]:
     """How many cells of a running notebook are finished, and of how many: Papermill saves after each."""
     try:
-        cells = json.loads(executed.read_text())["cells"]
+        cells = json.loads(executed.read_text("utf-8"))["cells"]
     except (OSError, ValueError, KeyError):
         return 0, 0
     return sum(c["metadata"].get("papermill", {}).get("status") == "completed" for c in cells), len(cells)
 
 
-def failure(executed: Path, returncode: int) -> tuple[int | None, str]:
+def failure(executed: Path, returncode: int, log: str) -> tuple[int | None, str]:
     """The failed cell of an executed notebook and its error in one line; ``(None, "")`` if every cell really ran.
 
     Papermill calls every cell "completed" after a timeout, a dead kernel or Ctrl-C, so its exit code and an
     execution count on every code cell are asked for both. Cells are counted from 1, with text cells and without the
-    one that Papermill injects.
-
-    >>> from pathlib import Path
-    >>> from tempfile import NamedTemporaryFile
-    >>> from nbformat import v4, write
-    >>> from lib.reproduce.run import failure
-    >>> write(v4.new_notebook(cells=[v4.new_code_cell("x = 1")]), (file := NamedTemporaryFile()).name)
-    >>> failure(Path(file.name), returncode=-9)
-    (1, '1 of 1 cells did not run (exit code -9: killed, or the kernel died)')
+    one that Papermill injects. Where no cell says why, the error names the ``log``.
     """
     try:
         cells = nbformat.read(executed, 4).cells
     except (OSError, ValueError):
-        return None, f"papermill wrote no notebook (exit code {returncode})"
+        return None, f"papermill wrote no notebook (exit code {returncode}), see {log}"
     own = [c for c in cells if "injected-parameters" not in c.metadata.get("tags", []) or c.get("outputs")]
     own = [c for c in own if "papermill-error-cell-tag" not in c.metadata.get("tags", [])]
     code = [(i, c) for i, c in enumerate(own, 1) if c.cell_type == "code" and c.source.strip()]
@@ -208,26 +190,32 @@ def failure(executed: Path, returncode: int) -> tuple[int | None, str]:
                 return i, f"{output.ename}: {output.evalue}".splitlines()[0]
     if missing := [i for i, c in code if c.execution_count is None]:
         how = f"exit code {returncode}: killed, or the kernel died"
-        return missing[0], f"{len(missing)} of {len(code)} cells did not run ({how})"
-    return None, f"papermill ended with exit code {returncode}" if returncode else ""
+        return missing[0], f"{len(missing)} of {len(code)} cells did not run ({how}), see {log}"
+    return None, f"papermill ended with exit code {returncode}, see {log}" if returncode else ""
 
 
-def _publish(run: Run, executed: Path, stage: Path, reports: Path) -> None:
-    """Move a run's files to the reports, the record of it last."""
-    record = _record(run.study, reports, bool(run.error))
-    if run.error:
-        if executed.is_file():
-            write_whole(reports / f"{run.study}.failed.html", render(executed, run=asdict(run)))
-    else:
-        claims = stage / "claims" / f"{run.study}.csv"
-        ledger = pd.read_csv(claims, keep_default_na=False) if claims.is_file() else None
-        page = render(executed, run=asdict(run), ledger=ledger)
-        record.unlink(missing_ok=True)  # from here to its new one the report is that of no run
-        write_whole(reports / f"{run.study}.html", page)
-        if run.figure:
-            write_whole(reports / "figures" / f"{run.study}.svg", first_figure(page)[1])
+def _publish(run: Run, executed: Path, svg: str, stage: Path, reports: Path) -> Run:
+    """Move a run's files to the reports: what it measured, then its page, the record of it last."""
+    claims = stage / "claims" / f"{run.study}.csv"
+    ledger = pd.read_csv(claims, keep_default_na=False) if claims.is_file() and not run.error else None
+    if not run.error:
         for file in stage.rglob("*.csv"):
             write_whole(reports / file.relative_to(stage), file.read_bytes())
-        _record(run.study, reports, failed=True).unlink(missing_ok=True)
+        if svg:
+            write_whole(reports / "figures" / f"{run.study}.svg", svg)
+    try:
+        page = render(executed, run=asdict(run), ledger=ledger)
+    except Exception as error:  # a page can be laid out again, a run may have taken hours
+        said = f"its page could not be laid out, its results are kept: {type(error).__name__}: {error}".splitlines()[0]
+        run = replace(run, error=run.error or said)
+        page = f'<!doctype html><meta charset="utf-8"><title>{run.study}</title><p>{html.escape(run.error)}</p>'
+    record, failed = (_record(run.study, reports, failed) for failed in (bool(run.error), True))
+    if run.error:
+        write_whole(reports / f"{run.study}.failed.html", page)
+    else:
+        record.unlink(missing_ok=True)  # from here to its new one the report is that of no run
+        write_whole(reports / f"{run.study}.html", page)
+        failed.unlink(missing_ok=True)
         (reports / f"{run.study}.failed.html").unlink(missing_ok=True)
     write_whole(record, json.dumps(asdict(run), indent=1) + "\n")
+    return run
