@@ -622,6 +622,14 @@ class TestAllUses:
             crossbar.on_arrays(Apart(), Array(), x)
         assert crossbar.on_arrays(Apart(), {"fc": Array()}, x)(x).shape == (3, 4)
 
+    def test_layers_of_a_fused_kernel_run_themselves(self):
+        torch.manual_seed(0)
+        net, x = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval(), torch.randn(5, 3, 8)
+        in_arrays = crossbar.on_arrays(net, {"linear1": WIDE, "linear2": Array(adc_bits=2)}, x)
+        with torch.no_grad():
+            assert crossbar.on_arrays(net, {"linear1": WIDE, "linear2": WIDE}, x)(x) == pytest.approx(net(x), abs=5e-3)
+            assert (in_arrays(x) - net(x)).abs().max() > 0.05
+
     def test_hooks_of_a_layer_still_run(self):
         torch.manual_seed(0)
         net, x = nn.Sequential(nn.Linear(6, 4)), torch.rand(50, 6)
@@ -645,6 +653,7 @@ class TestAllUses:
             lambda noise: crossbar.on_arrays(net, Array(), SEEN, devices=noise),
             lambda noise: faults.on_chip(net, "offset", (faults.StuckAt(0.1), noise), 0),
             lambda noise: faults.InSlice(noise, 0),
+            lambda noise: faults.UnderFaults("offset", noise),
         ):
             with pytest.raises(CrossbarError, match=r"ReadNoise\(sigma=0.1\) is new at every read"):
                 ask(faults.ReadNoise(0.1))

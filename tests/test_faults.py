@@ -48,7 +48,8 @@ SHAPE = torch.Size((1, 2, 200, 300))
 @pytest.mark.parametrize("where", WHERE)
 @pytest.mark.parametrize("rate", [0.002, 0.05, 0.5])
 def test_every_pattern_breaks_the_same_share_of_cells(where, rate):
-    faults, mapping, shape = StuckAt(rate, where=where), Mapping(), torch.Size((1, 2, 100, 200))
+    faults, mapping = StuckAt(rate, where=where), Mapping()
+    shape = torch.Size((1, 2, 50, 100) if where == "clusters" else (1, 2, 100, 200))
     draws = [faults.draw(shape, mapping, chip, "fc1") for chip in range(30)]
     shares = np.array([len(index) for index, _ in draws]) / shape.numel()
     assert all(len(np.unique(index)) == len(index) for index, _ in draws)
@@ -161,9 +162,9 @@ def test_moments_are_those_of_the_table():
 )  # fmt: skip
 @pytest.mark.parametrize("w", [0.0, 0.3, -0.8])
 def test_moments_agree_with_injected_cells(mapping, w):
-    """A million draws, 2 %."""
+    """Half a million draws or more, 3 %."""
     faults = StuckAt(0.1, stuck_on_value=1.5)
-    weight = torch.full((1000, 1000), w)
+    weight = torch.full((700, 700), w)
     if mapping.weight_bits:
         weight = (weight * 127).round() / 127
     errors = []
@@ -172,7 +173,7 @@ def test_moments_agree_with_injected_cells(mapping, w):
         errors.append(mapping.decode(cells, 1.0) - weight)
     error = torch.cat(errors).double()
     mean, square = (float(v) for v in moments(weight[:1, :1], mapping, faults))
-    assert float(error.square().mean()) == pytest.approx(square, rel=0.02)
+    assert float(error.square().mean()) == pytest.approx(square, rel=0.03)
     assert float(error.mean()) == pytest.approx(mean, abs=4 * sqrt(square / error.numel()))
 
 

@@ -15,7 +15,7 @@ from lib.crossbar.mapping import CrossbarError
 from lib.crossbar.product import CHUNK, Programmed
 from lib.crossbar.tiling import Array
 from lib.crossbar.wires import Wires
-from lib.shapes import all_layers, prunable, uses
+from lib.shapes import all_layers, uses
 
 
 class ArrayLayer:
@@ -137,15 +137,17 @@ def on_arrays(
     """
     refuse_arrays(model)
     copy = plain(model).eval()
-    layers = prunable(copy)
+    layers = uses(copy)
     plan = array if isinstance(array, Dict) else dict.fromkeys(all_layers(copy, "one array for all"), array)
     if not plan or (unknown := set(plan) - set(layers)):
         named = f"layer {min(unknown)!r}" if plan else "no layer"
         raise CrossbarError(f"the plan of arrays names {named}; the model has {', '.join(layers) or 'none'}")
     placed, drawn = {}, each(devices, lasting=True)
     for name, a in plan.items():
-        cells = _programmed(layers[name], a, drawn, chip, name, wires)
-        placed[name] = [ArrayLayer(module, cells) for module in uses(copy)[name]]
+        cells = _programmed(layers[name][0], a, drawn, chip, name, wires)
+        placed[name] = [ArrayLayer(module, cells) for module in layers[name]]
+        for module in layers[name]:
+            module.register_forward_pre_hook(_own_forward)
     with torch.no_grad():
         _choose_ranges(copy, placed, images)
     for user in (u for users in placed.values() for u in users):
@@ -191,6 +193,10 @@ def _choose_ranges(copy: nn.Module, placed: dict[str, list[ArrayLayer]], images:
         elif never := [name for name in unknown if not placed[name][0].inputs]:
             raise CrossbarError(f"the images never meet {', '.join(never)}: name the layers that lie in arrays")
         waiting, seen = None, []
+
+
+def _own_forward(*_) -> None:
+    """A hook that does nothing: where there is one, torch's fused transformer layer lets its layers run themselves."""
 
 
 def in_arrays(model: nn.Module) -> dict[str, list[ArrayLayer]]:

@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 
 from lib.constraint import attach, detach
 from lib.crossbar import CrossbarError, Mapping
-from lib.crossbar.devices import Devices
+from lib.crossbar.devices import Devices, each
 from lib.faults.readback import on_crossbars, read_back
 from lib.shapes import Parametrization, prunable, uses
 from lib.training import Hook, TrainingError
@@ -60,6 +60,9 @@ class UnderFaults(Hook):
     mapping: Mapping | str | Dict[str, Mapping | str]
     devices: Devices
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        each(self.devices, lasting=True)
 
     def before_epoch(self, model: nn.Module, epoch: int) -> None:
         """Stand behind every mapped weight."""
