@@ -5,8 +5,10 @@ JOBS   ?= 1
 RUN     = $(VENV)/bin/python -m
 # Without the last option, a test that kills its process is given to a new one, for ever.
 TEST    = $(RUN) pytest -n 2 --dist loadfile --max-worker-restart 0
+NUMERIC = $(addprefix tests/test_,$(addsuffix .py,strides every_recipe training arrays crossbar value_sets quantization \
+          faults spent export))
 
-.PHONY: reports test lab benchmarks clean
+.PHONY: reports test test-avx2 lab benchmarks clean
 
 reports: $(VENV)/ready  ## run every study at PRESET, JOBS at a time, and render reports/PRESET/index.html
 	$(RUN) lib.reproduce --preset $(PRESET) --jobs $(JOBS)
@@ -14,9 +16,13 @@ reports: $(VENV)/ready  ## run every study at PRESET, JOBS at a time, and render
 test: $(VENV)/ready  ## lint, unit tests, every notebook at the smoke preset, one report from end to end
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
-	$(TEST)
+	rm -rf build/smoke-cache
+	SMOKE_CACHE="$(CURDIR)/build/smoke-cache" $(TEST)
 	$(RUN) lib.reproduce --preset smoke --prepare-only build/nbval
-	$(TEST) --nbval-lax --nbval-current-env --nbval-cell-timeout 120 build/nbval
+	CACHE_ROOT="$(CURDIR)/build/smoke-cache" $(TEST) --nbval-lax --nbval-current-env --nbval-cell-timeout 120 build/nbval
+
+test-avx2: $(VENV)/ready  ## the numeric tests again, under the instructions that most machines share
+	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(TEST) $(NUMERIC)
 
 lab: $(VENV)/ready  ## open the notebooks in JupyterLab
 	$(RUN) jupyterlab --notebook-dir=notebooks

@@ -40,11 +40,11 @@ def study_file():
 
 @pytest.fixture(scope="session")
 def smoke(tmp_path_factory):
-    """The reports of a smoke run, made once for all test processes."""
+    """The reports of a smoke run, made once for all test processes; ``SMOKE_CACHE`` keeps its networks for nbval."""
     base = tmp_path_factory.getbasetemp()
     place = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "smoke-run"
     with FileLock(f"{place}.lock"), pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CACHE_ROOT", str(place / "cache"))
+        patch.setenv("CACHE_ROOT", os.environ.get("SMOKE_CACHE") or str(place / "cache"))
         errors = reproduce.reproduce("smoke", reports=place / "smoke")  # nothing is left to do the second time
     assert errors == dict.fromkeys(study.studies(), "")
     return place / "smoke"
