@@ -12,7 +12,7 @@ from lib.pruning import Column, FilterColumn, uniform_plan
 from lib.recipes import purify
 from lib.recipes.purification import _input_channels, _scores
 from lib.shapes import prunable
-from lib.training import evaluate, fit
+from lib.training import TrainingError, evaluate, fit
 
 
 @pytest.fixture(scope="module")
@@ -88,5 +88,5 @@ def test_a_residual_network(images):
 
 @pytest.mark.parametrize(("drop", "emptiness"), [(-1.0, (0.5,)), (1.0, (2.0,)), (1.0, ())])
 def test_bad_thresholds_are_named(pruned, images, drop, emptiness):
-    with pytest.raises(ValueError, match="purify"):
+    with pytest.raises(TrainingError, match="purify"):
         purify(pruned, images.test.x[:1], images.validation, drop, emptiness)

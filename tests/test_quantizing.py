@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lib.constraint import ConstraintError, attach_masks, fitted, harden, masks, weights
+from lib.constraint import attach_masks, fitted, harden, masks, weights
 from lib.data import Split
 from lib.models import build
 from lib.pruning import Unstructured, uniform_plan
@@ -66,7 +66,7 @@ class TestStraightThrough:
         assert set(trained.state_dict()) == set(build("lenet300", images.shape, 10).state_dict())
 
     def test_coupled_layers_are_refused(self, trained, images):
-        with pytest.raises(ConstraintError, match="couples"):
+        with pytest.raises(TrainingError, match="couples"):
             straight_through(trained, uniform_plan(trained, Unstructured(0.5, "global")), images, **OPTIONS)
 
 
@@ -123,7 +123,7 @@ class TestPartialHardening:
         assert all(torch.equal(a, b) for a, b in zip(pruned.parameters(), start.parameters(), strict=True))
 
     def test_shares_are_checked(self, trained, images):
-        with pytest.raises(ValueError, match="shares"):
+        with pytest.raises(TrainingError, match="shares"):
             partial_hardening(trained, uniform_plan(trained, binary()), images, shares=(1.5,), **OPTIONS)
 
 

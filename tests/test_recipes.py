@@ -8,7 +8,7 @@ from lib.pruning import Unstructured, uniform_plan
 from lib.recipes import admm, iterative, one_shot, rewind
 from lib.recipes.admm import _Pull
 from lib.shapes import prunable
-from lib.training import evaluate, fit
+from lib.training import TrainingError, evaluate, fit
 
 
 @pytest.fixture
@@ -127,5 +127,5 @@ def test_masked_retraining_after_admm_stays_in_the_set(trained, images):
     ],
 )
 def test_admm_refuses_bad_schedules(net, images, options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(TrainingError, match=message):
         admm(net, uniform_plan(net, Unstructured(0.5)), images, lr=0.01, **options)

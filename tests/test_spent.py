@@ -146,7 +146,7 @@ def test_a_run_that_stops_and_goes_on_is_the_same_run_without_momentum(images, n
     fit(whole, images, **plain)
     log = fit(halves, images, hooks=(Stop(13),), **plain)
     assert log[["epoch", "images"]].values.tolist() == [[1, 1000], [2, 300]]
-    log = fit(halves, images, start_step=13, **plain)
+    log = fit(halves, images, start=13, **plain)
     assert log[["epoch", "images"]].values.tolist() == [[2, 700], [3, 1000]]
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), halves.parameters(), strict=True))
 

@@ -10,7 +10,7 @@ import torch
 from lib import files
 from lib.keys import code_version
 from lib.models import build
-from lib.training import Hook, TrainingError, cache, cached, evaluate, fit, learning_rate, loop
+from lib.training import Hook, TrainingError, cache, cached, evaluate, fit, learning_rate, loop, steps_per_epoch
 
 
 def same(a, b):
@@ -52,7 +52,7 @@ def test_stopping_early_is_the_beginning_of_the_same_run(images, net):
 
     whole, snapshot = deepcopy(net), Snapshot()
     fit(whole, images, epochs=4, lr=0.05, hooks=(snapshot,))
-    fit(net, images, epochs=4, lr=0.05, stop_after=2)
+    fit(net, images, epochs=4, lr=0.05, stop=2 * steps_per_epoch(images))
     assert all(torch.equal(net.state_dict()[k], v) for k, v in snapshot.state.items())
 
 

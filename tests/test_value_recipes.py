@@ -8,7 +8,7 @@ import torch
 from lib import shapes
 from lib.constraint import ConstraintError, attach_masks, fitted, harden, weights
 from lib.models import build
-from lib.pruning import FilterColumn, PETile, Unstructured, uniform_plan
+from lib.pruning import Patterns, PETile, Unstructured, uniform_plan
 from lib.quantization import (
     Expansion,
     Levels,
@@ -19,7 +19,7 @@ from lib.quantization import (
     quantize_activations,
     uniform,
 )
-from lib.recipes import alternating, deep_kmeans, group_lasso, one_shot, retrain_inside, straight_through
+from lib.recipes import alternating, deep_kmeans, one_shot, retrain_inside, reweighted, straight_through
 from lib.recipes.clustering import _Spectral
 from lib.recipes.inside import _Tangent
 from lib.sharing import Codebook, SmartExchange, Unified
@@ -70,13 +70,13 @@ class TestRetrainInside:
         with pytest.raises(TrainingError, match=r"outside .* before training"):
             retrain_inside(trained, plan, images, **OPTIONS)
         harden(trained, plan)
-        with pytest.raises(ValueError, match="adam"):
+        with pytest.raises(TrainingError, match="adam"):
             retrain_inside(trained, plan, images, optimizer="adam", **OPTIONS)
         plan = uniform_plan(trained, PowerOfTwo())
-        with pytest.raises(ConstraintError, match="weight decay"):
+        with pytest.raises(TrainingError, match="weight decay"):
             retrain_inside(harden(trained, plan), plan, images, weight_decay=0.1, **OPTIONS)
         plan = {"fc1": Unstructured(0.5, "global"), "fc2": Unstructured(0.5, "global")}
-        with pytest.raises(ConstraintError, match="couples"):
+        with pytest.raises(TrainingError, match="couples"):
             retrain_inside(trained, plan, images, **OPTIONS)
 
     def test_what_belongs_together_stays_so(self, trained):
@@ -122,7 +122,7 @@ class TestAlternating:
         assert plan["conv2"].member(trained.conv2.weight.detach(), 1e-6)
 
     def test_refusals(self, trained, images):
-        with pytest.raises(ValueError, match="multiple"):
+        with pytest.raises(TrainingError, match="multiple"):
             alternating(trained, {"fc1": TernaryRule()}, images, lr=0.01, epochs=3, interval=2)
 
 
@@ -158,49 +158,50 @@ class TestDeepKMeans:
         assert logs[1]["fresh/conv2"].iloc[-1] < 0.05 * logs[0]["fresh/conv2"].iloc[-1]
 
     def test_refusals(self, trained, images):
-        with pytest.raises(ConstraintError, match="conv2: Levels has no samples"):
+        with pytest.raises(TrainingError, match="conv2: Levels has no samples"):
             deep_kmeans(trained, {"conv2": Levels(2)}, images, strength=1.0, **OPTIONS)
-        with pytest.raises(ValueError, match="strength"):
+        with pytest.raises(TrainingError, match="strength"):
             deep_kmeans(trained, {"conv2": Codebook(2)}, images, strength=-1.0, **OPTIONS)
 
 
-TILES = {"conv2": PETile(0.5, 5, 4), "fc1": PETile(0.5, 10, 50)}
+TILES = {"conv2": PETile(0.0, 5, 4), "fc1": PETile(0.0, 10, 50)}  # a budget that keeps what the penalty leaves
+LASSO = OPTIONS | {"interval": 0, "schedule": "cosine"}
 
 
 class TestGroupLasso:
     def test_clipping_spares_the_strong(self, trained, images):
         """At tiles gone alike, what is left is larger, and so is the scale of ternary weights."""
-        options = OPTIONS | {"epochs": 4}
-        none = group_lasso(deepcopy(trained), TILES, images, strength=0.0, **options)
-        plain = group_lasso(deepcopy(trained), TILES, images, strength=2.0, **options)
-        clipped = group_lasso(deepcopy(trained), TILES, images, strength=2.0, clip=1.0, **options)
-        assert none["tiles/fc1"].iloc[-1] == 1
-        assert plain["tiles/fc1"].iloc[-1] < 0.7
-        assert clipped["tiles/fc1"].iloc[-1] < 0.7
+        options = LASSO | {"epochs": 4}
+        none = reweighted(deepcopy(trained), TILES, images, strength=0.0, **options)
+        plain = reweighted(deepcopy(trained), TILES, images, strength=2.0, **options)
+        clipped = reweighted(deepcopy(trained), TILES, images, strength=2.0, clip=1.0, **options)
+        assert none["density/fc1"].iloc[-1] == 1
+        assert plain["density/fc1"].iloc[-1] < 0.7
+        assert clipped["density/fc1"].iloc[-1] < 0.7
         assert plain["scale/fc1"].iloc[-1] < 0.8 * none["scale/fc1"].iloc[-1]
         assert clipped["scale/fc1"].iloc[-1] > 0.95 * none["scale/fc1"].iloc[-1]
 
     def test_vanished_tiles_are_zero(self, trained, images):
-        log = group_lasso(trained, TILES, images, strength=4.0, **OPTIONS)
+        log = reweighted(trained, TILES, images, strength=4.0, **LASSO)
         for name, c in TILES.items():
             norms = c.group_norms(shapes.prunable(trained)[name].weight)
-            assert float((norms > 0).float().mean()) == pytest.approx(log[f"tiles/{name}"].iloc[-1])
+            assert float((norms > 0).float().mean()) == pytest.approx(log[f"density/{name}"].iloc[-1])
             scale, threshold = branch(shapes.prunable(trained)[name].weight.detach(), 0.05)
             assert (scale, threshold) == pytest.approx(tuple(log[[f"scale/{name}", f"threshold/{name}"]].iloc[-1]))
 
     def test_with_ternary_weights(self, trained, images):
         values = {n: TernaryRule() for n in TILES}
-        log = group_lasso(trained, TILES, images, strength=4.0, clip=0.9, values=values, **OPTIONS)
+        log = reweighted(trained, TILES, images, strength=4.0, clip=0.9, values=values, **LASSO)
         for name, w in weights(trained, values).items():
             assert len(w.abs().unique()) <= 2
-            assert float((TILES[name].group_norms(w) > 0).float().mean()) <= log[f"tiles/{name}"].iloc[-1] + 1e-6
+            assert float((TILES[name].group_norms(w) > 0).float().mean()) <= log[f"density/{name}"].iloc[-1] + 1e-6
 
     def test_refusals(self, trained, images):
-        with pytest.raises(ConstraintError, match="FilterColumn has no fixed groups"):
-            group_lasso(trained, {"fc1": FilterColumn(0.5, 0.5)}, images, strength=1.0, **OPTIONS)
+        with pytest.raises(TrainingError, match="Patterns has no fixed groups"):
+            reweighted(trained, {"conv2": Patterns(4)}, images, strength=1.0, **LASSO)
         for bad in ({"strength": -1.0}, {"strength": 1.0, "clip": 0.0}):
             with pytest.raises(TrainingError, match="allowed"):
-                group_lasso(trained, TILES, images, **bad, **OPTIONS)
+                reweighted(trained, TILES, images, **bad, **LASSO)
 
 
 class TestActivations:

@@ -95,7 +95,7 @@ def attach(modules: list[nn.Module], parametrization: Parametrization, parameter
 
 
 def detach(modules: list[nn.Module], kind: type[nn.Module], parameter: str = "weight", bake: bool = False) -> None:
-    """Take away what `attach` put behind the others; ``bake`` leaves the tensor as it has been seen through all.
+    """Take away what `attach` has put there, wherever it stands; ``bake`` leaves the tensor as seen through all.
 
     >>> from lib.constraint import Mask, attach, detach
     >>> layer = torch.nn.Linear(2, 1)
@@ -106,10 +106,11 @@ def detach(modules: list[nn.Module], kind: type[nn.Module], parameter: str = "we
     """
     for i, module in enumerate(modules):
         chain = module.parametrizations[parameter] if parametrize.is_parametrized(module, parameter) else []
-        if not chain or not isinstance(chain[-1], kind):
+        places = [place for place, link in enumerate(chain) if isinstance(link, kind)]
+        if not places:
             continue
         if len(chain) > 1 and not bake:
-            del chain[-1]
+            del chain[places[-1]]
             continue
         trained = any(p.requires_grad for p in chain.parameters(recurse=False))
         own = type(module)  # a deep copy shares this class with its original, and removal would strip it from both

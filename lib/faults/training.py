@@ -85,6 +85,10 @@ class UnderFaults(Hook):
 
     def after_epoch(self, model: nn.Module, epoch: int) -> None:
         """Leave the network healthy for whoever looks at it between epochs."""
+        self.end(model)
+
+    def end(self, model: nn.Module) -> None:
+        """Leave it healthy, also when training broke off."""
         for modules in uses(model).values():
             detach(modules, _Error)
 

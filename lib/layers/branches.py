@@ -6,7 +6,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from lib.constraint import ConstraintError, Plan, plain, weights
+from lib.constraint import Plan, plain, weights
+from lib.layers.gates import LayerError
 from lib.shapes import prunable
 
 
@@ -38,7 +39,7 @@ def branched(model: nn.Module, plan: Plan) -> nn.Module:
         plan: sets that the weights are in, `Expansion` or `TernaryRule`.
 
     Raises:
-        ConstraintError: weights that are not in their set (harden first).
+        LayerError: weights that are not in their set (harden first).
 
     >>> from lib.quantization import Expansion
     >>> from lib.layers import branched
@@ -51,7 +52,7 @@ def branched(model: nn.Module, plan: Plan) -> nn.Module:
     layers = prunable(result)
     for name, weight in weights(result, plan).items():
         if not plan[name].member(weight, 1e-6 * float(weight.abs().max())):  # means are rounded
-            raise ConstraintError(f"{name}: its weights are no sum of ternary branches; harden the network first")
+            raise LayerError(f"{name}: its weights are no sum of ternary branches; harden the network first")
         magnitudes = [0.0, *weight[weight != 0].abs().unique()]
         branches = []
         for smaller, larger in pairwise(magnitudes):

@@ -14,22 +14,33 @@ from lib.training import charge
 OPEN = 3.0  # the read-out's first bias: sigmoid(3) = 0.95, so that training begins with nearly every block
 
 
-class _Pass:
-    """One forward pass of a gated network: the memory of its gate, and what ran."""
+class LayerError(ValueError):
+    """A network in which a layer or block cannot be replaced so: the message says what is missing.
 
-    def __init__(self, cost: float = 0.0, least: float = 0.0) -> None:
-        self.cost, self.least = cost, least
+    >>> from lib.layers import gate_of
+    >>> gate_of(torch.nn.Linear(2, 1))
+    Traceback (most recent call last):
+        ...
+    lib.layers.gates.LayerError: the network has no gate: call skippable(model) before it is trained
+    """
+
+
+class _Pass:
+    """One forward pass of a gated network: the memory of its gate, what ran, and what was expected to."""
+
+    def __init__(self) -> None:
         self.memory: tuple[Tensor, Tensor] | None = None
         self.macs = self.executed = 0.0
+        self.asked: list[tuple[float, Tensor]] = []  # of each block: multiply-accumulates of an image, probabilities
 
     @property
     def share(self) -> float:
         """Executed share of the gated blocks' multiply-accumulates."""
         return self.executed / self.macs if self.macs else nan
 
-    def price(self, macs: float) -> float:
-        """The cost loss's gradient in one image's probability at a block of ``macs``; asked when the pass is over."""
-        return self.cost * (-1 if self.share < self.least else 1) * macs / self.macs
+    def expected(self, price: float = 1.0) -> Tensor:
+        """``price`` times the expected share, ``sum_b macs_b mean(p_b) / sum_b macs_b``: a cost that gates learn by."""
+        return sum(price * macs / self.macs * p.sum() for macs, p in self.asked)
 
 
 class RecurrentGate(nn.Module):
@@ -41,8 +52,6 @@ class RecurrentGate(nn.Module):
     bias of the read-out is 3: nearly every block runs at the start.
 
     Attributes:
-        cost: weight of the cost loss, the expected share of the gated blocks' multiply-accumulates.
-        least: the cost loss changes its sign while a batch executes less than this share.
         keep: above 0, the gate is not asked: each image passes each block with this probability, which is the control
             (stochastic depth, Huang et al. 2016, by image). A buffer, since evaluation depends on it.
 
@@ -62,13 +71,12 @@ class RecurrentGate(nn.Module):
         self.read_out = nn.Linear(hidden, 1)
         nn.init.constant_(self.read_out.bias, OPEN)
         self.register_buffer("keep", torch.zeros(()))
-        self.cost, self.least = 0.0, 0.0
         self.now = _Pass()
 
     def forward(self, x: Tensor, index: int) -> Tensor:
         """``(N, C, H, W)``, the input of gated block ``index`` -> probabilities ``(N,)``."""
         if index == 0:
-            self.now = _Pass(self.cost, self.least)
+            self.now = _Pass()
         if self.keep > 0:
             return self.keep.expand(len(x))
         features = self.projections[index](x.mean((2, 3)))  # (N, hidden)
@@ -128,25 +136,25 @@ class SkippedBlock(nn.Module):
         p = gate(x, self.index)
         macs = float(sum(leaf(conv).numel() for conv in (self.block.conv1, self.block.conv2)) * x[0, 0].numel())
         gate.now.macs += macs * len(x)
+        gate.now.asked.append((macs, p))
         if not self.training and gate.keep > 0:
             gate.now.executed += macs * len(x)
             return torch.lerp(x, self.block(x), gate.keep)
         drawn = (torch.rand_like(p) < p if self.training else p > 0.5).nonzero().flatten()
         gate.now.executed += macs * len(drawn)
         some = x if len(drawn) == len(x) else x[drawn]
-        return _Passed.apply(x, self.block(some) if len(drawn) else some, p, drawn, gate.now, macs)
+        return _Passed.apply(x, self.block(some) if len(drawn) else some, p, drawn)
 
 
 class _Passed(torch.autograd.Function):
     """``x`` with the rows ``drawn`` replaced by ``y``, and the gradient of their probabilities ``p``: see above."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, y: Tensor, p: Tensor, drawn: Tensor, now: _Pass, macs: float) -> Tensor:
+    def forward(ctx, x: Tensor, y: Tensor, p: Tensor, drawn: Tensor) -> Tensor:
         if ctx.needs_input_grad[2]:
             ctx.save_for_backward(drawn, p, y - x[drawn])
         else:
             ctx.save_for_backward(drawn)
-        ctx.now, ctx.macs = now, macs
         return x.clone().index_copy_(0, drawn, y)  # a clone keeps the memory format, and with it every last bit
 
     @staticmethod
@@ -156,9 +164,9 @@ class _Passed(torch.autograd.Function):
         of_p = None
         if saved:
             p, change = saved
-            of_p = torch.full_like(p, ctx.now.price(ctx.macs))  # linear in p, so its gradient is all there is to it
-            of_p[drawn] += (gradient[drawn] * change).flatten(1).sum(1) / p[drawn]
-        return gradient.clone().index_fill_(0, drawn, 0.0), gradient[drawn], of_p, None, None, None
+            of_p = torch.zeros_like(p)
+            of_p[drawn] = (gradient[drawn] * change).flatten(1).sum(1) / p[drawn]
+        return gradient.clone().index_fill_(0, drawn, 0.0), gradient[drawn], of_p, None
 
 
 def skippable(model: nn.Module, seed: int = 0, hidden: int = 10) -> nn.Module:
@@ -169,7 +177,7 @@ def skippable(model: nn.Module, seed: int = 0, hidden: int = 10) -> nn.Module:
     was. Names of layers within change (``block1_1.conv1`` is now ``block1_1.block.conv1``), so do this before masks.
 
     Raises:
-        ValueError: a network without such a block, or one that is gated already.
+        LayerError: a network without such a block, or one that is gated already.
 
     >>> from lib import models
     >>> from lib.layers.gates import skippable
@@ -178,14 +186,14 @@ def skippable(model: nn.Module, seed: int = 0, hidden: int = 10) -> nn.Module:
     ['block1_1', 'block1_2', 'block2_2', 'block3_2']
     """
     if any(isinstance(m, SkippedBlock) for m in model.modules()):
-        raise ValueError("skippable: the network has gated blocks already")
+        raise LayerError("skippable: the network has gated blocks already")
     found = [
         (name, m)
         for name, m in model.named_modules()
         if name and isinstance(m, BasicBlock) and isinstance(m.shortcut, nn.Identity)
     ]
     if not found:
-        raise ValueError("skippable: the network has no residual block (BasicBlock) with an identity shortcut to skip")
+        raise LayerError("skippable: the network has no residual block (BasicBlock) with an identity shortcut to skip")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         gate = RecurrentGate([block.conv1.in_channels for _, block in found], hidden)
@@ -199,7 +207,7 @@ def gate_of(model: nn.Module) -> RecurrentGate:
     """The gate of a network that `skippable` has prepared.
 
     Raises:
-        ValueError: it has none.
+        LayerError: it has none.
 
     >>> from lib import models
     >>> from lib.layers.gates import gate_of, skippable
@@ -208,5 +216,5 @@ def gate_of(model: nn.Module) -> RecurrentGate:
     """
     gates = [m for m in model.modules() if isinstance(m, RecurrentGate)]
     if not gates:
-        raise ValueError("the network has no gate: call skippable(model) before it is trained")
+        raise LayerError("the network has no gate: call skippable(model) before it is trained")
     return gates[0]

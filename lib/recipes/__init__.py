@@ -24,7 +24,6 @@ from lib.recipes.quantizing import partial_hardening, straight_through
 from lib.recipes.regrowth import rigl
 from lib.recipes.reweighted import reweighted, search_strength
 from lib.recipes.rewinding import iterative, layer_weights, one_shot, prune_and_tune, rewind
-from lib.recipes.tiles import group_lasso
 
 __all__ = [
     "MiniBatchDropping",
@@ -37,7 +36,6 @@ __all__ = [
     "drawing_point",
     "e2_train",
     "early_bird",
-    "group_lasso",
     "grow_and_prune",
     "iterative",
     "layer_weights",

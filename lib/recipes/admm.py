@@ -9,31 +9,20 @@ import pandas as pd
 import torch
 from torch import nn
 
-from lib.constraint import (
-    ConstraintError,
-    Masks,
-    Plan,
-    State,
-    attach_masks,
-    detach_masks,
-    fitted,
-    harden,
-    leaf,
-    project,
-    weights,
-)
+from lib.constraint import Masks, Plan, State, attach_masks, fitted, harden, project, weights
 from lib.data import Data
+from lib.recipes.common import Pulling, movable, own_masks, part
 from lib.recipes.quantizing import straight_through
 from lib.recipes.rewinding import one_shot
 from lib.shapes import prunable
-from lib.training import Hook, Progress, evaluate, fit
+from lib.training import Hook, Progress, TrainingError, evaluate, fit
 
 
 def split(plan: Plan) -> list[Plan]:
     """The plan as several of simpler sets, whose intersection it is: `Constraint.parts` of every layer.
 
     Raises:
-        ConstraintError: no constraint of the plan has more than one part.
+        TrainingError: no constraint of the plan has more than one part.
 
     >>> from lib.pruning import FilterColumn
     >>> from lib.recipes import split
@@ -43,7 +32,7 @@ def split(plan: Plan) -> list[Plan]:
     most = max(len(constraint.parts) for constraint in plan.values())
     if most == 1:
         kinds = ", ".join(sorted({type(constraint).__name__ for constraint in plan.values()}))
-        raise ConstraintError(f"pairs = 'split': {kinds} is one set, not an intersection; use pairs = 'joint'")
+        raise TrainingError(f"pairs = 'split': {kinds} is one set, not an intersection; use pairs = 'joint'")
     return [{name: c.parts[i] for name, c in plan.items() if i < len(c.parts)} for i in range(most)]
 
 
@@ -68,7 +57,7 @@ class _Pair:
         self.target = {n: self.z[n] - u for n, u in self.u.items()}
 
 
-class _Pull(Hook):
+class _Pull(Pulling):
     """The ADMM iteration as a hook: the penalty's pull at every step, the Z- and U-steps every ``interval`` epochs.
 
     The gradient of ``rho/2 * ||W - Z + U||^2`` is ``rho * (W - (Z - U))``; it is added to ``.grad`` directly, which
@@ -87,19 +76,17 @@ class _Pull(Hook):
         rescale_u: bool,
         pairs: Literal["joint", "split"] = "joint",
     ) -> None:
-        self.plan, self.data, self.interval = plan, data, interval
+        super().__init__(model, plan)
+        self.data, self.interval = data, interval
         self.rho, self.rho_growth, self.rho_max, self.rescale_u = rho, rho_growth, rho_max, rescale_u
-        self.parameters = {n: leaf(layer) for n, layer in prunable(model).items() if n in plan}
         w = weights(model, plan)
         self.pairs = [_Pair(part, w) for part in (split(plan) if pairs == "split" else [plan])]
         self.rows: list[dict[str, float]] = []
 
-    @torch.no_grad()
-    def after_backward(self, model: nn.Module, step: int) -> None:
+    def pull(self, name: str, parameter: nn.Parameter) -> None:
         for pair in self.pairs:
-            for name, target in pair.target.items():
-                w = self.parameters[name]
-                w.grad.add_(w, alpha=self.rho).sub_(target, alpha=self.rho)
+            if name in pair.target:
+                parameter.grad.add_(parameter, alpha=self.rho).sub_(pair.target[name], alpha=self.rho)
 
     @torch.no_grad()
     def after_epoch(self, model: nn.Module, epoch: int) -> None:
@@ -142,7 +129,6 @@ def admm(
     pairs: Literal["joint", "split"] = "joint",
     schedule: str = "constant",
     hooks: tuple[Hook, ...] = (),
-    progress: Progress | None = None,
     **fit_options: Any,
 ) -> pd.DataFrame:
     """ADMM toward a plan, in place, from a trained model (Zhang et al., ECCV 2018). Leaves ``W <- P_S(W)``.
@@ -157,7 +143,6 @@ def admm(
         rescale_u: divide ``U`` by the growth of ``rho``, as scaled ADMM asks for and the released code does not.
         pairs: ``split`` gives each part of an intersection (`Constraint.parts`) an auxiliary pair of its own, as PatDNN
             does for patterns and connectivity; ``joint`` projects onto the intersection.
-        hooks: of `fit`, before ADMM's own.
 
     Returns:
         One row per Z-step: ``epoch``, ``rho``, ``distance`` = ||W - Z|| / ||W|| (and per layer; over all pairs),
@@ -165,8 +150,8 @@ def admm(
         A run that works shows the two accuracies meet.
 
     Raises:
-        ValueError: ``epochs`` is not a positive multiple of ``interval``, or rho or its growth is out of range.
-        ConstraintError: ``split`` pairs for a plan without intersections.
+        TrainingError: ``epochs`` is not a positive multiple of ``interval``, rho or its growth is out of range, or
+            ``split`` pairs for a plan without intersections.
 
     >>> from lib import constraint, data, models, pruning, recipes
     >>> images = data.load(train_size=200, test_size=100, validation_size=100)
@@ -177,13 +162,13 @@ def admm(
     ([2, 4], [0.01, 0.015], 0.9)
     """
     if interval < 1 or epochs < 1 or epochs % interval:
-        raise ValueError(f"admm: epochs = {epochs}, interval = {interval}: epochs must be a positive multiple")
+        raise TrainingError(f"admm: {epochs=}, {interval=}: epochs must be a positive multiple")
     if not 0 < rho <= rho_max or rho_growth < 1:
-        raise ValueError(f"admm: {rho=}, {rho_max=}, {rho_growth=}: allowed are 0 < rho <= rho_max, rho_growth >= 1")
+        raise TrainingError(f"admm: {rho=}, {rho_max=}, {rho_growth=}: allowed are 0 < rho <= rho_max, rho_growth >= 1")
     if pairs not in ("joint", "split"):
-        raise ValueError(f"admm: {pairs=}: allowed are 'joint' and 'split'")
+        raise TrainingError(f"admm: {pairs=}: allowed are 'joint' and 'split'")
     pull = _Pull(model, plan, data, interval, rho, rho_growth, rho_max, rescale_u, pairs)
-    fit(model, data, epochs=epochs, schedule=schedule, hooks=(*hooks, pull), progress=progress, **fit_options)
+    fit(model, data, epochs=epochs, schedule=schedule, hooks=(*hooks, pull), **fit_options)
     harden(model, plan)
     return pd.DataFrame(pull.rows)
 
@@ -208,13 +193,13 @@ def progressive(
     Args:
         plans: of tightening rates, of falling bits, ...; adaptive sets (`LayerAdaptive`, levels without a step) are
             fitted at their step.
-        search: options of `admm` for each step (``epochs``, ``lr``, ``rho``, ...); ``retrain``: of `fit`.
+        search: options of `admm` for each step (``epochs``, ``lr``, ``rho``, ...). retrain: of `fit`.
 
     Returns:
         The rows of `admm` with a column ``step``, from 1.
 
     Raises:
-        ConstraintError: no plan, or one that cannot be.
+        TrainingError: no plan. ConstraintError: one that cannot be.
 
     >>> from lib import constraint, data, models, pruning, recipes
     >>> images = data.load(train_size=200, test_size=100, validation_size=100)
@@ -225,24 +210,23 @@ def progressive(
     ([1, 2], 0.8)
     """
     if not plans:
-        raise ConstraintError("progressive: at least one plan is needed")
+        raise TrainingError("progressive: at least one plan is needed")
+    for plan in plans:
+        movable(model, plan)
     inside = {name: w != 0 for name, w in weights(model, dict.fromkeys(prunable(model))).items()}
-    attach_masks(model, {name: m for name, m in inside.items() if not m.all()})
     logs = []
-    for step, plan in enumerate(plans, start=1):
-        plan = fitted(model, plan)
-        log = admm(model, plan, data, **fit_options | search)
-        logs.append(log.assign(step=step))
-        inside |= {name: m & inside[name] for name, m in _support(model, plan).items()}
+    with own_masks(model):
         attach_masks(model, {name: m for name, m in inside.items() if not m.all()})
-        if progress:
-            progress((step - 0.5) / len(plans), f"step {step} of {len(plans)}, retraining")
-        values = {name: c for name, c in plan.items() if not c.masklike}
-        train = partial(straight_through, plan=values) if values else fit
-        train(model, data=data, **fit_options | retrain)
-        if progress:
-            progress(step / len(plans), f"step {step} of {len(plans)}")
-    detach_masks(model)
+        for i, plan in enumerate(plans):
+            plan, step = fitted(model, plan), f"step {i + 1} of {len(plans)}"
+            report = part(progress, 2 * i, 1, 2 * len(plans), step)
+            logs.append(admm(model, plan, data, progress=report, **fit_options | search).assign(step=i + 1))
+            inside |= {name: m & inside[name] for name, m in _support(model, plan).items()}
+            attach_masks(model, {name: m for name, m in inside.items() if not m.all()})
+            values = {name: c for name, c in plan.items() if not c.masklike}
+            train = partial(straight_through, plan=values) if values else fit
+            report = part(progress, 2 * i + 1, 1, 2 * len(plans), f"{step}, retraining")
+            train(model, data=data, progress=report, **fit_options | retrain)
     return pd.concat(logs, ignore_index=True)
 
 

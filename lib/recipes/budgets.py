@@ -2,18 +2,19 @@
 
 from collections.abc import Mapping
 from copy import deepcopy
+from itertools import product
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lib.constraint import attach_masks, fitted
-from lib.data import Data, Split
+from lib.data import Data
 from lib.pruning.adaptive import LayerAdaptive
 from lib.pruning.groups import Unstructured
+from lib.recipes.common import movable, part
 from lib.recipes.rewinding import one_shot
 from lib.shapes import prunable
-from lib.training import Progress, evaluate, fit
+from lib.training import Progress, TrainingError, evaluate, fit
 
 Kept = dict[str, float]
 """Weights to keep, by layer."""
@@ -44,7 +45,7 @@ def search_budgets(
         Sparsity by layer: ``{name: Unstructured(s)}`` is the plan.
 
     Raises:
-        ValueError: no trial, or a step below 1.1. ConstraintError: as `LayerAdaptive`.
+        TrainingError: no trial, or a step below 1.1. ConstraintError: as `LayerAdaptive`.
 
     >>> from lib import data, models, recipes
     >>> images = data.load(train_size=200, test_size=100, validation_size=100)
@@ -55,23 +56,21 @@ def search_budgets(
     0.1
     """
     if trials < 1 or step < 1.1:
-        raise ValueError(f"search_budgets: {trials=}, {step=}: allowed are trials >= 1, step >= 1.1")
+        raise TrainingError(f"search_budgets: {trials=}, {step=}: allowed are trials >= 1, step >= 1.1")
     attempt = _Trials(model, data, train, trials, progress)
     kept = attempt.lamp(rate)
     least = attempt(kept)[0]
-    while step >= 1.1:
+    while step >= 1.1 and attempt.left:
         gained = False
-        for layer in kept:
-            for factor in (step, 1 / step):
-                if attempt.left == 0:
-                    return attempt.sparsities(kept)
-                other = _moved(kept, layer, factor, attempt.sizes)
-                loss = attempt(other)[0]
-                if loss < least:
-                    kept, least, gained = other, loss, True
-                    break
+        for layer, factor in product(kept, (step, 1 / step)):
+            if layer == gained or not attempt.left:  # the layer's larger budget was a gain: no need to try a smaller
+                continue
+            other = _moved(kept, layer, factor, attempt.sizes)
+            loss = attempt(other)[0]
+            if loss < least:
+                kept, least, gained = other, loss, layer
         step = step if gained else step**0.5
-    return attempt.sparsities(kept)
+    return attempt.ended(attempt.sparsities(kept))
 
 
 def search_rate(
@@ -96,7 +95,7 @@ def search_rate(
         The rate; 1 if every trial stays below the accuracy.
 
     Raises:
-        ValueError: an accuracy outside (0, 1), no trial, or a highest rate below 1.
+        TrainingError: an accuracy outside (0, 1), no trial, or a highest rate below 1.
 
     >>> from lib import data, models, recipes
     >>> images = data.load(train_size=200, test_size=100, validation_size=100)
@@ -108,13 +107,13 @@ def search_rate(
     31.6
     """
     if not 0 < accuracy < 1 or trials < 1 or highest < 1:
-        raise ValueError(f"search_rate: {accuracy=}, {trials=}, {highest=}: allowed are 0 to 1, >= 1 and >= 1")
+        raise TrainingError(f"search_rate: {accuracy=}, {trials=}, {highest=}: allowed are 0 to 1, >= 1 and >= 1")
     attempt = _Trials(model, data, train, trials, progress)
     low, high = 1.0, highest
     for _ in range(trials):
         middle = (low * high) ** 0.5
         low, high = (middle, high) if attempt(attempt.lamp(middle))[1] >= accuracy else (low, middle)
-    return low
+    return attempt.ended(low)
 
 
 class _Trials:
@@ -124,7 +123,7 @@ class _Trials:
         self, model: nn.Module, data: Data, train: Mapping[str, Any], most: int, progress: Progress | None
     ) -> None:
         self.model, self.data, self.train, self.most, self.progress = model, data, train, most, progress
-        self.sizes = {name: layer.weight.numel() for name, layer in prunable(model).items()}
+        self.sizes = {name: w.numel() for name, w in movable(model, dict.fromkeys(prunable(model))).items()}
         self.done: dict[tuple[int, ...], tuple[float, float]] = {}
 
     @property
@@ -144,12 +143,15 @@ class _Trials:
         if key not in self.done:
             net = deepcopy(self.model)
             attach_masks(net, one_shot(net, {n: Unstructured(s) for n, s in self.sparsities(kept).items()}))
-            fit(net, self.data, **self.train)
-            self.done[key] = loss, accuracy = _loss(net, self.data.validation), evaluate(net, self.data.validation)
-            if self.progress:
-                text = f"trial {len(self.done)} of at most {self.most}: loss {loss:.4f}, {accuracy:.2%}"
-                self.progress(len(self.done) / self.most, text)
+            what = f"trial {len(self.done) + 1} of at most {self.most}"
+            fit(net, self.data, progress=part(self.progress, len(self.done), 1, self.most, what), **self.train)
+            self.done[key] = _loss(net, self.data), evaluate(net, self.data.validation)
         return self.done[key]
+
+    def ended(self, found: Any) -> Any:
+        if self.progress:
+            self.progress(1.0, f"{len(self.done)} trials")
+        return found
 
 
 def _moved(kept: Kept, layer: str, factor: float, sizes: Mapping[str, int]) -> Kept:
@@ -160,8 +162,10 @@ def _moved(kept: Kept, layer: str, factor: float, sizes: Mapping[str, int]) -> K
     return {n: own if n == layer else min(max(1.0, scale * k), sizes[n]) for n, k in kept.items()}
 
 
-@torch.no_grad()
-def _loss(model: nn.Module, split: Split, batch_size: int = 500) -> float:
-    model.eval()
-    pairs = zip(split.x.split(batch_size), split.y.split(batch_size), strict=True)
-    return sum(float(split.task.loss(model(x), y)) * len(y) for x, y in pairs) / len(split)
+def _loss(model: nn.Module, data: Data) -> float:
+    """The mean loss of the validation split."""
+
+    def loss(output: Tensor, y: Tensor) -> tuple[float, int]:
+        return float(data.task.loss(output, y)) * len(y), len(y)
+
+    return evaluate(model, data.validation, batch_size=500, score=loss)

@@ -7,22 +7,22 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from lib.constraint import ConstraintError, Plan, harden, leaf, weights
+from lib.constraint import Plan, harden, weights
 from lib.data import Data
-from lib.shapes import prunable
+from lib.recipes.common import Pulling
 from lib.sharing import Codebook
-from lib.training import Hook, Progress, evaluate, fit
+from lib.training import Hook, TrainingError, evaluate, fit
 
 
-class _Spectral(Hook):
+class _Spectral(Pulling):
     """The pull of relaxed k-means: ``strength * (S - F F^T S)``, where ``F`` are the samples' first singular vectors.
 
     Samples are the rows of ``S (N, d)``. The term is half of ``strength * (|S|^2 - |F^T S|^2)``.
     """
 
     def __init__(self, model: nn.Module, plan: Plan, data: Data, strength: float, interval: int) -> None:
-        self.plan, self.data, self.strength, self.interval = plan, data, strength, interval
-        self.parameters = {n: leaf(layer) for n, layer in prunable(model).items() if n in plan}
+        super().__init__(model, plan)
+        self.data, self.strength, self.interval = data, strength, interval
         self.rows: list[dict[str, float]] = []
         self.refresh()
 
@@ -41,10 +41,8 @@ class _Spectral(Hook):
         s, f = self.samples(name, self.parameters[name]), self.vectors[name]
         return s - f @ (f.T @ s)
 
-    @torch.no_grad()
-    def after_backward(self, model: nn.Module, step: int) -> None:
-        for name, w in self.parameters.items():
-            w.grad.add_(self.outside(name).reshape(w.shape), alpha=self.strength)
+    def pull(self, name: str, parameter: nn.Parameter) -> None:
+        parameter.grad.add_(self.outside(name).reshape(parameter.shape), alpha=self.strength)
 
     @torch.no_grad()
     def after_epoch(self, model: nn.Module, epoch: int) -> None:
@@ -74,7 +72,7 @@ def deep_kmeans(
     epochs: int,
     strength: float,
     interval: int = 1,
-    progress: Progress | None = None,
+    hooks: tuple[Hook, ...] = (),
     **fit_options: Any,
 ) -> pd.DataFrame:
     """Retrain toward codebooks by the spectral relaxation of k-means, in place (Wu et al., ICML 2018; 15b).
@@ -89,7 +87,7 @@ def deep_kmeans(
         ``fresh/`` (the energy outside, in shares, before and after ``F`` was found anew) and ``distance/`` to the set.
 
     Raises:
-        ConstraintError: a set that is no `Codebook`. ValueError: epochs or interval below 1, or a negative strength.
+        TrainingError: a set that is no `Codebook`, epochs or interval below 1, or a negative strength.
 
     >>> from lib import data, models, recipes
     >>> from lib.sharing import Codebook
@@ -100,13 +98,12 @@ def deep_kmeans(
     True
     """
     if epochs < 1 or interval < 1 or strength < 0:
-        raise ValueError(
+        raise TrainingError(
             f"deep_kmeans: {epochs=}, {interval=}, {strength=}: allowed are 1 or more, and a strength >= 0"
         )
     for name, c in plan.items():
         if not isinstance(c, Codebook):
-            raise ConstraintError(f"{name}: {type(c).__name__} has no samples to cluster; deep_kmeans is for Codebook")
-    weights(model, plan)
-    hook = _Spectral(model, plan, data, strength, interval)
-    fit(model, data, epochs=epochs, hooks=(hook,), progress=progress, **fit_options)
-    return pd.DataFrame(hook.rows)
+            raise TrainingError(f"{name}: {type(c).__name__} has no samples to cluster; deep_kmeans is for Codebook")
+    spectral = _Spectral(model, plan, data, strength, interval)
+    fit(model, data, epochs=epochs, hooks=(*hooks, spectral), **fit_options)
+    return pd.DataFrame(spectral.rows)

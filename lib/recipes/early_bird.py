@@ -11,11 +11,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lib.channels import compact, follow, residual_groups
 from lib.channels.paths import zeroed
 from lib.channels.spaces import own_norms, trace
-from lib.constraint import ConstraintError, Plan
+from lib.constraint import Plan
 from lib.data import Data
 from lib.recipes.rewinding import one_shot
 from lib.shapes import prunable
-from lib.training import Hook, Progress, TrainingError, fit
+from lib.training import Hook, TrainingError, fit, steps_per_epoch
 
 Channels = dict[str, Tensor]
 """For each convolution: which of its filters (F,) stay."""
@@ -28,7 +28,7 @@ def norms_of_channels(model: nn.Module, example: Tensor) -> dict[str, str]:
     selection layers would need another network.
 
     Raises:
-        ConstraintError: no batch norm scales the channels of any convolution.
+        TrainingError: no batch norm scales the channels of any convolution.
 
     >>> from lib import models, recipes
     >>> recipes.norms_of_channels(models.build("resnet8", (1, 28, 28), 10), torch.zeros(1, 1, 28, 28))
@@ -38,7 +38,7 @@ def norms_of_channels(model: nn.Module, example: Tensor) -> dict[str, str]:
     free = [names[0] for names in residual_groups(model, example) if len(names) == 1]
     found = {name: own[name][0] for name in free if own[name] and model.get_submodule(own[name][0]).affine}
     if not found:
-        raise ConstraintError("no convolution of the model has channels of its own with a batch norm behind them")
+        raise TrainingError("no convolution of the model has channels of its own with a batch norm behind them")
     return found
 
 
@@ -50,7 +50,7 @@ def channels_by_norm(model: nn.Module, norms: Mapping[str, str], sparsity: float
     be emptied keeps its largest channel.
 
     Raises:
-        ConstraintError: a sparsity outside [0, 1).
+        TrainingError: a sparsity outside [0, 1).
 
     >>> from lib.recipes import channels_by_norm
     >>> net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.BatchNorm2d(4))
@@ -59,7 +59,7 @@ def channels_by_norm(model: nn.Module, norms: Mapping[str, str], sparsity: float
     [False, True, True, False]
     """
     if not 0 <= sparsity < 1:
-        raise ConstraintError(f"sparsity = {sparsity}: allowed are numbers in [0, 1)")
+        raise TrainingError(f"sparsity = {sparsity}: allowed are numbers in [0, 1)")
     scales = {conv: model.get_submodule(norm).weight.abs() for conv, norm in norms.items()}
     ranked = torch.cat([*scales.values()]).sort().values
     threshold = ranked[int(sparsity * len(ranked))] if sparsity else -1.0
@@ -166,23 +166,21 @@ def early_bird(
     tolerance: float = 0.1,
     pull: float = 1e-4,
     draw: bool = True,
-    seed: int = 0,
     hooks: tuple[Hook, ...] = (),
-    progress: Progress | None = None,
     **fit_options: Any,
 ) -> tuple[Tensor, list[int], int]:
     """Train until the mask stops changing, in place: Early-Bird tickets (You et al., ICLR 2020, arXiv 1909.11957).
 
     Before each check's batch the mask is drawn; when the newest of ``window`` differs from each of the others in at
     most ``tolerance`` of its entries, training ends there. `ticket` makes the smaller network, and
-    ``fit(..., start_step=step)`` goes on with the same schedule. The mask is that of channels by batch norm scale at a
+    ``fit(..., start=step)`` goes on with the same schedule. The mask is that of channels by batch norm scale at a
     global ``sparsity`` (`channels_by_norm`), or that of a ``plan``'s projection: single weights by magnitude, say.
 
     Args:
         epochs: of the whole schedule, of which only the beginning is run.
         checks: for each epoch, evenly; the paper looks once.
         pull: strength of the L1 penalty on batch norm scales (`ScalePull`).
-        draw: False goes on to the end, or to ``stop_after``: a history that a drawing point can be read from, and a
+        draw: False goes on to the end, or to ``stop``: a history that a drawing point can be read from, and a
             network that a late ticket can.
 
     Returns:
@@ -201,13 +199,13 @@ def early_bird(
     >>> masks.shape, steps, end
     (torch.Size([3, 56]), [0, 2, 4], 4)
     """
-    steps = -(-len(data.train) // fit_options.get("batch_size", 128))
+    steps = steps_per_epoch(data, **fit_options)
     if (sparsity is None) == (plan is None):
         raise TrainingError(f"early_bird: {sparsity=}, plan={'given' if plan else None}: give one of the two")
-    if not 1 <= checks <= steps or window < 2 or tolerance < 0:
+    if not 1 <= checks <= steps or window < 2 or not tolerance >= 0 or epochs < 1:
         raise TrainingError(
-            f"early_bird: {checks=}, {window=}, {tolerance=}: allowed are 1 to {steps} checks, a window from 2, and a "
-            "tolerance from 0"
+            f"early_bird: {epochs=}, {checks=}, {window=}, {tolerance=}: allowed are epochs from 1, 1 to {steps} "
+            "checks, a window from 2, and a tolerance from 0"
         )
     if plan is None:
         norms = norms_of_channels(model, data.train.x[:1])
@@ -217,8 +215,8 @@ def early_bird(
     until = (lambda masks: drawing_point(masks, window, tolerance)) if draw else None
     places = {i * steps // checks for i in range(checks)}
     hook = _Watch(look, lambda step: step % steps in places, until)
-    fit(model, data, epochs=epochs, seed=seed, hooks=(*hooks, hook, ScalePull(pull)), progress=progress, **fit_options)
+    fit(model, data, epochs=epochs, hooks=(*hooks, hook, ScalePull(pull)), **fit_options)
     masks = torch.stack(hook.masks)
     ended = draw and drawing_point(masks, window, tolerance) is not None
-    last = min(epochs, fit_options.get("stop_after") or epochs)
-    return masks, hook.steps, hook.steps[-1] if ended else last * steps
+    last = fit_options.get("stop")
+    return masks, hook.steps, hook.steps[-1] if ended else epochs * steps if last is None else last

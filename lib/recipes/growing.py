@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from itertools import chain
+from numbers import Integral
 from typing import Any, Literal
 
 import joblib
@@ -13,9 +14,10 @@ from torch import nn
 
 from lib.constraint import Masks, Plan, State, attach_masks, detach_masks, fitted, plain, select, state_of, weights
 from lib.data import Data
-from lib.recipes.rewinding import one_shot, stage_seed
+from lib.recipes.common import movable, own_masks, part, stage_seed
+from lib.recipes.rewinding import one_shot, rewind
 from lib.shapes import prunable
-from lib.training import Progress, charge_all, evaluate, fit, metered, recalibrate, uncounted
+from lib.training import Progress, TrainingError, charge_all, evaluate, fit, metered, recalibrate, uncounted
 
 Parts = Sequence[Sequence[str]]
 
@@ -39,9 +41,7 @@ def random_masks(model: nn.Module, plan: Plan, seed: int = 0) -> Masks:
     return select(fitted(model, plan), drawn)
 
 
-def static(
-    model: nn.Module, plan: Plan, data: Data, *, seed: int = 0, progress: Progress | None = None, **fit_options: Any
-) -> pd.DataFrame:
+def static(model: nn.Module, plan: Plan, data: Data, *, seed: int = 0, **fit_options: Any) -> pd.DataFrame:
     """Train inside random masks that never move, in place: what sparse training costs least, and at least achieves.
 
     Returns:
@@ -54,17 +54,17 @@ def static(
     >>> constraint.sparsity(model)
     0.75
     """
-    attach_masks(model, random_masks(model, plan, seed))
-    log = fit(model, data, seed=seed, progress=progress, **fit_options)
-    detach_masks(model)
-    return log
+    movable(model, plan)
+    with own_masks(model):
+        attach_masks(model, random_masks(model, plan, seed))
+        return fit(model, data, seed=seed, **fit_options)
 
 
 def contiguous_parts(plan: Plan, parts: int) -> list[list[str]]:
     """The plan's layers, in their order, in so many runs of as equal numbers of layers as can be.
 
     Raises:
-        ValueError: fewer layers than parts.
+        TrainingError: fewer layers than parts.
 
     >>> from lib.pruning import Unstructured
     >>> from lib.recipes import contiguous_parts
@@ -73,23 +73,23 @@ def contiguous_parts(plan: Plan, parts: int) -> list[list[str]]:
     """
     names = list(plan)
     if not 1 <= parts <= len(names):
-        raise ValueError(f"parts = {parts}: allowed are 1 to {len(names)}, the number of planned layers")
+        raise TrainingError(f"parts = {parts}: allowed are 1 to {len(names)}, the number of planned layers")
     return [[names[i] for i in part.tolist()] for part in torch.arange(len(names)).tensor_split(parts)]
 
 
 def _turns(plan: Plan, parts: int | Parts, rounds: int, order: str, seed: int) -> list[list[list[str]]]:
     """For each round the parts that grow one after another; every layer grows once a round."""
-    if isinstance(parts, int):
+    if isinstance(parts, Integral):
         parts = contiguous_parts(plan, parts)
     parts = [list(part) for part in parts]
     if sorted(chain(*parts)) != sorted(plan) or not all(parts):
-        raise ValueError(f"parts = {parts}: every layer of the plan belongs to one part: {', '.join(plan)}")
+        raise TrainingError(f"parts = {parts}: every layer of the plan belongs to one part: {', '.join(plan)}")
     if rounds < 1:
-        raise ValueError(f"rounds = {rounds}: allowed are whole numbers from 1")
+        raise TrainingError(f"rounds = {rounds}: allowed are whole numbers from 1")
     if order == "cyclic":
         return [parts] * rounds
     if order != "random":
-        raise ValueError(f"order = {order!r}: allowed are 'cyclic' and 'random'")
+        raise TrainingError(f"order = {order!r}: allowed are 'cyclic' and 'random'")
     names, generator, turns = list(plan), torch.Generator().manual_seed(seed), []
     for _ in range(rounds):
         drawn = iter([names[i] for i in torch.randperm(len(names), generator=generator).tolist()])
@@ -137,7 +137,8 @@ def grow_and_prune(
         batch norms anew.
 
     Raises:
-        ConstraintError: a set of values. ValueError: parts that do not hold every planned layer once, an unknown order.
+        ConstraintError: a set of values. TrainingError: parts that do not hold every planned layer once, an unknown
+            order, no round.
 
     >>> from lib import constraint, data, models, pruning, recipes
     >>> images = data.load(train_size=200, test_size=100, validation_size=100)
@@ -147,48 +148,45 @@ def grow_and_prune(
     >>> log[["round", "part", "epochs"]].values.tolist(), round(constraint.sparsity(model), 3)
     ([[1, 1, 1], [1, 2, 2], [1, 3, 3], [1, 0, 4]], 0.9)
     """
+    movable(model, plan)
     turns = _turns(plan, parts, rounds, order, seed)
     total, rows, spent = len(turns) * len(turns[0]) * epochs + tune_epochs, [], 0
-    for step, growing in enumerate(chain(*turns)):
-        masks = _pruned(model, plan)
-        held = {name: mask for name, mask in masks.items() if name not in growing}
-        detach_masks(attach_masks(model, masks if step else held))  # at first what grows is as it was initialized
-        attach_masks(model, held)
-        report = _share(progress, spent / total, epochs / total, f"step {step + 1}")
-        fit(model, data, epochs=epochs, seed=stage_seed(seed, step), progress=report, **fit_options)
-        spent += epochs
-        detach_masks(model)
-        found = _pruned(model, plan)
-        row = {"round": step // len(turns[0]) + 1, "part": step % len(turns[0]) + 1, "epochs": spent}
-        row |= {"exchanged": _exchanged(masks, found, growing), "accuracy": evaluate(model, data.validation)}
-        pruned = attach_masks(deepcopy(model), found)
-        with uncounted():
-            recalibrate(pruned, data)
-        rows.append(row | {"pruned_accuracy": evaluate(pruned, data.validation)})
-    report = _share(progress, spent / total, tune_epochs / total, "inside the masks")
-    end = _tuned(model, plan, data, epochs=tune_epochs, seed=stage_seed(seed, 10**6), progress=report, **fit_options)
-    return pd.DataFrame([*rows, {"round": rounds, "part": 0, "epochs": total, **end}])
+    with own_masks(model):
+        for step, growing in enumerate(chain(*turns)):
+            masks = _pruned(model, plan)
+            held = {name: mask for name, mask in masks.items() if name not in growing}
+            detach_masks(attach_masks(model, masks if step else held))  # at first what grows is as it was initialized
+            attach_masks(model, held)
+            report = part(progress, spent, epochs, total, f"step {step + 1}")
+            fit(model, data, epochs=epochs, seed=stage_seed(seed, step), progress=report, **fit_options)
+            spent += epochs
+            detach_masks(model)
+            found = _pruned(model, plan)
+            row = {"round": step // len(turns[0]) + 1, "part": step % len(turns[0]) + 1, "epochs": spent}
+            row |= {"exchanged": _exchanged(masks, found, growing), "accuracy": evaluate(model, data.validation)}
+            pruned = attach_masks(deepcopy(model), found)
+            with uncounted():
+                recalibrate(pruned, data)
+            rows.append(row | {"pruned_accuracy": evaluate(pruned, data.validation)})
+        report = part(progress, spent, tune_epochs, total, "inside the masks")
+        rows.append({"round": rounds, "part": 0, "epochs": total})
+        rows[-1] |= _tuned(model, plan, data, tune_epochs, seed, report, fit_options)
+    return pd.DataFrame(rows)
 
 
-def _tuned(model: nn.Module, plan: Plan, data: Data, **fit_options: Any) -> dict[str, float]:
+def _tuned(
+    model: nn.Module, plan: Plan, data: Data, epochs: int, seed: int, progress: Progress | None, fit_options: dict
+) -> dict[str, float]:
     """Prune for good and train inside the masks; how accurate that is."""
     attach_masks(model, _pruned(model, plan))
-    fit(model, data, **fit_options)
-    detach_masks(model)
-    accuracy = evaluate(model, data.validation)
-    return {"accuracy": accuracy, "pruned_accuracy": accuracy}
+    fit(model, data, epochs=epochs, seed=stage_seed(seed, 10**6), progress=progress, **fit_options)
+    return dict.fromkeys(("accuracy", "pruned_accuracy"), evaluate(model, data.validation))
 
 
 def _exchanged(before: Masks, after: Masks, layers: Iterable[str]) -> float:
     """The share of the weights that stay which were removed before."""
     new = sum(int((after[name] & ~before[name]).sum()) for name in layers)
     return new / max(sum(int(after[name].sum()) for name in layers), 1)  # a budget for all layers can empty some
-
-
-def _share(progress: Progress | None, start: float, share: float, what: str) -> Progress | None:
-    if progress is None:
-        return None
-    return lambda done, text: progress(start + share * done, f"{what}: {text}")
 
 
 # --- parallel ---------------------------------------------------------------------------------------------------------
@@ -224,7 +222,7 @@ def parallel_grow_and_prune(
         of all layers, ``accuracy`` is that of the merged network before it is pruned.
 
     Raises:
-        As `grow_and_prune`; ValueError for fewer than one process.
+        As `grow_and_prune`; TrainingError for fewer than one process.
 
     >>> from lib import constraint, data, models, pruning, recipes
     >>> images = data.load(train_size=200, test_size=100, validation_size=100)
@@ -235,35 +233,37 @@ def parallel_grow_and_prune(
     >>> log["epochs"].tolist(), constraint.sparsity(model)
     ([3, 4], 0.75)
     """
+    movable(model, plan)
     groups = _turns(plan, parts, rounds, "cyclic", seed)[0]
     if processes is not None and processes < 1:
-        raise ValueError(f"processes = {processes}: allowed are whole numbers from 1, or None")
+        raise TrainingError(f"processes = {processes}: allowed are whole numbers from 1, or None")
     processes = min(processes or os.cpu_count() or 1, len(groups))
     masks, rows = random_masks(model, plan, seed), []
     total = rounds * len(groups) * epochs + tune_epochs
-    for r in range(rounds):
-        start, bare = state_of(attach_masks(model, masks)), plain(model)
-        jobs = []
-        for i, part in enumerate(groups):
-            held = {name: mask for name, mask in masks.items() if name not in part}
-            seeded = fit_options | {"epochs": epochs, "seed": stage_seed(seed, r * len(groups) + i)}
-            jobs.append(joblib.delayed(_grown)(bare, start, held, data, seeded))
-        done = joblib.Parallel(processes)(jobs)
-        for _, spent in done if processes > 1 else []:  # in this process the meter saw the replicas
-            charge_all(spent)
-        detach_masks(model).load_state_dict(_merged([state for state, _ in done], groups, model))
-        row = {"round": r + 1, "part": 0, "epochs": (r + 1) * len(groups) * epochs}
-        row["accuracy"] = evaluate(recalibrate(model, data), data.validation)
-        before, masks = masks, _pruned(model, plan)
-        row["exchanged"] = _exchanged(before, masks, masks)
-        row["pruned_accuracy"] = evaluate(recalibrate(attach_masks(model, masks), data), data.validation)
-        rows.append(row)
-        if progress:
-            progress(row["epochs"] / total, f"round {r + 1} of {rounds}, {row['pruned_accuracy']:.1%} pruned")
-    detach_masks(model)
-    report = _share(progress, 1 - tune_epochs / total, tune_epochs / total, "inside the masks")
-    end = _tuned(model, plan, data, epochs=tune_epochs, seed=stage_seed(seed, 10**6), progress=report, **fit_options)
-    return pd.DataFrame([*rows, {"round": rounds, "part": 0, "epochs": total, **end}])
+    with own_masks(model):
+        for r in range(rounds):
+            start, bare = state_of(rewind(model, state_of(model), masks)), plain(model)
+            jobs = []
+            for i, group in enumerate(groups):
+                held = {name: mask for name, mask in masks.items() if name not in group}
+                seeded = fit_options | {"epochs": epochs, "seed": stage_seed(seed, r * len(groups) + i)}
+                jobs.append(joblib.delayed(_grown)(bare, start, held, data, seeded))
+            done = joblib.Parallel(processes)(jobs)
+            for _, spent in done if processes > 1 else []:  # in this process the meter saw the replicas
+                charge_all(spent)
+            detach_masks(model).load_state_dict(_merged([state for state, _ in done], groups, model))
+            row = {"round": r + 1, "part": 0, "epochs": (r + 1) * len(groups) * epochs}
+            row["accuracy"] = evaluate(recalibrate(model, data), data.validation)
+            before, masks = masks, _pruned(model, plan)
+            row["exchanged"] = _exchanged(before, masks, masks)
+            row["pruned_accuracy"] = evaluate(recalibrate(attach_masks(model, masks), data), data.validation)
+            rows.append(row)
+            if progress:
+                progress(row["epochs"] / total, f"round {r + 1} of {rounds}, {row['pruned_accuracy']:.1%} pruned")
+        report = part(progress, total - tune_epochs, tune_epochs, total, "inside the masks")
+        rows.append({"round": rounds, "part": 0, "epochs": total})
+        rows[-1] |= _tuned(model, plan, data, tune_epochs, seed, report, fit_options)
+    return pd.DataFrame(rows)
 
 
 def _grown(model: nn.Module, state: State, held: Masks, data: Data, options: dict) -> tuple[State, pd.DataFrame]:

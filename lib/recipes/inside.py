@@ -6,16 +6,16 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from lib.constraint import Constraint, ConstraintError, Plan, Storage, leaf, weights
+from lib.constraint import Constraint, Plan, Storage, weights
 from lib.data import Data
-from lib.shapes import prunable
+from lib.recipes.common import Pulling, movable
 from lib.sharing import SmartExchange
-from lib.training import Hook, Progress, TrainingError, evaluate, fit
+from lib.training import Hook, TrainingError, evaluate, fit
 
 ROUNDING = 1e-4  # in shares of the largest weight: what thousands of steps in single precision add up to
 
 
-class _Tangent(Hook):
+class _Tangent(Pulling):
     """Every gradient along its set, and a look after every epoch whether the weights are still inside.
 
     What belongs together is read from the weights at the start: later a block that is free may happen to look like one
@@ -23,16 +23,12 @@ class _Tangent(Hook):
     """
 
     def __init__(self, model: nn.Module, plan: Plan) -> None:
-        self.plan = plan
-        self.parameters = {n: leaf(layer) for n, layer in prunable(model).items() if n in plan}
+        super().__init__(model, plan)
         self.start = {n: w.clone() for n, w in weights(model, plan).items()}
         self.check(model, "before training")
 
-    @torch.no_grad()
-    def after_backward(self, model: nn.Module, step: int) -> None:
-        for name, c in self.plan.items():
-            gradient = self.parameters[name].grad
-            gradient.copy_(c.tangent(self.start[name], gradient))
+    def pull(self, name: str, parameter: nn.Parameter) -> None:
+        parameter.grad.copy_(self.plan[name].tangent(self.start[name], parameter.grad))
 
     def after_epoch(self, model: nn.Module, epoch: int) -> None:
         self.check(model, f"in epoch {epoch + 1}")
@@ -44,12 +40,7 @@ class _Tangent(Hook):
 
 
 def retrain_inside(
-    model: nn.Module,
-    plan: Plan,
-    data: Data,
-    *,
-    progress: Progress | None = None,
-    **fit_options: Any,
+    model: nn.Module, plan: Plan, data: Data, *, hooks: tuple[Hook, ...] = (), **fit_options: Any
 ) -> pd.DataFrame:
     """Retrain hardened weights inside their sets: each gradient becomes its part along the set.
 
@@ -60,8 +51,8 @@ def retrain_inside(
         As `fit`.
 
     Raises:
-        ConstraintError: sets that couple layers, or weight decay with a set that is no cone. ValueError: Adam, whose
-        steps have another direction than their gradients. TrainingError: weights outside their set.
+        TrainingError: sets that couple layers, weight decay with a set that is no cone, weights outside their set, or
+            Adam, whose steps have another direction than their gradients.
 
     >>> from lib import constraint, data, models, pruning, quantization, recipes
     >>> images = data.load(train_size=200, test_size=100, validation_size=100)
@@ -72,11 +63,11 @@ def retrain_inside(
     True
     """
     if fit_options.get("optimizer", "sgd") != "sgd":
-        raise ValueError("retrain_inside: optimizer = 'adam' leaves the sets; allowed is 'sgd'")
+        raise TrainingError("retrain_inside: optimizer = 'adam' leaves the sets; allowed is 'sgd'")
     for name, c in plan.items():
         if not c.per_layer or (fit_options.get("weight_decay", 0) and not c.cone):
-            raise ConstraintError(f"{name}: {c} couples layers or is left by weight decay; retrain it otherwise")
-    return fit(model, data, hooks=(_Tangent(model, plan),), progress=progress, **fit_options)
+            raise TrainingError(f"{name}: {c} couples layers or is left by weight decay; retrain it otherwise")
+    return fit(model, data, hooks=(*hooks, _Tangent(model, plan)), **fit_options)
 
 
 class _Snap(Hook):
@@ -84,7 +75,7 @@ class _Snap(Hook):
 
     def __init__(self, model: nn.Module, plan: Plan, data: Data, interval: int) -> None:
         self.plan, self.data, self.interval = plan, data, interval
-        self.parameters = {n: leaf(layer) for n, layer in prunable(model).items() if n in plan}
+        self.parameters = movable(model, plan)
         self.rows: list[dict[str, float]] = []
 
     @torch.no_grad()
@@ -125,7 +116,7 @@ def alternating(
     *,
     epochs: int,
     interval: int = 1,
-    progress: Progress | None = None,
+    hooks: tuple[Hook, ...] = (),
     **fit_options: Any,
 ) -> pd.DataFrame:
     """Epochs of plain training and projections by turns, in place: SmartExchange's retraining (ISCA 2020).
@@ -138,7 +129,7 @@ def alternating(
         ``hardened_accuracy`` after it, and ``data_bits``, ``index_bits``, ``table_bits`` of the planned layers.
 
     Raises:
-        ValueError: ``epochs`` is not a positive multiple of ``interval``. ConstraintError: sets that couple layers.
+        TrainingError: ``epochs`` is not a positive multiple of ``interval``, or sets that couple layers.
 
     >>> from lib import data, models, quantization, recipes
     >>> images = data.load(train_size=200, test_size=100, validation_size=100)
@@ -148,10 +139,9 @@ def alternating(
     ([1, 2], True)
     """
     if interval < 1 or epochs < 1 or epochs % interval:
-        raise ValueError(f"alternating: epochs = {epochs}, interval = {interval}: epochs must be a positive multiple")
-    weights(model, plan)
+        raise TrainingError(f"alternating: {epochs=}, {interval=}: epochs must be a positive multiple of interval")
     if coupled := [n for n, c in plan.items() if not c.per_layer]:
-        raise ConstraintError(f"{coupled[0]}: {plan[coupled[0]]} couples layers; alternating takes one at a time")
+        raise TrainingError(f"{coupled[0]}: {plan[coupled[0]]} couples layers; alternating takes one at a time")
     snap = _Snap(model, plan, data, interval)
-    fit(model, data, epochs=epochs, hooks=(snap,), progress=progress, **fit_options)
+    fit(model, data, epochs=epochs, hooks=(*hooks, snap), **fit_options)
     return pd.DataFrame(snap.rows)

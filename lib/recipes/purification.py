@@ -10,7 +10,7 @@ from lib.channels.spaces import groups_of, spaces_of, trace
 from lib.constraint import Masks, plain
 from lib.data import Split
 from lib.shapes import prunable
-from lib.training import Progress, evaluate
+from lib.training import Progress, TrainingError, evaluate
 
 
 @torch.no_grad()
@@ -28,8 +28,8 @@ def purify(
     them without a weight, its *importance* the squared norm of those left. In each layer, channels that are at least
     so empty are removed, the least important first, and then all that is unused without them (`follow`). The
     thresholds are searched, as the paper tells none: of the given emptinesses, and by bisection of all importances,
-    those that leave the fewest weights while accuracy on ``split`` falls by at most ``drop`` points in all. No
-    training.
+    those that leave the fewest weights while the score on ``split`` falls by at most ``drop`` hundredths (points of
+    accuracy) in all. No training.
 
     Args:
         model: pruned by filters and columns, or in any other way; it is not changed.
@@ -40,7 +40,7 @@ def purify(
         Masks for `attach_masks`, of all layers that lost weights and of what follows.
 
     Raises:
-        ConstraintError: as `follow`. ValueError: a negative drop, or an emptiness outside [0, 1].
+        ConstraintError: as `follow`. TrainingError: a negative drop, or an emptiness outside [0, 1].
 
     >>> from torch import nn
     >>> from lib import data, recipes
@@ -50,8 +50,8 @@ def purify(
     >>> recipes.purify(net, images.x, images, drop=100, emptiness=[0.75])["2"].flatten(2).any(2).tolist()
     [[False, True, True, True], [False, True, True, True]]
     """
-    if drop < 0 or not emptiness or min(emptiness) < 0 or max(emptiness) > 1:
-        raise ValueError(f"purify: {drop=}, {emptiness=}: allowed are drop >= 0 and shares in [0, 1]")
+    if not drop >= 0 or not emptiness or min(emptiness) < 0 or max(emptiness) > 1:
+        raise TrainingError(f"purify: {drop=}, {emptiness=}: allowed are drop >= 0 and shares in [0, 1]")
     bare = plain(model)
     best = follow(bare, {name: layer.weight != 0 for name, layer in prunable(bare).items()}, example)
     floor = evaluate(zeroed(bare, best), split) - drop / 100
@@ -73,6 +73,8 @@ def purify(
                     high = middle - 1
                 else:
                     low, best = middle, min(best, masks, key=_weights)
+    if progress:
+        progress(1.0, f"{_weights(best)} weights left")
     return best
 
 

@@ -8,24 +8,13 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from lib.constraint import (
-    ConstraintError,
-    Mask,
-    Plan,
-    attach,
-    attach_masks,
-    detach,
-    fitted,
-    harden,
-    masks,
-    project,
-    weights,
-)
+from lib.constraint import Mask, Plan, attach, attach_masks, detach, fitted, harden, masks, project, weights
 from lib.constraint.selection import keep_largest
 from lib.data import Data
 from lib.quantization import Quantized
+from lib.recipes.common import movable, part
 from lib.shapes import Parametrization, uses
-from lib.training import Hook, Progress, evaluate, fit
+from lib.training import Hook, Progress, TrainingError, evaluate, fit
 
 
 class _Projected(Parametrization):
@@ -40,14 +29,25 @@ class _Projected(Parametrization):
         return weight + (self.constraint.project(weight.detach()) - weight.detach())
 
 
+class _Through(Hook):
+    """The projection of every planned layer between its latent weights and the network, while it trains."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+
+    def begin(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        layers = uses(model)
+        for name, constraint in self.plan.items():
+            attach(layers[name], _Projected(constraint))
+
+    def end(self, model: nn.Module) -> None:
+        layers = uses(model)
+        for name in self.plan:
+            detach(layers[name], _Projected)
+
+
 def straight_through(
-    model: nn.Module,
-    plan: Plan,
-    data: Data,
-    *,
-    hooks: tuple[Hook, ...] = (),
-    progress: Progress | None = None,
-    **fit_options: Any,
+    model: nn.Module, plan: Plan, data: Data, *, hooks: tuple[Hook, ...] = (), **fit_options: Any
 ) -> pd.DataFrame:
     """Train latent weights through their projection, in place, from a trained model. Leaves ``W <- P_S(W)``.
 
@@ -59,7 +59,7 @@ def straight_through(
         As `fit`; loss and accuracy are those of the projected network.
 
     Raises:
-        ConstraintError: a plan that couples layers, or cannot be.
+        TrainingError: a plan that couples layers. ConstraintError: one that cannot be.
 
     >>> from lib import data, models, pruning, quantization, recipes, shapes
     >>> images = data.load(train_size=200, test_size=100, validation_size=100)
@@ -69,17 +69,11 @@ def straight_through(
     >>> [len(layer.weight.unique()) for layer in shapes.prunable(model).values()]
     [3, 3, 3]
     """
-    layers = uses(model)
-    weights(model, plan)  # says what is wrong with a plan before training
+    movable(model, plan)
     for name, constraint in plan.items():
         if not constraint.per_layer:
-            raise ConstraintError(f"{name}: {constraint} couples layers; straight-through training takes one at a time")
-        attach(layers[name], _Projected(constraint))
-    try:
-        log = fit(model, data, hooks=hooks, progress=progress, **fit_options)
-    finally:
-        for name in plan:
-            detach(layers[name], _Projected)
+            raise TrainingError(f"{name}: {constraint} couples layers; straight-through training takes one at a time")
+    log = fit(model, data, hooks=(*hooks, _Through(plan)), **fit_options)
     harden(model, plan)
     return log
 
@@ -120,7 +114,7 @@ def partial_hardening(
         retraining, and ``hardened_accuracy`` of the network as it would be with all weights snapped.
 
     Raises:
-        ConstraintError: a plan that cannot be. ValueError: a share outside [0, 1].
+        ConstraintError: a plan that cannot be. TrainingError: a share outside [0, 1].
 
     >>> from lib import data, models, pruning, quantization, recipes
     >>> images = data.load(train_size=200, test_size=100, validation_size=100)
@@ -131,7 +125,8 @@ def partial_hardening(
     ([0.5, 0.9], 4)
     """
     if not shares or min(shares) < 0 or max(shares) > 1:
-        raise ValueError(f"partial_hardening: {shares=}: allowed are shares in [0, 1], at least one")
+        raise TrainingError(f"partial_hardening: {shares=}: allowed are shares in [0, 1], at least one")
+    movable(model, plan)
     plan = fitted(model, plan)
     layers, before = uses(model), masks(model)
     levels = project(plan, weights(model, plan))
@@ -139,23 +134,22 @@ def partial_hardening(
     free = {n: support.get(n, w != 0) for n, w in weights(model, plan).items()}
     total = sum(int(f.sum()) for f in free.values())
     rows = []
-    for i, share in enumerate(shares):
-        w = weights(model, plan)
-        levels = project(plan, w)
-        for name, level in levels.items():
-            free[name] &= ~_nearest(w[name], level, free[name], share)
-        attach_masks(model, {n: m for n, m in before.items() if n not in plan})
-        for name, level in levels.items():
-            attach(layers[name], _Frozen(free[name], level))
-        report = None
-        if progress:
-            report = lambda done, text, i=i: progress((i + done) / len(shares), f"round {i + 1}: {text}")  # noqa: E731
-        fit(model, data, progress=report, **fit_options)
-        frozen = 1 - sum(int(f.sum()) for f in free.values()) / max(1, total)
-        hardened = evaluate(harden(deepcopy(model), plan), data.validation)
-        rows.append((i + 1, frozen, evaluate(model, data.validation), hardened))
-    harden(model, plan)
-    attach_masks(model, before)
+    try:
+        for i, share in enumerate(shares):
+            w = weights(model, plan)
+            levels = project(plan, w)
+            for name, level in levels.items():
+                free[name] &= ~_nearest(w[name], level, free[name], share)
+            attach_masks(model, {n: m for n, m in before.items() if n not in plan})
+            for name, level in levels.items():
+                attach(layers[name], _Frozen(free[name], level))
+            fit(model, data, progress=part(progress, i, 1, len(shares), f"round {i + 1}"), **fit_options)
+            frozen = 1 - sum(int(f.sum()) for f in free.values()) / max(1, total)
+            hardened = evaluate(harden(deepcopy(model), plan), data.validation)
+            rows.append((i + 1, frozen, evaluate(model, data.validation), hardened))
+        harden(model, plan)
+    finally:
+        attach_masks(model, before)
     return pd.DataFrame(rows, columns=["round", "frozen", "accuracy", "hardened_accuracy"])
 
 

@@ -8,27 +8,33 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from lib.constraint import ConstraintError, Masks, Plan, attach_masks, detach_masks, leaf
+from lib.constraint import Masks, Plan, attach_masks
 from lib.constraint.selection import keep_largest
 from lib.data import Data
 from lib.pruning.groups import Unstructured
+from lib.recipes.common import Pulling, movable, own_masks
 from lib.recipes.growing import random_masks
 from lib.shapes import dense_macs, prunable
-from lib.training import Hook, Progress, TrainingError, charge, fit
+from lib.training import Hook, TrainingError, charge, fit, steps_per_epoch
 
 
-class _Regrow(Hook):
+class _Regrow(Pulling):
     """RigL: every few steps the smallest live weights go, and as many come where the gradient is largest."""
 
     def __init__(self, model: nn.Module, masks: Masks, interval: int, share: float, last: int) -> None:
-        layers = prunable(model)
-        self.layers = {name: layers[name] for name in masks}
+        super().__init__(model, masks)
+        self.layers = {name: layer for name, layer in prunable(model).items() if name in masks}
         self.interval, self.share, self.last = interval, share, last
         self.gradients: dict[str, Tensor] = {}
         self.taps: list = []
 
     def begin(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
+
+    def end(self, model: nn.Module) -> None:
+        for tap in self.taps:
+            tap.remove()
+        self.taps = []
 
     def before_step(self, model: nn.Module, step: int) -> None:
         if step % self.interval or not 0 < step < self.last:
@@ -39,28 +45,31 @@ class _Regrow(Hook):
             self.taps.append(layer.register_forward_hook(_charge_removed))
 
     def _tap(self, name: str) -> Callable:
+        def keep(gradient: Tensor) -> None:  # a layer that is used twice has the sum of both
+            self.gradients[name] = self.gradients.get(name, 0) + gradient
+
         def tap(mask: nn.Module, inputs: tuple[Tensor, ...], weight: Tensor) -> None:
             if weight.requires_grad:
-                weight.register_hook(lambda gradient: self.gradients.__setitem__(name, gradient))
+                weight.register_hook(keep)
 
         return tap
 
     @torch.no_grad()
     def after_backward(self, model: nn.Module, step: int) -> None:
+        super().after_backward(model, step)
         if not self.taps:
             return
-        for tap in self.taps:
-            tap.remove()
-        self.taps = []
+        self.end(model)
         fraction = self.share / 2 * (1 + cos(pi * step / self.last))
-        for name, layer in self.layers.items():
-            self._move(layer, self.gradients.pop(name), fraction)
+        for name, gradient in self.gradients.items():
+            self._move(name, gradient, fraction)
+        self.gradients = {}
         for parameter in model.parameters():  # the step that changes masks changes no weight
             parameter.grad = None
 
     @torch.no_grad()
-    def _move(self, layer: nn.Module, gradient: Tensor, fraction: float) -> None:
-        mask, weight = layer.parametrizations.weight[0].mask, leaf(layer)
+    def _move(self, name: str, gradient: Tensor, fraction: float) -> None:
+        mask, weight = self.layers[name].parametrizations.weight[0].mask, self.parameters[name]
         live = int(mask.sum())
         stay = keep_largest(torch.where(mask, weight.abs(), -1.0), live - int(fraction * live))
         new = keep_largest(torch.where(stay, -1.0, gradient.abs()), live - int(stay.sum()))
@@ -87,7 +96,6 @@ def rigl(
     until: float = 0.75,
     seed: int = 0,
     hooks: tuple[Hook, ...] = (),
-    progress: Progress | None = None,
     **fit_options: Any,
 ) -> pd.DataFrame:
     """RigL: sparse all the way, masks that move along the gradient (Evci et al., ICML 2020, arXiv 1911.11134).
@@ -103,8 +111,7 @@ def rigl(
         As `fit`.
 
     Raises:
-        ConstraintError: other sets, which single weights would leave. TrainingError: an interval below 1, or shares
-        outside [0, 1].
+        TrainingError: other sets, which single weights would leave, an interval below 1, or shares outside [0, 1].
 
     >>> from lib import constraint, data, models, pruning, recipes
     >>> images = data.load(train_size=200, test_size=100, validation_size=100)
@@ -120,12 +127,12 @@ def rigl(
         )
     for name, constraint in plan.items():
         if not isinstance(constraint, Unstructured):
-            raise ConstraintError(f"{name}: rigl moves single weights, {type(constraint).__name__} would be left")
+            raise TrainingError(f"{name}: rigl moves single weights, {type(constraint).__name__} would be left")
     if fit_options.get("optimizer", "sgd") != "sgd":
         raise TrainingError("rigl: optimizer = 'adam': allowed is 'sgd', whose momentum of new weights is cleared")
-    steps = epochs * -(-len(data.train) // fit_options.get("batch_size", 128))
-    masks = random_masks(model, plan, seed)
-    hook = _Regrow(attach_masks(model, masks), masks, interval, share, round(until * steps))
-    log = fit(model, data, epochs=epochs, seed=seed, hooks=(*hooks, hook), progress=progress, **fit_options)
-    detach_masks(model)
-    return log
+    movable(model, plan)
+    last = round(until * epochs * steps_per_epoch(data, **fit_options))
+    with own_masks(model):
+        masks = random_masks(model, plan, seed)
+        hook = _Regrow(attach_masks(model, masks), masks, interval, share, last)
+        return fit(model, data, epochs=epochs, seed=seed, hooks=(*hooks, hook), **fit_options)

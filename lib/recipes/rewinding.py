@@ -6,9 +6,11 @@ from typing import Any
 import pandas as pd
 from torch import Tensor, nn
 
-from lib.constraint import Masks, Plan, State, attach_masks, detach_masks, fitted, select, weights
+from lib.constraint import Masks, Plan, State, attach_masks, detach_masks, fitted, leaf, select, weights
 from lib.data import Data
-from lib.training import Progress, fit
+from lib.recipes.common import movable, own_masks, part, stage_seed
+from lib.shapes import prunable
+from lib.training import Progress, TrainingError, fit
 
 
 def layer_weights(state: State, layers: Iterable[str]) -> dict[str, Tensor]:
@@ -29,6 +31,9 @@ def rewind(model: nn.Module, state: State, masks: Masks | None = None) -> nn.Mod
 
     The lottery ticket is ``rewind(model, theta_0, m)``, fine-tuning starts from ``rewind(model, theta_T, m)``.
 
+    Raises:
+        ShapeError: something else makes a weight of the model.
+
     >>> from lib.recipes import rewind
     >>> from lib.constraint import state_of
     >>> model = torch.nn.Sequential(torch.nn.Linear(2, 1))
@@ -38,6 +43,8 @@ def rewind(model: nn.Module, state: State, masks: Masks | None = None) -> nn.Mod
     >>> rewind(model, start, {"0": torch.tensor([[True, False]])})[0].weight.tolist()
     [[1.0, 0.0]]
     """
+    for layer in prunable(model).values():
+        leaf(layer)
     detach_masks(model).load_state_dict(state)
     return attach_masks(model, masks or {})
 
@@ -73,6 +80,9 @@ def iterative(
     Returns:
         The masks of every plan, each inside the one before it.
 
+    Raises:
+        TrainingError: no plan.
+
     >>> from lib import constraint, data, models, pruning, recipes
     >>> images = data.load(train_size=200, test_size=100, validation_size=100)
     >>> model = models.build("lenet300", images.shape, images.classes)
@@ -81,30 +91,21 @@ def iterative(
     >>> [int(m["fc2"].sum()) for m in masks], bool((masks[1]["fc2"] <= masks[0]["fc2"]).all())
     ([15000, 7500], True)
     """
+    if not plans:
+        raise TrainingError("iterative: at least one plan is needed")
+    for plan in plans:
+        movable(model, plan)
     found: list[Masks] = []
-    for i, plan in enumerate(plans):
-        if i:
-            report = None
-            if progress:
-                report = lambda done, text, i=i: progress((i - 1 + done) / (len(plans) - 1), f"round {i}: {text}")  # noqa: E731
-            fit(model, data, progress=report, **fit_options)
-        masks = one_shot(model, plan)
-        if found:  # a survivor that became exactly zero must not be traded for a removed weight
-            masks = {name: m & found[-1].get(name, m) for name, m in masks.items()}
-        found.append(masks)
-        rewind(model, start, masks)
-    detach_masks(model)
+    with own_masks(model):
+        for i, plan in enumerate(plans):
+            if i:
+                fit(model, data, progress=part(progress, i - 1, 1, len(plans) - 1, f"round {i}"), **fit_options)
+            masks = one_shot(model, plan)
+            if found:  # a survivor that became exactly zero must not be traded for a removed weight
+                masks = {name: m & found[-1].get(name, m) for name, m in masks.items()}
+            found.append(masks)
+            rewind(model, start, masks)
     return found
-
-
-def stage_seed(seed: int, stage: int) -> int:
-    """A seed for one of several trainings: another order of batches in every stage, the same one in paired runs.
-
-    >>> from lib.recipes.rewinding import stage_seed
-    >>> stage_seed(1, 2) != stage_seed(1, 3)
-    True
-    """
-    return 10_007 * seed + stage
 
 
 def prune_and_tune(
@@ -137,13 +138,14 @@ def prune_and_tune(
     >>> log["stage"].tolist(), round(constraint.sparsity(model), 4)
     ([0, 0, 1, 2], 0.75)
     """
+    for plan in plans:
+        movable(model, plan)
     logs = []
-    for stage, (plan, length) in enumerate([(None, dense_epochs), *((plan, epochs) for plan in plans)]):
-        attach_masks(model, one_shot(model, fitted(model, plan)) if plan else {})
-        report = None
-        if progress:
-            report = lambda done, text, i=stage: progress((i + done) / (len(plans) + 1), f"stage {i}: {text}")  # noqa: E731
-        logs.append(fit(model, data, epochs=length, seed=stage_seed(seed, stage), progress=report, **fit_options))
-        logs[-1].insert(0, "stage", stage)
-    detach_masks(model)
+    with own_masks(model):
+        for stage, (plan, length) in enumerate([(None, dense_epochs), *((plan, epochs) for plan in plans)]):
+            attach_masks(model, one_shot(model, fitted(model, plan)) if plan else {})
+            report = part(progress, stage, 1, len(plans) + 1, f"stage {stage}")
+            seeded = {"seed": stage_seed(seed, stage), "progress": report}
+            logs.append(fit(model, data, epochs=length, **seeded, **fit_options))
+            logs[-1].insert(0, "stage", stage)
     return pd.concat(logs, ignore_index=True)

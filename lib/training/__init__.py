@@ -3,6 +3,7 @@
 from lib.training.cache import CACHE_ROOT, cached
 from lib.training.loop import (
     Hook,
+    Objective,
     Progress,
     Schedule,
     TrainingError,
@@ -10,9 +11,11 @@ from lib.training.loop import (
     device,
     evaluate,
     fit,
+    in_mode,
     learning_rate,
     make_optimizer,
     recalibrate,
+    steps_per_epoch,
 )
 from lib.training.spent import charge, charge_all, metered, uncounted
 from lib.training.strides import StrideFirst
@@ -20,6 +23,7 @@ from lib.training.strides import StrideFirst
 __all__ = [
     "CACHE_ROOT",
     "Hook",
+    "Objective",
     "Progress",
     "Schedule",
     "StrideFirst",
@@ -31,9 +35,11 @@ __all__ = [
     "device",
     "evaluate",
     "fit",
+    "in_mode",
     "learning_rate",
     "make_optimizer",
     "metered",
     "recalibrate",
+    "steps_per_epoch",
     "uncounted",
 ]

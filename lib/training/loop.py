@@ -1,12 +1,13 @@
 """One bare training loop, evaluation, and what a recipe may do inside the loop."""
 
 from collections.abc import Callable, Iterator
-from typing import Literal
+from contextlib import ExitStack, contextmanager
+from math import isfinite, nan
+from typing import Any, Literal
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lib.data import Data, Split
@@ -15,9 +16,15 @@ from lib.training.strides import StrideFirst
 Progress = Callable[[float, str], None]
 """Called with the fraction done and a short message; a study passes its progress line here."""
 
+Objective = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
+"""``(model, x, y, output) -> ()``: what is minimized in place of the task's loss, after the forward pass of a batch."""
 
-class TrainingError(RuntimeError):
-    """Training cannot start, or went wrong: the message names the setting to change.
+Score = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""``(output, y) -> ((), ())``: a sum over a batch and the number of its terms, as in `lib.data.Task`."""
+
+
+class TrainingError(ValueError):
+    """Training or a recipe cannot start, or went wrong: the message names the setting to change.
 
     >>> from lib.training import learning_rate
     >>> learning_rate("linear", 0.1, progress=0.5)
@@ -38,7 +45,7 @@ def device() -> torch.device:
 
 
 class Hook:
-    """What a recipe may do inside `fit`; every method does nothing by default.
+    """What a recipe may do inside `fit`; every method does nothing by default. Steps count the batches of a run from 0.
 
     >>> from lib import data, models, training
     >>> class Watch(training.Hook):
@@ -55,6 +62,9 @@ class Hook:
 
     def begin(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Called once, before anything else: who moves weights by hand clears their momentum in ``optimizer.state``."""
+
+    def end(self, model: nn.Module) -> None:
+        """Called once, whatever happened, an interrupt too: what was attached to the model is taken away here."""
 
     def before_epoch(self, model: nn.Module, epoch: int) -> None:
         """Called before the first batch of an epoch."""
@@ -120,21 +130,85 @@ def make_optimizer(
     raise TrainingError(f"optimizer = {name!r}: allowed are 'sgd' and 'adam'")
 
 
+def _sizes(examples: int, batch_size: int) -> list[int]:
+    """Of an epoch's batches. One example left over joins the batch before: no batch norm could normalize it alone."""
+    full, rest = divmod(examples, batch_size)
+    if full and rest == 1:
+        return [*[batch_size] * (full - 1), batch_size + 1]
+    return [*[batch_size] * full, *[rest] * (rest > 0)]
+
+
+def steps_per_epoch(data: Data, batch_size: int = 128, **_: Any) -> int:
+    """Batches of an epoch: time within a run is counted in these. Other options of `fit` may come along.
+
+    >>> from lib import data
+    >>> from lib.training import steps_per_epoch
+    >>> images = data.load(train_size=257, test_size=100, validation_size=100)
+    >>> steps_per_epoch(images, lr=0.1), steps_per_epoch(images, batch_size=100)  # the last of 129, of 57
+    (2, 3)
+    """
+    return len(_sizes(len(data.train), batch_size))
+
+
 def batches(split: Split, batch_size: int, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
     """One epoch of batches in an order that depends on ``seed`` and ``epoch`` alone: paired arms see the same.
+
+    A single example that is left over joins the batch before it.
 
     >>> from lib.data import Split
     >>> from lib.training import batches
     >>> split = Split(torch.zeros(5, 1, 1, 1), torch.arange(5))
     >>> order = [y.tolist() for _, y in batches(split, 2, seed=0, epoch=0)]
     >>> [len(y) for y in order], sorted(sum(order, []))
-    ([2, 2, 1], [0, 1, 2, 3, 4])
+    ([2, 3], [0, 1, 2, 3, 4])
     >>> order == [y.tolist() for _, y in batches(split, 2, seed=0, epoch=0)]
     True
     """
-    generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
-    for index in torch.randperm(len(split), generator=generator).to(split.y.device).split(batch_size):
+    generator = torch.Generator().manual_seed(int(1_000_003 * seed + epoch))
+    order = torch.randperm(len(split), generator=generator).to(split.y.device)
+    for index in order.split(_sizes(len(split), batch_size)):
         yield split.x[index], split.y[index]
+
+
+@contextmanager
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Within, the whole network is in training or in evaluation mode; afterwards each module is as it was.
+
+    >>> from lib.training import in_mode
+    >>> net = torch.nn.Sequential(torch.nn.BatchNorm1d(2).eval())
+    >>> with in_mode(net, training=True):
+    ...     net[0].training
+    True
+    >>> net.training, net[0].training
+    (True, False)
+    """
+    before = {module: module.training for module in model.modules()}
+    try:
+        model.train(training)
+        yield
+    finally:
+        for module, mode in before.items():
+            module.training = mode
+
+
+def _check_fit(model: nn.Module, split: Split) -> None:
+    """Refuse what torch would refuse later in words of its own."""
+    if not len(split):
+        raise TrainingError("the split is empty: there is nothing to learn from or to be judged by")
+    kinds = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    if split.x.is_floating_point() and kinds and split.x.dtype not in kinds:
+        raise TrainingError(
+            f"the model is of {', '.join(map(str, kinds))} and the data of {split.x.dtype}: convert one"
+        )
+
+
+def _output(model: nn.Module, x: Tensor) -> Tensor:
+    try:
+        return model(x)
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise TrainingError(f"a batch norm meets one position of one example: batch_size = 1? ({error})") from None
 
 
 def fit(
@@ -149,24 +223,31 @@ def fit(
     batch_size: int = 128,
     schedule: Schedule = "step",
     seed: int = 0,
-    start_step: int = 0,
-    stop_after: int | None = None,
+    start: int = 0,
+    stop: int | None = None,
+    objective: Objective | None = None,
     hooks: tuple[Hook, ...] = (),
     progress: Progress | None = None,
 ) -> pd.DataFrame:
-    """Train ``model`` in place on ``data.train`` by cross-entropy, where the model and the data already are.
+    """Train ``model`` in place on ``data.train`` by the loss of its task, where the model and the data already are.
 
     Bit-identical for the same seed, device and thread count. The last epoch's weights are what is left: nothing is
-    selected by its accuracy. ``stop_after = k`` leaves the weights as they are after the first ``k`` epochs of a run of
-    ``epochs``: the ``theta_k`` that rewinding goes back to. ``start_step = s`` goes on where a run of ``epochs`` has
-    taken ``s`` batches, with its learning rate and its order of batches but no momentum; hooks see the run's own steps.
+    selected by its score. Whatever happens, also an error or an interrupt, hooks are ended and each module is in the
+    mode that it had.
+
+    Args:
+        start: step (batch of the whole run, see `steps_per_epoch`) to go on from, with its learning rate and its order
+            of batches but no momentum. stop: step before which to end, with the weights as they are then, such as the
+            ``theta_k`` that rewinding goes back to; None: after all ``epochs``. Hooks see the run's own steps.
+        objective: what is minimized in place of the task's loss: that plus a cost, a distance to a teacher's output.
 
     Returns:
-        One row per epoch that had a batch: ``epoch`` (from 1), ``lr``, ``train_loss``, ``train_accuracy`` over the
-        ``images`` that it saw.
+        One row per epoch that had a batch: ``epoch`` (from 1), ``lr``, ``train_loss`` and ``train_accuracy``, the
+        task's loss and score over the ``images`` that it saw (NaN for a score of whole splits only), and with an
+        objective its mean, ``objective``.
 
     Raises:
-        TrainingError: a bad setting, or a loss that is not finite any more.
+        TrainingError: a bad setting, data that do not fit the model, or a loss that is not finite any more.
 
     >>> from lib import data, models, training
     >>> images = data.load(train_size=1000, test_size=100, validation_size=100)
@@ -174,59 +255,83 @@ def fit(
     >>> log = training.fit(net, images, epochs=3, lr=0.05)
     >>> log["epoch"].tolist(), log["train_loss"].is_monotonic_decreasing, training.evaluate(net, images.test) > 0.5
     ([1, 2, 3], True, True)
+    >>> def smooth(model, x, y, output):
+    ...     return torch.nn.functional.cross_entropy(output, y, label_smoothing=0.1)
+    >>> log = training.fit(net, images, epochs=1, lr=0.01, objective=smooth)
+    >>> bool(log["objective"].iloc[0] > log["train_loss"].iloc[0])
+    True
     """
-    if epochs < 0 or batch_size < 1 or lr <= 0:
+    if epochs < 0 or batch_size < 1 or not lr > 0:
         raise TrainingError(f"{epochs=}, {batch_size=}, {lr=}: allowed are epochs >= 0, batch_size >= 1, lr > 0")
+    _check_fit(model, data.train)
+    learning_rate(schedule, lr, 0.0)
+    steps, task = steps_per_epoch(data, batch_size), data.task
+    end = epochs * steps if stop is None else stop
+    if not 0 <= start <= end <= epochs * steps:
+        raise TrainingError(f"{start=}, {stop=}: allowed are 0 <= start <= stop <= {epochs * steps} batches")
     torch.manual_seed(seed)
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     opt = make_optimizer(model, optimizer, lr, momentum, weight_decay)
-    steps = -(-len(data.train) // batch_size)
     rows = []
-    for hook in hooks:
-        hook.begin(model, opt)
-    stopped = False
-    for epoch in range(start_step // steps, epochs if stop_after is None else min(stop_after, epochs)):
-        model.train()
+    with in_mode(model, training=True), ExitStack() as ends:
         for hook in hooks:
-            hook.before_epoch(model, epoch)
-        seen, loss_sum = 0, torch.zeros((), device=data.train.y.device)
-        correct = torch.zeros((), dtype=torch.long, device=data.train.y.device)
-        for step, (x, y) in enumerate(batches(data.train, batch_size, seed, epoch), start=epoch * steps):
-            if stopped := step >= start_step and any(hook.stops(model, step) for hook in hooks):
-                break
-            if step < start_step or any(hook.skips(model, step) for hook in hooks):
-                continue
-            opt.param_groups[0]["lr"] = learning_rate(schedule, lr, step / (epochs * steps))
-            with StrideFirst():
-                for hook in hooks:
-                    hook.before_step(model, step)
-                output = model(x)
-                loss = cross_entropy(output, y)
-                opt.zero_grad()
-                loss.backward()
-                for hook in hooks:
-                    hook.after_backward(model, step)
-            opt.step()
-            seen += len(y)
-            loss_sum += loss.detach() * len(y)
-            correct += (output.detach().argmax(1) == y).sum()
-        if seen:
-            mean_loss, accuracy = float(loss_sum) / seen, int(correct) / seen
-            if not torch.isfinite(loss_sum):
-                raise TrainingError(f"training diverged in epoch {epoch + 1} (loss {mean_loss}): lower lr = {lr}")
-            rows.append((epoch + 1, opt.param_groups[0]["lr"], mean_loss, accuracy, seen))
+            ends.callback(hook.end, model)
+            hook.begin(model, opt)
+        for epoch in range(start // steps, -(-end // steps)):
+            model.train()
+            for hook in hooks:
+                hook.before_epoch(model, epoch)
+            seen, stopped = [], False
+            for step, (x, y) in enumerate(batches(data.train, batch_size, seed, epoch), start=epoch * steps):
+                if step < start:
+                    continue
+                if stopped := step == end or any(hook.stops(model, step) for hook in hooks):
+                    break
+                if any(hook.skips(model, step) for hook in hooks):
+                    continue
+                opt.param_groups[0]["lr"] = learning_rate(schedule, lr, step / (epochs * steps))
+                with StrideFirst():
+                    for hook in hooks:
+                        hook.before_step(model, step)
+                    output = _output(model, x)
+                    loss = objective(model, x, y, output) if objective else task.loss(output, y)
+                    opt.zero_grad()
+                    loss.backward()
+                    for hook in hooks:
+                        hook.after_backward(model, step)
+                opt.step()
+                with torch.no_grad():
+                    losses = loss, task.loss(output, y) if objective else loss
+                    score = (nan, 1) if task.whole else task.score(output, y)
+                    seen.append((len(y), *(each.detach() * len(y) for each in losses), *score))
+            said = "no batch"
+            if seen:
+                images, aim, loss, score, of = (float(sum(column)) for column in zip(*seen, strict=True))
+                if not isfinite(aim):
+                    raise TrainingError(f"training diverged in epoch {epoch + 1} (loss {aim}): lower lr = {lr}")
+                means = loss / images, score / of
+                rows.append((epoch + 1, opt.param_groups[0]["lr"], *means, int(images), aim / images))
+                said = "loss {:.3f}, score {:.3f}".format(*means)
             if progress:
-                progress((epoch + 1) / epochs, f"epoch {epoch + 1}/{epochs}, loss {mean_loss:.3f}, {accuracy:.1%}")
-        if stopped:
-            break
-        for hook in hooks:
-            hook.after_epoch(model, epoch)
-    return pd.DataFrame(rows, columns=["epoch", "lr", "train_loss", "train_accuracy", "images"])
+                done = 1.0 if stopped else (min((epoch + 1) * steps, end) - start) / (end - start)
+                progress(done, f"epoch {epoch + 1}/{epochs}, {said}")
+            if stopped:
+                break
+            for hook in hooks:
+                hook.after_epoch(model, epoch)
+    columns = ["epoch", "lr", "train_loss", "train_accuracy", "images", "objective"]
+    return pd.DataFrame(rows, columns=columns).drop(columns=[] if objective else "objective")
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, split: Split, batch_size: int = 200) -> float:
-    """Accuracy in [0, 1] on a split, in evaluation mode; the model's own mode is restored.
+def evaluate(model: nn.Module, split: Split, batch_size: int = 200, score: Score | None = None) -> float:
+    """The task's score on a split (accuracy in [0, 1] of classes), in evaluation mode; each module's mode is restored.
+
+    Args:
+        score: another one, of the same form: a sum over a batch and the number of its terms.
+
+    Raises:
+        TrainingError: an empty split, or one that does not fit the model.
 
     >>> from lib.data import Split
     >>> from lib.training import evaluate
@@ -234,14 +339,14 @@ def evaluate(model: nn.Module, split: Split, batch_size: int = 200) -> float:
     >>> evaluate(torch.nn.Flatten(), split)  # the largest input is the class: wrong once in four
     0.75
     """
-    mode = model.training
-    model.eval()
-    correct = sum(
-        int((model(x).argmax(1) == y).sum())
-        for x, y in zip(split.x.split(batch_size), split.y.split(batch_size), strict=True)
-    )
-    model.train(mode)
-    return correct / len(split)
+    _check_fit(model, split)
+    with in_mode(model, training=False):
+        outputs = (model(x) for x in split.x.split(batch_size))
+        pairs = zip(outputs, split.y.split(batch_size), strict=True)
+        if score is None and split.task.whole:
+            pairs = [(torch.cat([output for output, _ in pairs]), split.y)]
+        sums, numbers = zip(*((score or split.task.score)(output, y) for output, y in pairs), strict=True)
+    return float(sum(sums)) / float(sum(numbers))
 
 
 @torch.no_grad()
@@ -257,17 +362,15 @@ def recalibrate(model: nn.Module, data: Data, batch_size: int = 200, batches: in
     >>> float(training.recalibrate(model, images, batches=1).bn1_1.running_mean.abs().max()) > 0  # it was 0
     True
     """
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
-    if not norms:
-        return model
-    mode, momenta = model.training, [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # the plain average
-    model.train()
-    for x in data.train.x.split(batch_size)[:batches]:
-        model(x)
-    model.train(mode)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
+    norms = {m: m.momentum for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None}
+    try:
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the plain average
+        with in_mode(model, training=True):
+            for x in data.train.x.split(_sizes(len(data.train), batch_size))[: batches if norms else 0]:
+                model(x)
+    finally:
+        for norm, momentum in norms.items():
+            norm.momentum = momentum
     return model

@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from torch import nn
+from torch import Tensor, nn
 
 from lib.data import Data
 from lib.layers.gates import RecurrentGate, gate_of
 from lib.recipes.e2_train.signs import SignPrediction, predictive_signs
-from lib.training import Hook, Progress, TrainingError, fit
+from lib.training import Hook, TrainingError, fit
 
 
 class MiniBatchDropping(Hook):
@@ -78,7 +78,6 @@ def e2_train(
     threshold: float = 0.05,
     sign_scale: float = 0.01,
     hooks: tuple[Hook, ...] = (),
-    progress: Progress | None = None,
     **fit_options: Any,
 ) -> pd.DataFrame:
     """Train at less energy, in place: drop batches, skip blocks, predict signs (E2-Train, Wang et al., NeurIPS 2019).
@@ -104,7 +103,7 @@ def e2_train(
         gradient's. NaN where there is no gate, or no sign.
 
     Raises:
-        TrainingError: a value that is not allowed. ValueError: a network without a gate, where one is asked for.
+        TrainingError: a value that is not allowed. LayerError: a network without a gate, where one is asked for.
 
     >>> from lib import data, models
     >>> from lib.recipes.e2_train import e2_train
@@ -121,23 +120,17 @@ def e2_train(
     gate = gate_of(model) if _gated(model) or skip_cost is not None or keep is not None else None
     if gate and (skip_cost is not None or keep is not None):
         gate.keep.fill_(keep or 0.0)
-        gate.cost, gate.least = skip_cost or 0.0, least
-    swap = predictive_signs(model, threshold, scale=sign_scale) if signs else nullcontext()
-    try:
-        with swap as rule:
-            record = _Record(gate, rule)
-            log = fit(
-                model,
-                data,
-                epochs=epochs,
-                lr=lr,
-                hooks=(dropping, *hooks, record),
-                progress=progress,
-                **fit_options,
-            )
-    finally:
-        if gate:
-            gate.cost, gate.least = 0.0, 0.0  # they are this run's, and no state dictionary knows them
+    if skip_cost:
+        task = fit_options.get("objective") or (lambda model, x, y, output: data.task.loss(output, y))
+
+        def with_cost(model: nn.Module, x: Tensor, y: Tensor, output: Tensor) -> Tensor:
+            sign = -1 if gate.now.share < least else 1
+            return task(model, x, y, output) + gate.now.expected(sign * skip_cost)
+
+        fit_options["objective"] = with_cost
+    with predictive_signs(model, threshold, scale=sign_scale) if signs else nullcontext() as rule:
+        record = _Record(gate, rule)
+        log = fit(model, data, epochs=epochs, lr=lr, hooks=(dropping, *hooks, record), **fit_options)
     kept = [record.rows[epoch] for epoch in log["epoch"]]
     more = pd.DataFrame(kept, columns=["executed", "predicted", "agreement"], dtype=float)
     return pd.concat([log[["epoch", "train_loss", "train_accuracy", "images"]], more], axis=1)
