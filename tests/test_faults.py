@@ -614,26 +614,3 @@ def test_a_network_learns_to_live_with_faults(trained, images):
         training.fit(net, images, epochs=4, lr=0.02, batch_size=32, schedule="cosine", hooks=hooks)
         found.append(sweep(net, mapping, [0.2], 8, images.test)["accuracy"].mean())
     assert found[1] > found[0] + 0.03
-
-
-@pytest.mark.parametrize("recipe", ["admm", "progressive", "reweighted", "iterative", "grow_and_prune", "rigl"])
-def test_every_recipe_trains_under_faults(recipe, trained, images):
-    net = deepcopy(trained)
-    plan = {"fc1": pruning.Column(0.5)}
-    options = {"lr": 0.01, "hooks": (UnderFaults("differential", StuckAt(0.05)),)}
-    if recipe == "admm":
-        recipes.admm(net, plan, images, epochs=2, **options)
-    elif recipe == "progressive":
-        recipes.progressive(net, [plan], images, search={"epochs": 1}, retrain={"epochs": 1}, **options)
-    elif recipe == "reweighted":
-        recipes.reweighted(net, plan, images, strength=1e-3, epochs=1, **options)
-    elif recipe == "grow_and_prune":
-        recipes.grow_and_prune(net, plan, images, parts=1, rounds=1, epochs=1, tune_epochs=1, **options)
-    elif recipe == "rigl":
-        plan = {"fc1": pruning.Unstructured(0.5)}
-        recipes.rigl(net, plan, images, epochs=1, interval=4, **options)
-    else:
-        recipes.iterative(net, [plan, {"fc1": pruning.Column(0.8)}], images, state_of(net), epochs=1, **options)
-    assert {*net.state_dict()} == {*trained.state_dict()}
-    if recipe != "iterative":
-        assert plan["fc1"].member(net.fc1.weight.detach())

@@ -36,7 +36,7 @@ def random_masks(model: nn.Module, plan: Plan, seed: int = 0) -> Masks:
     >>> [int(mask.sum()) for mask in masks.values()]
     [23520, 3000, 100]
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(int(seed))
     drawn = {n: torch.randn(w.shape, generator=generator).to(w.device) for n, w in weights(model, plan).items()}
     return select(fitted(model, plan), drawn)
 
@@ -90,7 +90,7 @@ def _turns(plan: Plan, parts: int | Parts, rounds: int, order: str, seed: int) -
         return [parts] * rounds
     if order != "random":
         raise TrainingError(f"order = {order!r}: allowed are 'cyclic' and 'random'")
-    names, generator, turns = list(plan), torch.Generator().manual_seed(seed), []
+    names, generator, turns = list(plan), torch.Generator().manual_seed(int(seed)), []
     for _ in range(rounds):
         drawn = iter([names[i] for i in torch.randperm(len(names), generator=generator).tolist()])
         turns.append([[next(drawn) for _ in part] for part in parts])

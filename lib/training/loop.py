@@ -132,10 +132,13 @@ def make_optimizer(
 
 def _sizes(examples: int, batch_size: int) -> list[int]:
     """Of an epoch's batches. One example left over joins the batch before: no batch norm could normalize it alone."""
-    full, rest = divmod(examples, batch_size)
+    if batch_size < 1:
+        raise TrainingError(f"{batch_size=}: allowed are whole numbers from 1")
+    full, rest = divmod(examples, int(batch_size))
+    sizes = [int(batch_size)] * full
     if full and rest == 1:
-        return [*[batch_size] * (full - 1), batch_size + 1]
-    return [*[batch_size] * full, *[rest] * (rest > 0)]
+        sizes[-1] += 1
+    return [*sizes, rest] if rest and sum(sizes) < examples else sizes
 
 
 def steps_per_epoch(data: Data, batch_size: int = 128, **_: Any) -> int:
@@ -261,8 +264,8 @@ def fit(
     >>> bool(log["objective"].iloc[0] > log["train_loss"].iloc[0])
     True
     """
-    if epochs < 0 or batch_size < 1 or not lr > 0:
-        raise TrainingError(f"{epochs=}, {batch_size=}, {lr=}: allowed are epochs >= 0, batch_size >= 1, lr > 0")
+    if epochs < 0 or not lr > 0:
+        raise TrainingError(f"{epochs=}, {lr=}: allowed are epochs >= 0 and lr > 0")
     _check_fit(model, data.train)
     learning_rate(schedule, lr, 0.0)
     steps, task = steps_per_epoch(data, batch_size), data.task
