@@ -1,4 +1,6 @@
 import ast
+import importlib
+import inspect
 import math
 import subprocess
 from pathlib import Path
@@ -371,6 +373,25 @@ def test_notebook_is_clean(name):
     assert max(sum(not line.startswith(("import ", "from ")) for line in lines) for lines in code) <= 25
     assert notebook.cells[0].source.startswith("# ")
     assert room.question(name).endswith("?")
+
+
+@pytest.mark.parametrize("name", studies())
+def test_a_notebook_uses_what_lib_has_after_it_is_imported(name):
+    cells = [c.source for c in nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4).cells if c.cell_type == "code"]
+    trees = [list(ast.walk(ast.parse(source))) for source in cells]
+    imports = [[n for n in tree if isinstance(n, ast.ImportFrom) and n.module.split(".")[0] == "lib"] for tree in trees]
+    every = {(a.asname or a.name): (n.module, a.name) for found in imports for n in found for a in n.names}
+    known = {}
+    for tree, found in zip(trees, imports, strict=True):
+        for module, own, alias in ((n.module, a.name, a.asname or a.name) for n in found for a in n.names):
+            known[alias] = getattr(importlib.import_module(module), own, None) or importlib.import_module(
+                f"{module}.{own}"
+            )
+        used = {n.id for n in tree if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)} & every.keys()
+        assert used <= known.keys(), "used before it is imported"
+        for node in (n for n in tree if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)):
+            room = known.get(node.value.id)
+            assert not inspect.ismodule(room) or hasattr(room, node.attr), f"{node.value.id}.{node.attr}"
 
 
 @pytest.mark.parametrize("preset", presets())
