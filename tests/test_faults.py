@@ -365,6 +365,28 @@ def test_what_cannot_run_side_by_side_runs_chip_by_chip(kind):
     assert len(set(alone)) > 1
 
 
+def near(output, y):
+    """Points within one of where they are: a sum that no batch of a single class gives."""
+    hit = (output - y).norm(dim=-1) < 1
+    return hit.sum(), torch.tensor(hit.numel())
+
+
+def test_side_by_side_keeps_the_score_of_the_task():
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(6, 10), nn.Unflatten(1, (5, 2))), torch.randn(30, 6)
+    task = data.Task("points", nn.functional.mse_loss, near)
+    bench = trials_module._Bench(net, "two_column", data.Split(x, net(x).detach(), task), 7)
+    found = bench.together(StuckAt(0.05), range(5))
+    assert bench.side_by_side
+    for chip, score in enumerate(found):
+        with torch.no_grad():
+            hit, of = near(on_chip(net, "two_column", StuckAt(0.05), chip)(x), net(x))
+        assert score == pytest.approx(float(hit / of), abs=0.011)
+    assert len(set(found)) > 1
+    whole = replace(bench.split, task=replace(task, whole=True))
+    assert not trials_module._Bench(net, "two_column", whole, 7).side_by_side
+
+
 def test_noise_of_reads_is_drawn_chip_by_chip(trained, images):
     bench, noise = trials_module._Bench(trained, "differential", images.test, 200), (StuckAt(0.01), ReadNoise(0.05))
     found = bench.together(noise, [0, 1])
