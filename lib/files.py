@@ -6,6 +6,31 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+CACHE_ROOT = Path(__file__).resolve().parent.parent / ".cache"
+
+
+def cache_folder(*parts: str) -> Path:
+    """A folder of the cache, made when missing: in the environment's ``CACHE_ROOT``, else in ``.cache`` of the project.
+
+    ``~`` is the user's home, and a path that is not absolute begins at the project, wherever a notebook runs.
+
+    Raises:
+        OSError: it cannot be made; one line with the path.
+
+    >>> from lib.files import cache_folder
+    >>> cache_folder("trials").name
+    'trials'
+    """
+    given = os.environ.get("CACHE_ROOT") or str(CACHE_ROOT)
+    folder = CACHE_ROOT.parent.joinpath(os.path.expanduser(given), *parts)
+    if given.startswith("~") and not os.path.isabs(os.path.expanduser(given)):
+        raise OSError(f"cannot write the cache CACHE_ROOT={given}: there is no such user")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write the cache {folder}: {error.strerror}") from None
+    return folder
+
 
 def write_whole(path: Path, content: str | bytes | Callable[[BinaryIO], None]) -> None:
     """Write ``path`` under a temporary name beside it and rename it: a reader never sees half a file.

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import warnings
 from collections import OrderedDict
 from copy import deepcopy
 from dataclasses import replace
@@ -37,6 +36,7 @@ from lib.faults import (
 )
 from lib.faults import trials as trials_module
 from lib.faults.chips import events, failures, time_of
+from lib.faults.journal import Journal
 
 WHERE = ("cells", "rows", "columns", "clusters")
 SHAPE = torch.Size((1, 2, 200, 300))
@@ -452,8 +452,8 @@ def test_a_network_in_few_bits_reads_back_as_one(trained, images):
 def test_finished_trials_are_not_run_again(trained, images, monkeypatch):
     first = sweep(trained, "offset", [0.01], 3, images.test)
     ran = []
-    write = trials_module._Journal.write
-    monkeypatch.setattr(trials_module._Journal, "write", lambda self, *row: ran.append(row) or write(self, *row))
+    write = Journal.write
+    monkeypatch.setattr(Journal, "write", lambda self, *row: ran.append(row) or write(self, *row))
     again = sweep(trained, "offset", [0.01, 0.02], 4, images.test)
     assert len(ran) == 1 + 4  # the new chip at the old rate, all chips at the new rate
     assert again[(again["rate"] == 0.01) & (again["chip"] < 3)].equals(first)
@@ -482,23 +482,29 @@ def test_a_killed_sweep_resumes_to_the_same_result(tmp_path, monkeypatch):
 
     images = data.load(train_size=100, test_size=300, validation_size=100)
     net = models.build("lenet300", images.shape, images.classes, seed=1)
-    base = trials_module._Journal(trials_module._Bench(net, "differential", images.test, 100))
-    left = sum(len(base.read((StuckAt(r),))) for r in (0.01, 0.02))
+    left = len(trials_module.journal_of(trials_module._Bench(net, "differential", images.test, 100)).read())
     assert 25 <= left < 80
     resumed = sweep(net, "differential", [0.01, 0.02], 40, images.test)
     monkeypatch.setenv("CACHE_ROOT", str(tmp_path / "whole"))
     assert resumed.equals(sweep(net, "differential", [0.01, 0.02], 40, images.test))
 
 
-def test_a_damaged_journal_is_set_aside(trained, images, tmp_path, monkeypatch):
-    monkeypatch.setenv("CACHE_ROOT", str(tmp_path))
-    (tmp_path / "trials.sqlite").write_bytes(b"not a data base" * 100)
-    with pytest.warns(UserWarning, match="damaged"):
-        assert len(sweep(trained, "offset", [0.01], 1, images.test)) == 1
-    assert (tmp_path / "trials.damaged").exists()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        sweep(trained, "offset", [0.01], 1, images.test)
+def test_frozen_and_free_networks_share_their_trials_and_a_scaled_one_has_its_own(trained, images):
+    class Scaled(nn.Module):
+        def __init__(self, factor):
+            super().__init__()
+            self.net, self.factor = deepcopy(trained), factor
+
+        def forward(self, x):
+            return self.factor * self.net(x)
+
+    def place(net):
+        return trials_module.journal_of(trials_module._Bench(net, "offset", images.test, 100)).folder
+
+    assert place(trained) == place(deepcopy(trained).requires_grad_(False).eval())
+    assert len({place(trained), place(Scaled(1.0)), place(Scaled(-1.0))}) == 3
+    found = [sweep(Scaled(factor), "offset", [0.0], 1, images.test)["accuracy"].item() for factor in (1.0, -1.0)]
+    assert found[0] > 0.5 > found[1]
 
 
 def test_a_cache_that_cannot_be_written_is_one_line(trained, images, tmp_path, monkeypatch):

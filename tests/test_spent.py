@@ -8,7 +8,7 @@ import torch
 
 from lib import channels, costs, pruning, recipes, shapes, training
 from lib.constraint import attach_masks, state_of
-from lib.keys import code_version
+from lib.keys import code
 from lib.models import build
 from lib.pruning import Unstructured, uniform_plan
 from lib.training import Hook, cached, fit, metered
@@ -179,6 +179,6 @@ def test_recalibration_gives_the_plain_average_of_batches(images):
 
 
 def test_an_open_meter_is_no_part_of_a_key(net):
-    before = code_version(recipes.rigl), code_version(metered)
+    before = code(recipes.rigl), code(metered)
     with Meter(net):
-        assert (code_version(recipes.rigl), code_version(metered)) == before
+        assert (code(recipes.rigl), code(metered)) == before

@@ -1,16 +1,24 @@
 import errno
+import functools
+import hashlib
+import importlib
+import io
 import multiprocessing
 import sys
 from copy import deepcopy
+from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
+from torch import nn
 
 from lib import files
-from lib.keys import code_version
+from lib.keys import KeysError
 from lib.models import build
 from lib.training import Hook, TrainingError, cache, cached, evaluate, fit, learning_rate, loop, steps_per_epoch
+
+PROJECT = Path(__file__).resolve().parent.parent
 
 
 def same(a, b):
@@ -94,20 +102,12 @@ def test_evaluate_counts_and_keeps_the_mode(images, net):
 # --- cache ------------------------------------------------------------------------------------------------------------
 
 
-def count_calls(monkeypatch):
-    calls = []
-    real = loop.batches
-    monkeypatch.setattr(loop, "batches", lambda *a: calls.append(1) or real(*a))
-    return calls
-
-
-def test_cache_gives_back_the_same_run(images, net, monkeypatch):
-    fresh, again = deepcopy(net), deepcopy(net)
-    calls = count_calls(monkeypatch)
+def test_cache_gives_back_the_same_run(images, net):
+    fresh, again, said = deepcopy(net), deepcopy(net), []
     first = cached(fit, fresh, images, epochs=1, lr=0.05)
-    second = cached(fit, again, images, epochs=1, lr=0.05)
+    second = cached(fit, again, images, epochs=1, lr=0.05, progress=lambda done, text: said.append(text))
     assert same(fresh, again)
-    assert len(calls) == 1
+    assert said == ["from the cache"]
     pd.testing.assert_frame_equal(first, second)
 
 
@@ -116,75 +116,38 @@ def test_cache_key_holds_all_that_determines_the_result(images, net, monkeypatch
     with torch.no_grad():
         other_net.fc1.weight[0, 0] += 1e-6
     other_data.train.x[0, 0, 0, 0] += 1
-    base = cache._key(fit, net, (images,), {"epochs": 1, "lr": 0.05})
+    given = {"epochs": 1, "lr": 0.05}
+    base = cache._key(fit, net, (images,), given)
+    assert cache._key(fit, net, (images,), dict(reversed(given.items()))) == base
     keys = [
-        cache._key(fit, other_net, (images,), {"epochs": 1, "lr": 0.05}),
-        cache._key(fit, net, (other_data,), {"epochs": 1, "lr": 0.05}),
-        cache._key(fit, net, (images,), {"epochs": 1, "lr": 0.051}),
+        cache._key(fit, other_net, (images,), given),
+        cache._key(fit, net, (other_data,), given),
+        cache._key(fit, net, (images,), given | {"lr": 0.051}),
+        cache._key(fit, net.requires_grad_(False), (images,), given),
     ]
+    net.requires_grad_(True)
     torch.set_num_threads(2)
-    keys.append(cache._key(fit, net, (images,), {"epochs": 1, "lr": 0.05}))
+    keys.append(cache._key(fit, net, (images,), given))
     torch.set_num_threads(1)
     monkeypatch.setattr(loop, "learning_rate", lambda schedule, lr, progress: lr)
-    loop.learning_rate.__module__ = "lib.training.loop"
-    keys.append(cache._key(fit, net, (images,), {"epochs": 1, "lr": 0.05}))
-    assert len({base, *keys}) == 6
+    keys.append(cache._key(fit, net, (images,), given))
+    assert len({base, *keys}) == 7
 
 
-def version(tmp_path, helper, constant=1):
-    """The version of a function that calls ``helper``, which may use CONSTANT."""
-    source = (
-        f'CONSTANT = {constant}\n\ndef helper(x):\n    {helper}\n\ndef top(x):\n    """Doc."""\n    return helper(x)\n'
-    )
-    path = tmp_path / f"m{abs(hash(source))}.py"
-    path.write_text(source)
-    space = {"__name__": "lib.made_up"}
-    exec(compile(source, str(path), "exec"), space)
-    return code_version(space["top"])
-
-
-@pytest.mark.parametrize(
-    "frame", ["class Own:\n    limit = {1}\n    def select(self, w): return {0}", "Own = lambda w: {0}"]
-)
-def test_code_version_sees_what_a_notebook_defines(frame):
-    """Python has no source of classes from notebook cells; an edited set must not get the old one's networks."""
-
-    def own(expression, limit=1):
-        cell = {"__name__": "__main__"}
-        exec(frame.format(expression, limit), cell)
-        return code_version(cell["Own"])
-
-    assert own("w.abs() > 1") == own("w.abs() > 1")
-    assert len({own("w.abs() > 1"), own("w.abs() > 2"), own("w.abs() < 1"), own("w.sign() > 1")}) == 4
-    assert (own("w.abs() > 1", 2) != own("w.abs() > 1")) == ("limit" in frame)
-
-
-def test_code_version_ignores_comments_and_follows_calls_and_constants(tmp_path):
-    base = version(tmp_path, "return x + CONSTANT")
-    assert base == version(tmp_path, "return x + CONSTANT  # why")
-    assert base != version(tmp_path, "return x - CONSTANT")
-    assert base != version(tmp_path, "return x + CONSTANT", constant=2)
-
-
-def test_an_account_of_storage_is_no_reason_to_train_again(tmp_path):
+def test_an_account_of_storage_is_no_reason_to_train_again(images, net, tmp_path):
     """A set's ``storage_bits`` may change and the runs toward it stay; any other method of it makes new ones."""
-    from importlib import util
 
-    def version_of(name, projection, bits):
-        path = tmp_path / f"{name}.py"
+    def key(projection, bits):
+        path = tmp_path / f"{projection} {bits}.py".replace("*", "x")
         path.write_text(
             f"class Set:\n    def project(self, w):\n        return {projection}\n\n"
             f"    def storage_bits(self, z, bits):\n        return {bits}\n"
         )
-        spec = util.spec_from_file_location("lib.made_up", path)
-        spec.loader.exec_module(module := util.module_from_spec(spec))
-        sys.modules["lib.made_up"] = module
-        return code_version(module.Set)
+        space = {"__name__": "own"}
+        exec(compile(path.read_text(), str(path), "exec"), space)
+        return cache._key(fit, net, (images, {"fc1": space["Set"]()}), {})
 
-    base = version_of("a", "w", "bits")
-    assert version_of("b", "w", "2 * bits") == base
-    assert version_of("c", "2 * w", "bits") != base
-    del sys.modules["lib.made_up"]
+    assert key("w", "bits") == key("w", "2 * bits") != key("2 * w", "bits")
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty"])
@@ -222,9 +185,142 @@ def test_two_processes_compute_an_entry_once(images, net, tmp_path):
     assert found[0][1] == found[1][1]
 
 
-def test_unknown_argument_types_are_refused(images, net):
-    with pytest.raises(TypeError, match="cannot tell when two Hook"):
-        cached(fit, net, images, epochs=1, lr=0.1, hooks=(Hook(),))
+def test_an_entry_of_another_network_is_computed_anew(images, net, tmp_path):
+    """Whatever wrote it: nothing of it is loaded."""
+    good = deepcopy(net)
+    cached(fit, good, images, epochs=1, lr=0.05)
+    (entry,) = (tmp_path / "cache" / "fit").glob("*.pt")
+    saved = torch.load(io.BytesIO(entry.read_bytes()[32:]), weights_only=True)
+    for wrong in (saved | {"state": {"fc1.weight": torch.zeros(2)}}, [1], {"state": {}}):
+        payload = io.BytesIO()
+        torch.save(wrong, payload)
+        entry.write_bytes(hashlib.sha256(payload.getvalue()).digest() + payload.getvalue())
+        again = deepcopy(net)
+        with pytest.warns(UserWarning, match=r"cache file fit/.*\.pt is of another network; computing it anew"):
+            cached(fit, again, images, epochs=1, lr=0.05)
+        assert same(good, again)
+
+
+def test_frozen_layers_stay_where_free_ones_were_cached(images, net):
+    frozen = deepcopy(net)
+    frozen.fc2.requires_grad_(False)
+    cached(fit, net, images, epochs=1, lr=0.05)
+    before = frozen.fc2.weight.clone()
+    cached(fit, frozen, images, epochs=1, lr=0.05)
+    assert torch.equal(frozen.fc2.weight, before)
+    assert not torch.equal(frozen.fc1.weight, net.fc1.weight)
+
+
+def test_an_attribute_that_the_forward_pass_reads_makes_another_run(images):
+    class Scaled(nn.Module):
+        def __init__(self, factor):
+            super().__init__()
+            torch.manual_seed(0)
+            self.layer, self.factor = nn.Linear(784, 10), factor
+
+        def forward(self, x):
+            return self.factor * self.layer(x.flatten(1))
+
+    losses = [cached(fit, Scaled(factor), images, epochs=1, lr=0.01)["train_loss"].item() for factor in (1.0, 3.0, 1.0)]
+    assert losses[0] == losses[2] != losses[1]
+
+
+EDITED = """
+from torch import nn
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(784, 10)
+    def forward(self, x): return {sign} self.fc(x.flatten(1))
+"""
+
+
+def test_an_edited_forward_pass_of_a_user_s_own_file_trains_again(images, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # which tells two files of one second apart by their size
+    said = []
+    for sign in ("+", "-", "+"):
+        (tmp_path / "own.py").write_text(EDITED.format(sign=sign))
+        sys.modules.pop("own", None)
+        torch.manual_seed(0)
+        net = importlib.import_module("own").Net()
+        cached(fit, net, images, epochs=1, lr=0.01, progress=lambda done, text: said.append(text))
+    assert said[0] != said[1]
+    assert said[2] == "from the cache"
+    (tmp_path / "own.py").write_text(EDITED.format(sign="-"))
+    with pytest.raises(KeysError, match=r"own.py was changed after it was imported: restart the kernel"):
+        cached(fit, net, images, epochs=1, lr=0.01)
+    sys.modules.pop("own")
+
+
+def freeze(model, data, progress=None):
+    """Changes what no entry holds."""
+    model.fc1.requires_grad_(False)
+
+
+def test_a_function_that_changes_more_than_the_state_is_told_and_not_kept(images, net):
+    class Counting(Hook):
+        count = 0
+
+        def before_epoch(self, model, epoch):
+            self.count += 1
+
+    hook = Counting()
+    for attempt in range(2):
+        with pytest.warns(UserWarning, match="fit changed more than the model's state_dict: nothing is kept"):
+            cached(fit, deepcopy(net), images, epochs=1, lr=0.1, hooks=(hook,))
+        assert hook.count == attempt + 1
+    for _ in range(2):
+        again = deepcopy(net)
+        with pytest.warns(UserWarning, match="freeze changed more"):
+            cached(freeze, again, images)
+        assert not again.fc1.weight.requires_grad
+
+
+def test_the_mode_of_every_layer_is_that_after_the_run(images, net):
+    for _ in range(2):
+        again = deepcopy(net).eval()
+        cached(fit, again, images, epochs=1, lr=0.05)
+        assert all(module.training for module in again.modules())
+
+
+def test_arguments_that_cannot_be_told_are_refused(images, net):
+    with pytest.raises(KeysError, match=r"cannot tell when two generator are the same \(\['hooks'\]\)"):
+        cached(fit, net, images, epochs=1, lr=0.1, hooks=(hook for hook in ()))
+
+
+def one_epoch(net, data, **given):
+    return fit(net, data, epochs=1, **given)
+
+
+@pytest.mark.parametrize(
+    "function", [functools.partial(fit, epochs=1), lambda *args, **given: one_epoch(*args, **given)]
+)
+def test_functions_without_a_name_can_be_cached(images, net, function):
+    first, again = deepcopy(net), deepcopy(net)
+    cached(function, first, images, lr=0.05)
+    said = []
+    cached(function, again, images, lr=0.05, progress=lambda done, text: said.append(text))
+    assert said == ["from the cache"]
+    assert same(first, again)
+
+
+def test_the_cache_lies_at_home_and_at_one_place_for_all_folders(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("CACHE_ROOT", "~/mine")
+    assert files.cache_folder("fit") == tmp_path / "mine" / "fit"
+    assert (tmp_path / "mine" / "fit").is_dir()
+    monkeypatch.setenv("CACHE_ROOT", str(tmp_path / "a" / ".." / "b"))
+    assert files.cache_folder().is_dir()
+    monkeypatch.setattr(files, "CACHE_ROOT", tmp_path / "project" / ".cache")
+    for given, place in (("", ".cache"), ("shared/x", "shared/x")):
+        monkeypatch.setenv("CACHE_ROOT", given)
+        for folder in (tmp_path, PROJECT):
+            monkeypatch.chdir(folder)
+            assert files.cache_folder("fit") == tmp_path / "project" / place / "fit"
+    monkeypatch.setenv("CACHE_ROOT", "~no such user/x")
+    with pytest.raises(OSError, match="CACHE_ROOT=~no such user/x: there is no such user"):
+        files.cache_folder()
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from lib.crossbar.devices import Devices, each
 from lib.data import Split
 from lib.faults.readback import Mapped
 from lib.faults.stuck import StuckAt
-from lib.faults.trials import _Bench, _Journal, accuracies, numbers_of
+from lib.faults.trials import _Bench, accuracies, journal_of, numbers_of
 from lib.training import Progress
 
 
@@ -78,7 +78,7 @@ def tolerated_rate(
         raise CrossbarError(f"reference = {reference}: allowed is an accuracy")
     numbers = numbers_of(chips)
     bench = _Bench(model, mapping, split, batch_size)
-    journal = _Journal(bench)
+    journal = journal_of(bench)
     measured: dict[float, list[float]] = {}
 
     def holds(rate: float) -> bool:

@@ -1,15 +1,9 @@
 """Accuracy on faulty chips: one trial, and sweeps of them over rates and chips."""
 
-import hashlib
-import json
-import os
-import sqlite3
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy, deepcopy
 from dataclasses import replace
 from numbers import Integral
-from pathlib import Path
 
 import joblib
 import numpy as np
@@ -23,12 +17,13 @@ from lib.crossbar import CrossbarError
 from lib.crossbar.devices import Devices, each
 from lib.data import Split, Task
 from lib.faults.chips import stream
+from lib.faults.journal import Journal
 from lib.faults.readback import Mapped, on_crossbars, read_back
 from lib.faults.stuck import StuckAt
 from lib.faults.variation import ReadNoise
-from lib.keys import code_version, fingerprint
+from lib.keys import content
 from lib.shapes import uses
-from lib.training import CACHE_ROOT, Progress, evaluate
+from lib.training import Progress, evaluate
 
 
 class _Bench:
@@ -38,7 +33,7 @@ class _Bench:
         if not len(split) or batch_size < 1:
             raise CrossbarError(f"{len(split)} images in batches of {batch_size}: a trial needs some of both")
         self.mapping = on_crossbars(model, mapping)
-        self.model = plain(model).eval().to(memory_format=torch.channels_last)
+        self.model = plain(model).eval().requires_grad_(False).to(memory_format=torch.channels_last)
         self.batch_size = batch_size
         self.side_by_side = not split.task.whole
         found = uses(self.model)
@@ -112,61 +107,23 @@ def _add_noise(layer: nn.Module, sigma: float, random: torch.Generator):
 # --- finished trials --------------------------------------------------------------------------------------------------
 
 
-class _Journal:
-    """Finished trials of one network under one mapping on one split, on disk: each is there as soon as it is done."""
-
-    def __init__(self, bench: _Bench) -> None:
-        parts = [code_version(_Bench), *sorted({code_version(type(m)) for m in bench.model.modules()})]
-        parts += [fingerprint(bench.model), fingerprint(bench.mapping), fingerprint(bench.split), bench.batch_size]
-        parts += [torch.__version__.split("+")[0], bench.split.y.device.type]
-        self.key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
-        self.names: dict[Devices, str] = {}
-        self.path = Path(os.environ.get("CACHE_ROOT") or CACHE_ROOT) / "trials.sqlite"
-        try:
-            self._open()
-        except sqlite3.DatabaseError as error:
-            if isinstance(error, sqlite3.OperationalError):
-                raise OSError(f"cannot write the cache {self.path}: {error}") from None
-            warnings.warn(f"cache file {self.path.name} is damaged; computing its trials anew", stacklevel=2)
-            self.path.rename(self.path.with_suffix(".damaged"))
-            self._open()
-
-    def _open(self) -> None:
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OSError(error.errno, f"cannot write the cache {self.path.parent}: {error.strerror}") from None
-        self.base = sqlite3.connect(self.path, timeout=60, isolation_level=None)
-        self.base.execute("PRAGMA journal_mode = WAL")  # a killed process loses nothing, and a write costs no disk sync
-        self.base.execute("PRAGMA synchronous = NORMAL")
-        columns = "network TEXT, devices TEXT, chip INTEGER, accuracy REAL, PRIMARY KEY (network, devices, chip)"
-        self.base.execute(f"CREATE TABLE IF NOT EXISTS trials ({columns}) WITHOUT ROWID")
-
-    def read(self, devices: Devices) -> dict[int, float]:
-        query = "SELECT chip, accuracy FROM trials WHERE network = ? AND devices = ?"
-        return dict(self.base.execute(query, (self.key, self._name(devices))).fetchall())
-
-    def write(self, devices: Devices, chip: int, accuracy: float) -> None:
-        row = (self.key, self._name(devices), int(chip), accuracy)
-        self.base.execute("INSERT OR REPLACE INTO trials VALUES (?, ?, ?, ?)", row)
-
-    def _name(self, devices: Devices) -> str:
-        if devices not in self.names:
-            self.names[devices] = json.dumps(fingerprint(devices), sort_keys=True)
-        return self.names[devices]
+def journal_of(bench: _Bench) -> Journal:
+    """Where the finished trials of a network under a mapping on a split lie."""
+    versions = torch.__version__.split("+")[0], bench.split.y.device.type
+    return Journal(content(_Bench, bench.model, bench.mapping, bench.split, bench.batch_size, versions))
 
 
 def accuracies(
-    bench: _Bench, journal: _Journal, tasks: Sequence[tuple[Devices, int]], processes: int
+    bench: _Bench, journal: Journal, tasks: Sequence[tuple[Devices, int]], processes: int
 ) -> Iterator[tuple[Devices, int, float]]:
     """Every task's accuracy, those on disk first, then the others as they are done."""
     if processes < 1:
         raise CrossbarError(f"processes = {processes}: allowed are whole numbers from 1")
-    known = {devices: journal.read(devices) for devices in dict.fromkeys(d for d, _ in tasks)}
-    yield from ((d, chip, known[d][chip]) for d, chip in tasks if chip in known[d])
-    rest = [(d, chip) for d, chip in tasks if chip not in known[d]]
+    names, known = {devices: content(devices) for devices in dict.fromkeys(d for d, _ in tasks)}, journal.read()
+    yield from ((d, chip, known[names[d], chip]) for d, chip in tasks if (names[d], chip) in known)
+    rest = [(d, chip) for d, chip in tasks if (names[d], chip) not in known]
     for devices, chip, accuracy in _run(bench, rest, processes):
-        journal.write(devices, chip, accuracy)
+        journal.write(names[devices], chip, accuracy)
         yield devices, chip, accuracy
 
 
@@ -231,7 +188,7 @@ def sweep(
 ) -> pd.DataFrame:
     """Accuracy on every chip at every rate: a trial each, on the same chips at all rates, for all mappings and models.
 
-    Finished trials lie in ``.cache/trials.sqlite`` (or under the environment's ``CACHE_ROOT``), so that an
+    Finished trials lie in ``.cache/trials/`` (or under the environment's ``CACHE_ROOT``), so that an
     interrupted sweep, or one with more rates or chips, only runs what is missing.
 
     Args:
@@ -264,7 +221,7 @@ def sweep(
     bench = _Bench(model, mapping, split, batch_size)
     tasks = [(d, chip) for d in devices.values() for chip in numbers]
     found = {}
-    for done, (d, chip, accuracy) in enumerate(accuracies(bench, _Journal(bench), tasks, processes), start=1):
+    for done, (d, chip, accuracy) in enumerate(accuracies(bench, journal_of(bench), tasks, processes), start=1):
         found[d, chip] = accuracy
         if progress:
             progress(done / len(tasks), f"trial {done} of {len(tasks)}, {accuracy:.1%}")

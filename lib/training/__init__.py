@@ -1,6 +1,6 @@
 """Training: one bare loop with hooks, a cache of finished runs, and a count of what they computed."""
 
-from lib.training.cache import CACHE_ROOT, cached
+from lib.training.cache import cached
 from lib.training.loop import (
     Hook,
     Objective,
@@ -21,7 +21,6 @@ from lib.training.spent import charge, charge_all, metered, uncounted
 from lib.training.strides import StrideFirst
 
 __all__ = [
-    "CACHE_ROOT",
     "Hook",
     "Objective",
     "Progress",

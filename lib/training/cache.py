@@ -1,9 +1,7 @@
-"""A cache of finished runs, and when two runs are the same."""
+"""A cache of finished runs: what ran once is read wherever everything is the same."""
 
 import hashlib
 import io
-import json
-import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,23 +11,31 @@ from typing import Any
 import pandas as pd
 import torch
 from filelock import FileLock
-from torch import nn
+from torch import Tensor, nn
 
-from lib.files import write_whole
-from lib.keys import code_version, fingerprint
+from lib.files import cache_folder, write_whole
+from lib.keys import content
 from lib.training.loop import Progress
 
-CACHE_ROOT = Path(__file__).resolve().parent.parent.parent / ".cache"
+COUNTED = ("storage_bits",)
+"""Methods that only count what training has left: a better account of it is no reason to train again."""
+
+PARTS = {"state", "training", "value"}
 
 
 def cached(function: Callable[..., Any], model: nn.Module, *args: Any, progress: Progress | None = None, **kwargs: Any):
     """``function(model, *args, **kwargs)``, or what it did and returned the last time everything was the same.
 
-    The function changes the model's ``state_dict`` in place without changing its keys, and returns data that
-    ``torch.save`` can write. The key holds all that determines the result: the function's code and that of
-    everything in ``lib`` which it refers to, the model's structure and weights, the data's checksum, the arguments,
-    device kind, thread count and torch version. Two processes that want the same entry compute it once; a damaged
-    file is reported and computed anew. The cache lies in ``.cache/`` or in the environment's ``CACHE_ROOT``.
+    The function changes tensors of the model's ``state_dict`` in place, and nothing else, and returns data that
+    ``torch.save`` can write. The key holds all that determines the result (see `lib.keys.content`): the function's
+    code and all that it refers to, the whole model, the data, the arguments, device kind, thread count and torch
+    version. Two processes that want the same entry compute it once. A file that is damaged or does not fit the model is
+    reported and computed anew; a function that has changed more than it may is reported, and nothing is kept. The
+    cache lies in ``.cache/`` or in the environment's ``CACHE_ROOT``.
+
+    Raises:
+        KeysError: an argument, or an attribute of the model, of which nobody can tell when it is the same.
+        OSError: the cache cannot be written.
 
     >>> from lib import data, models
     >>> from lib.training import cached, fit
@@ -40,22 +46,23 @@ def cached(function: Callable[..., Any], model: nn.Module, *args: Any, progress:
     epoch 1/1, loss ...
     from the cache
     """
-    key = _key(function, model, args, kwargs)
-    path = Path(os.environ.get("CACHE_ROOT") or CACHE_ROOT) / function.__name__ / f"{key}.pt"
+    name = getattr(function, "__name__", type(function).__name__)
+    path = cache_folder(name) / f"{_key(function, model, args, kwargs)}.pt"
     with _locked(path):
-        entry = _read(path)
-        if entry is None:
-            value = function(model, *args, progress=progress, **kwargs)
-            payload = io.BytesIO()
-            state = {k: v.cpu() for k, v in model.state_dict().items()}
-            torch.save({"state": state, "value": _to_plain(value)}, payload)
-            digest = hashlib.sha256(payload.getvalue()).digest()
-            write_whole(path, digest + payload.getvalue())
-        else:
+        entry = _read(path, model)
+        if entry is not None:
             model.load_state_dict(entry["state"])
-            value = _from_plain(entry["value"])
+            for module, training in zip(model.modules(), entry["training"], strict=True):
+                module.training = training
             if progress:
                 progress(1.0, "from the cache")
+            return _from_plain(entry["value"])
+        before = _beside(model, args, kwargs)
+        value = function(model, *args, progress=progress, **kwargs)
+        if before == _beside(model, args, kwargs):
+            _write(path, model, value)
+        else:
+            warnings.warn(f"{name} changed more than the model's state_dict: nothing is kept", stacklevel=2)
     return value
 
 
@@ -64,7 +71,6 @@ def _locked(path: Path) -> Iterator[None]:
     """Hold a cache entry alone; a process that dies lets go of it."""
     lock = FileLock(f"{path}.lock")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except OSError as error:
         raise OSError(error.errno, f"cannot write the cache {path.parent}: {error.strerror}") from None
@@ -74,15 +80,28 @@ def _locked(path: Path) -> Iterator[None]:
         lock.release()
 
 
-def _read(path: Path) -> dict | None:
-    """The entry, or None when it is missing or does not match the digest that it begins with."""
+def _write(path: Path, model: nn.Module, value: Any) -> None:
+    state = {k: v.cpu() for k, v in model.state_dict().items()}
+    payload = io.BytesIO()
+    torch.save({"state": state, "training": [m.training for m in model.modules()], "value": _to_plain(value)}, payload)
+    write_whole(path, hashlib.sha256(payload.getvalue()).digest() + payload.getvalue())
+
+
+def _read(path: Path, model: nn.Module) -> dict | None:
+    """The entry; None when it is missing, does not match the digest that it begins with, or is of another network."""
     if not path.is_file():
         return None
-    raw = path.read_bytes()
-    if hashlib.sha256(raw[32:]).digest() != raw[:32]:
-        warnings.warn(f"cache file {path.name} is damaged; computing it anew", stacklevel=3)
-        return None
-    return torch.load(io.BytesIO(raw[32:]), weights_only=True)
+    raw, wrong = path.read_bytes(), "is damaged"
+    if hashlib.sha256(raw[32:]).digest() == raw[:32]:
+        entry, wrong = torch.load(io.BytesIO(raw[32:]), weights_only=True), "is of another network"
+        if isinstance(entry, dict) and {*entry} == PARTS and _shapes(entry["state"]) == _shapes(model.state_dict()):
+            return entry
+    warnings.warn(f"cache file {path.parent.name}/{path.name} {wrong}; computing it anew", stacklevel=3)
+    return None
+
+
+def _shapes(state: dict[str, Tensor]) -> dict[str, tuple]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in state.items()}
 
 
 def _to_plain(value: Any) -> dict[str, Any]:
@@ -98,14 +117,13 @@ def _from_plain(stored: dict[str, Any]) -> Any:
 
 
 def _key(function: Callable, model: nn.Module, args: tuple, kwargs: dict) -> str:
-    place = next(model.parameters()).device.type
-    versions = [torch.__version__.split("+")[0], place, torch.get_num_threads() if place == "cpu" else 0]
-    parts = [
-        code_version(function),
-        *sorted({code_version(type(m)) for m in model.modules()}),
-        fingerprint(model),
-        fingerprint(args),
-        fingerprint(kwargs),
-        versions,
-    ]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
+    place = next(model.parameters(), torch.empty(0)).device.type
+    versions = torch.__version__.split("+")[0], place, torch.get_num_threads() if place == "cpu" else 0
+    return content(function, model, args, dict(sorted(kwargs.items())), versions, without=COUNTED)
+
+
+def _beside(model: nn.Module, args: tuple, kwargs: dict) -> str:
+    """All that a function was given, without what an entry of the cache holds."""
+    state = [*model.state_dict(keep_vars=True).values()]
+    frozen = [tensor.requires_grad for tensor in state]
+    return content(model, args, kwargs, frozen, without=(*COUNTED, "training"), beside=state)

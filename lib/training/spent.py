@@ -74,7 +74,7 @@ class Meter:
         return pd.DataFrame([(*key, float(macs)) for key, macs in self.counts.items()], columns=COLUMNS)
 
 
-_open: deque[Meter] = deque()  # not a list: which meters are open is no part of what code does (`code_version`)
+_open: deque[Meter] = deque()  # not a list: which meters are open is no part of what code does (`lib.keys.code`)
 
 
 @contextmanager

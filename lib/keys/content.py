@@ -1,0 +1,368 @@
+"""What values hold, code among them: where it stands in files by their text, elsewhere by what is there."""
+
+import ast
+import copyreg
+import hashlib
+import inspect
+import linecache
+import sys
+import time
+import types
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from enum import Enum
+from functools import cache, cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from lib.data import Data, Split
+from lib.keys.source import FUNCTION, Walk, aside, find, installed, read
+
+BORN = time.time_ns()
+PLAIN = (types.NoneType, bool, int, float, str)
+BARE = vars(nn.Module())
+
+
+class KeysError(TypeError):
+    """It cannot be told when two things are the same; the message says which, where it was met, and why.
+
+    >>> from lib.keys import content
+    >>> content({"rates": (rate / 10 for rate in range(3))})
+    Traceback (most recent call last):
+        ...
+    lib.keys.content.KeysError: cannot tell when two generator are the same (['rates']): cannot pickle ...
+    """
+
+
+def content(*values: Any, without: Sequence[str] = (), beside: Sequence[Tensor] = ()) -> str:
+    """A hash that is equal exactly when values, in this order, would give the same results.
+
+    Of functions and classes it is the code (see `code`); of networks all that they hold: class, attributes, hooks,
+    parameters and buffers, what is frozen and what is tied; of data sets their tensors and task; of a path the file; of
+    other objects what they would be copied with. Python's version, the machine and places in memory do not count.
+
+    Args:
+        without: names of methods of classes and attributes of objects that do not count.
+        beside: tensors whose values do not count.
+
+    Raises:
+        KeysError: an object whose state is not known, such as an open file; code as in `code`.
+
+    >>> from lib.keys import content
+    >>> content(0.5, [1, 2]) == content(0.5, (1, 2)), content(torch.zeros(2)) == content([0.0, 0.0])
+    (True, False)
+    """
+    walk = _Live(without, beside)
+    return walk.digest([walk.value(value) for value in values])
+
+
+def code(function: Callable, without: Sequence[str] = ()) -> str:
+    """A hash of what a function or class says, and of all code of ours that it refers to, however far.
+
+    Ours is what is not installed: ``lib``, notebooks, a user's own files. Comments, docstrings, hints, layout, imports
+    and the file that a definition stands in do not count, nor do rooms that only present results or keep them.
+    Names are followed through modules, closures, defaults, decorators and partial functions. A notebook's variables
+    count by their values, and so does what somebody puts in the place of a module's function or literal.
+
+    Raises:
+        KeysError: a function without source, or whose file was changed after it was imported; a variable of a notebook
+            as in `content`.
+
+    >>> from lib.pruning import Column, Filter
+    >>> from lib.keys import code
+    >>> code(Filter) == code(Filter), code(Filter) == code(Column)
+    (True, False)
+    """
+    return content(function, without=without)
+
+
+class _Live(Walk):
+    """A walk that begins at values of this process."""
+
+    def __init__(self, without: Sequence[str], beside: Sequence[Tensor]) -> None:
+        super().__init__(without)
+        self.beside = {id(tensor) for tensor in beside}
+        self.alive: list[Any] = [*beside]  # so that nothing else gets their ids
+        self.open: dict[int, str] = {}
+        self.networks: dict[int, int] = {}
+        self.storages: dict[int, int] = {}
+        self.inside = 0  # of a network
+        self.checked: set[Path] = set()
+
+    # --- values
+
+    def value(self, value: Any, name: str = "") -> Any:
+        """The form of a value, which was met under a name."""
+        if type(value) in PLAIN:
+            return value
+        if id(value) in self.open:
+            return ["up", [*self.open].index(id(value))]
+        self.open[id(value)] = name
+        try:
+            return self._say(value, type(value))
+        finally:
+            del self.open[id(value)]
+
+    def refusal(self, value: Any, why: object) -> KeysError:
+        """What to raise."""
+        where = "".join(self.open.values()).strip(".")
+        return KeysError(f"cannot tell when two {type(value).__name__} are the same{where and f' ({where})'}: {why}")
+
+    def _say(self, value: Any, kind: type) -> Any:
+        if kind in (list, tuple, torch.Size):
+            return ["list", *(self.value(v, f"[{i}]") for i, v in enumerate(value))]
+        if kind in (dict, OrderedDict, types.MappingProxyType):
+            return ["dict", *([self.value(k), self.value(v, f"[{k!r:.40}]")] for k, v in value.items())]
+        if kind in (set, frozenset):
+            return ["set", *map(self.value, sorted(value, key=lambda v: (type(v).__name__, _name(v) or repr(v))))]
+        if kind in (complex, bytes):
+            return [kind.__name__, repr(value) if kind is complex else _digest(value)]
+        if place := self.place(value):
+            return self.refer("", *place)
+        for kinds, say in (
+            (type, self._class),
+            (types.FunctionType, self._function),
+            (types.ModuleType, lambda m: self.refer("", m.__name__, [])),
+            (Tensor, self._tensor),
+            (nn.Module, self._network),
+            (Data, lambda d: ["data", d.checksum, d.classes, self.value(d.task, ".task")]),
+            (Split, lambda s: ["split", s.checksum, self.value(s.task, ".task")]),
+            (Enum, lambda e: ["enum", self.value(kind), e.name]),
+            (np.generic, self._number),
+            (pd.DataFrame, lambda f: ["frame", self.value(f.to_dict("split"))]),
+            (Path, self._file),
+        ):
+            if isinstance(value, kinds):
+                return say(value)
+        return self._object(value, kind)
+
+    def _number(self, value: np.generic) -> Any:
+        item = value.item()
+        same = type(item) in (*PLAIN, complex) and np.asarray(item).dtype == value.dtype
+        return self.value(item) if same else ["number", str(value.dtype), value.tobytes().hex()]
+
+    def _file(self, path: Path) -> Any:
+        if not path.is_file():
+            raise self.refusal(path, f"{path} is no file, whose bytes would count")
+        return ["file", _digest(path.read_bytes())]
+
+    def _object(self, value: Any, kind: type) -> Any:
+        """By what it would be copied with."""
+        if aside(kind.__module__):
+            raise self.refusal(value, "it only presents results or keeps them")
+        try:
+            copied = copyreg.dispatch_table.get(kind, lambda v: v.__reduce_ex__(4))(value)
+        except Exception as error:
+            raise self.refusal(value, error) from None
+        if isinstance(copied, str):  # by its name; what functools.cache made has a function inside
+            return [_name(kind), copied, self.value(getattr(value, "__wrapped__", None))]
+        parts = [[*part] if isinstance(part, Iterator) else self._counted(kind, part) for part in copied]
+        return ["object", *map(self.value, parts)]
+
+    def _counted(self, kind: type, state: Any) -> Any:
+        """Attributes, without those that do not count and those that only save time."""
+        if not isinstance(state, dict):
+            return state
+        kept = {k for k in state if isinstance(inspect.getattr_static(kind, str(k), None), cached_property)}
+        return {k: v for k, v in state.items() if k not in kept and k not in self.without}
+
+    def _tensor(self, tensor: Tensor) -> Any:
+        if id(tensor) in self.beside:
+            return ["beside"]
+        try:
+            values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        except (RuntimeError, TypeError) as error:
+            raise self.refusal(tensor, error) from None
+        form = ["tensor", str(tensor.dtype), [*tensor.shape], _digest(values), tensor.requires_grad]
+        hooks = [*(tensor._backward_hooks or {}).values(), *(tensor._post_accumulate_grad_hooks or {}).values()]
+        form += [self.value([hooks, vars(tensor)])] if hooks or vars(tensor) else []
+        storage = tensor.untyped_storage()
+        if self.inside and storage.nbytes():  # in a network, where tensors that share their values move together
+            self.alive.append(tensor)
+            tie = self.storages.setdefault(storage.data_ptr(), number := len(self.storages))
+            form += [] if tie == number else [tie, tensor.storage_offset()]
+        return form
+
+    def _network(self, network: nn.Module) -> Any:
+        if id(network) in self.networks:
+            return ["again", self.networks[id(network)]]
+        self.networks[id(network)] = len(self.networks)
+        self.alive.append(network)
+        try:
+            state = network.__getstate__()  # a class may leave out what it only holds between two calls
+        except RuntimeError:  # parametrized layers refuse
+            state = vars(network)
+        form = ["network", self.value(type(network))]
+        self.inside += 1
+        for name, value in sorted(self._counted(type(network), state).items()):
+            if name not in BARE or value != BARE[name]:
+                if name in BARE and "hooks" in name:
+                    value = [*value.values()]  # their keys count all hooks that ever were
+                elif name in ("_parameters", "_buffers"):
+                    value = dict(sorted(value.items()))  # who takes one away and puts it back changes nothing
+                form.append([name, self.value(value, f".{name}")])
+        self.inside -= 1
+        return form
+
+    # --- code
+
+    def place(self, value: Any) -> tuple[str, list[str]] | None:
+        """The module and name of a function or class that is what a file of ours says under that name."""
+        module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
+        if not isinstance(module, str) or not isinstance(name, str) or not self.file(module):
+            return None
+        own = name in self.file(module).bound and getattr(sys.modules.get(module), name, None) is value
+        return (module, [name]) if own else None
+
+    def define(self, module: str, name: str) -> list:
+        """What a file says under a name, and what this process has in its place."""
+        form = super().define(module, name)
+        space = vars(sys.modules[module]) if module in sys.modules else {}
+        self.check(find(module), space)
+        statements = self.file(module).bound[name]
+        if name in space and len(statements) == 1 and not _explains(statements[0], space[name], space):
+            form.append(self.value(space[name], name))
+        return form
+
+    def look(self, space: dict, free: Sequence[str], module: str, place: str, parts: Sequence[str]) -> list:
+        """`refer` for code that is not on the first level of a file."""
+        name, *rest = parts
+        if place or (name not in free and self.file(module)):
+            return self.refer(module, place, parts)
+        if name in free or name not in space:
+            return [".".join(parts)]
+        value = space[name]
+        if isinstance(value, types.ModuleType):
+            return self.refer(module, value.__name__, rest)
+        if found := self.place(value):
+            return self.refer(module, found[0], [*found[1], *rest])
+        self.alive.append(value)
+        return [[self.number(("variable", id(value)), lambda: self.value(value, name)), *rest]]
+
+    def _function(self, function: types.FunctionType) -> Any:
+        if _theirs(function):
+            inner = getattr(function, "__wrapped__", None)
+            return [_name(function), self.value(inner) if inner else self._cells(function)]
+        self.alive.append(function)
+        return [self.number(("function", id(function)), partial(self._closure, function))]
+
+    def _closure(self, function: types.FunctionType) -> Any:
+        self.open[id(function)] = function.__qualname__
+        said = self._text(_node(self._tree(function), function.__code__), [function])
+        given = {k: v for k, v in vars(function).items() if k != "__wrapped__"}
+        form = [said, *map(self.value, (function.__defaults__, function.__kwdefaults__, given))]
+        del self.open[id(function)]
+        return form
+
+    def _class(self, kind: type) -> Any:
+        if _theirs(kind):
+            return [_name(kind), *(self.value(base) for base in kind.__mro__[1:] if not _theirs(base))]
+        self.alive.append(kind)
+        return [self.number(("class", id(kind)), partial(self._members, kind))]
+
+    def _members(self, kind: type) -> Any:
+        """Of a class in a notebook, whose text is found by its methods; without any, its values and hints are all."""
+        members = [inspect.unwrap(getattr(m, "fget", m) or m) for m in vars(kind).values()]
+        functions = [m for m in members if isinstance(m, types.FunctionType)]
+        methods = [m for m in functions if m.__qualname__.startswith(kind.__qualname__)]
+        for method in methods:
+            line = method.__code__.co_firstlineno
+            nodes = [n for n in ast.walk(self._tree(method)) if isinstance(n, ast.ClassDef) and n.name == kind.__name__]
+            for node in [n for n in nodes if n.lineno <= line <= n.end_lineno][-1:]:
+                return self._text(node, methods)
+        values = {k: v for k, v in vars(kind).items() if k[:1] != "_" and k not in self.without}
+        return [*map(self.value, (kind.__bases__, [*inspect.get_annotations(kind)], values))]
+
+    def _text(self, node: ast.AST, functions: list[types.FunctionType]) -> Any:
+        free = {name for f in functions for name in f.__code__.co_freevars}
+        space = functions[0].__globals__
+        said = self.form(node, space.get("__name__", ""), partial(self.look, space, free))
+        return [said, *map(self._cells, functions)]
+
+    def _cells(self, function: types.FunctionType) -> Any:
+        found = []
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            with suppress(ValueError):  # nothing is in it yet
+                found.append([name, self.value(cell.cell_contents, f", {name}")])
+        return found
+
+    def _tree(self, function: types.FunctionType) -> ast.Module:
+        path = Path(function.__code__.co_filename)
+        if path.is_file():
+            self.check(path, function.__globals__)
+            return read(path, "", path.stat().st_mtime_ns).tree
+        return _parsed("".join(linecache.getlines(str(path), function.__globals__)))  # IPython keeps the text of cells
+
+    def check(self, path: Path, space: dict) -> None:
+        """Refuse a file that does not say any more what was imported from it."""
+        if path in self.checked or path.stat().st_mtime_ns <= BORN:
+            return
+        self.checked.add(path)
+        written = [compile(path.read_bytes(), str(path), "exec", dont_inherit=True)]
+        for code in written:
+            written += [c for c in code.co_consts if isinstance(c, types.CodeType)]
+        members = [m for v in [*space.values()] for m in (v, *(vars(v).values() if isinstance(v, type) else ()))]
+        held = [inspect.unwrap(m) for m in members if isinstance(m, types.FunctionType)]
+        if not {m.__code__ for m in held if m.__code__.co_filename == str(path)} <= {*written}:
+            raise KeysError(f"{path.name} was changed after it was imported: restart the kernel")
+
+
+_parsed = cache(ast.parse)
+
+
+def _digest(raw: Any) -> str:
+    return hashlib.sha256(raw).hexdigest()
+
+
+def _name(value: Any) -> str:
+    """Of something that is installed: its package, and its name there."""
+    return f"{(getattr(value, '__module__', None) or '').split('.')[0]} {getattr(value, '__qualname__', '')}".strip()
+
+
+def _theirs(value: types.FunctionType | type) -> bool:
+    """Whether a function or class belongs to Python or to a package that is installed."""
+    file = value.__code__.co_filename if isinstance(value, types.FunctionType) else ""
+    if Path(file).is_absolute():
+        return installed(file)
+    module = sys.modules.get(value.__module__)
+    if module is None or value.__module__ == "__main__":
+        return False
+    return getattr(module, "__file__", None) is None or installed(module.__file__)
+
+
+def _explains(statement: ast.stmt, here: Any, space: dict) -> bool:
+    """Whether a definition is what a module has under its name, as far as this can be seen."""
+    if isinstance(statement, ast.FunctionDef | ast.ClassDef):
+        own = (
+            here.__module__ == space["__name__"] if isinstance(here, type) else getattr(here, "__globals__", 0) is space
+        )
+        return bool(statement.decorator_list) or own
+    try:
+        literal = ast.literal_eval(getattr(statement, "value", None))
+    except (ValueError, TypeError):
+        return True
+    return type(here) is type(literal) and here == literal
+
+
+def _node(tree: ast.Module, code: types.CodeType) -> ast.AST:
+    """The definition that a function was made by.
+
+    Raises:
+        KeysError: there is none, as nobody has kept its source.
+    """
+    nodes = [n for n in ast.walk(tree) if isinstance(n, FUNCTION) and getattr(n, "name", "<lambda>") == code.co_name]
+    nodes = [n for n in nodes if min(m.lineno for m in [n, *getattr(n, "decorator_list", [])]) == code.co_firstlineno]
+    if len(nodes) > 1:  # lambdas on one line: the innermost that holds all places of the code in its body
+        spans = [((a, c), (b, d)) for a, b, c, d in code.co_positions() if d]
+        bodies = {(n.body.lineno, n.body.col_offset, n.body.end_lineno, n.body.end_col_offset): n for n in nodes}
+        fits = [k for k in bodies if spans and all(k[:2] <= start and end <= k[2:] for start, end in spans)]
+        nodes = [bodies[k] for k in sorted(fits)[-1:]]
+    if not nodes:
+        raise KeysError(f"{code.co_qualname} has no source of its own: write it in a file or a cell, one lambda a line")
+    return nodes[0]
