@@ -177,34 +177,28 @@ def test_a_failure_leaves_the_complete_report_and_goes_when_mended(small):
 
 def test_what_a_run_depends_on(small):
     folder, _ = small
-    write_study(folder, "01_study", "from lib import pruning")
+    write_study(folder, "01_study", "from lib import plots, pruning\npruning.Filter(0.5)\nplots.show")
     before = up_to_date_key("01_study", {"n": 1})
     assert up_to_date_key("01_study", {}) == before  # the notebook's own value
     assert up_to_date_key("01_study", {"n": 2}) != before
     assert up_to_date_key("01_study", {"report_dir": "elsewhere"}) == before
-    write_study(folder, "01_study", "from lib import faults")
+    same = "import json\nfrom lib import plots, faults, pruning as p  # why\n\np.Filter(0.5)\nplots.show"
+    write_study(folder, "01_study", same)
+    assert up_to_date_key("01_study", {"n": 1}) == before
+    write_study(folder, "01_study", "from lib import plots, pruning\npruning.Column(0.5)\nplots.show")
     assert up_to_date_key("01_study", {"n": 1}) != before
-    for source in ("x = 1\n%matplotlib inline", "x = (", "%%time\nx = 1"):  # magics anywhere; what no kernel will run
-        write_study(folder, "01_study", source)
-        assert up_to_date_key("01_study", {"n": 1}) != before
 
 
-def test_only_modules_that_are_imported_count():
-    found = {p.relative_to(study.PROJECT).as_posix() for p in room.plan._imported("from lib.study import open_study")}
-    assert {"lib/__init__.py", "lib/study/opened.py", "lib/files.py", "lib/data/loading.py"} <= found
-    assert not any(name.startswith(("lib/pruning", "lib/faults", "lib/reproduce")) for name in found)
-    tables = {p.name for p in room.plan._imported("from lib.costs import designs")}
-    assert "technology.py" in tables
-
-
-def test_words_about_code_are_no_code(tmp_path):
-    def content(source):
-        (tmp_path / "module.py").write_text(source)
-        return room.plan._content(tmp_path / "module.py")
-
-    plain = content("def f(x):\n    return x + 1\n")
-    assert content('"""Says so."""\n\ndef f(x):\n    """Says."""\n    return x + 1  # why\n') == plain
-    assert content("def f(x):\n    return x + 2\n") != plain
+def test_a_report_is_stale_when_what_its_notebook_refers_to_has_changed(small, monkeypatch):
+    folder, _ = small
+    monkeypatch.syspath_prepend(folder)
+    write_study(folder, "01_study", "import own\nown.measure()")
+    text = "def measure(): return 1\n\ndef draw(): return 2\n"
+    keys = []
+    for source in (text, text.replace("2", "3"), f"# why\n{text}", text.replace("1", "3")):
+        (folder / "own.py").write_text(source)
+        keys.append(up_to_date_key("01_study", {}))
+    assert keys[0] == keys[1] == keys[2] != keys[3]
 
 
 def test_a_changed_parameter_goes_to_the_studies_that_have_it(small, capsys):

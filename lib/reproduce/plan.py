@@ -1,15 +1,13 @@
 """What a batch would run: studies, presets with their parameters, and what a run depends on."""
 
-import ast
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from lib import data
-from lib.study import PROJECT, ParameterError, check_parameters, parameters, studies
+from lib.keys import content, script
+from lib.study import ParameterError, check_parameters, parameters, studies
 
 
 class _Loader(yaml.BaseLoader):
@@ -108,59 +106,20 @@ def prepare(preset: str, folder: Path) -> None:
 
 
 def up_to_date_key(study: str, values: dict[str, Any]) -> str:
-    """Changes when a run would: with the notebook's code, its parameters, its data, or a module of ``lib`` it imports.
+    """Changes when a run would: with the notebook's code and what it refers to, its parameters, or its data.
 
-    Text cells, outputs, comments and docstrings do not count. Modules are found from import statements, and theirs,
-    however far; where the prices of technology are among them, the tables count too.
+    Text cells, outputs, comments and docstrings do not count, nor do the rooms that only present results or keep them
+    (see `lib.keys.script`).
 
     >>> from lib.reproduce import up_to_date_key
     >>> study = "01_lottery_ticket_vs_finetuning"
     >>> [up_to_date_key(study, given) == up_to_date_key(study, {}) for given in ({"report_dir": "x"}, {"seeds": 99})]
     [True, False]
     """
-    python = parameters.python_of(study)
-    files = sorted(_imported(python))
-    if PROJECT / "lib" / "costs" / "technology.py" in files:
-        files += sorted((PROJECT / "data" / "technology").glob("*.csv"))
-    code = {p.relative_to(PROJECT).as_posix(): _content(p) for p in files}
+    python = f"{parameters.python_of(study)}\nfrom lib.study import interval\ninterval"  # what an open study judges by
     full = check_parameters(study, values)
     named = [full[name] for name, p in parameters.declared(study).items() if "a data set" in p.range]
     names = {n for value in named for n in ([value] if isinstance(value, str) else value)}
     seen = {n: data.fingerprint(n) for n in sorted(names)}
     hidden = ("data_root", "report_dir")  # where files lie changes no result
-    shown = {k: v for k, v in full.items() if k not in hidden}
-    return hashlib.sha256(json.dumps([python, shown, code, seen], sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _content(path: Path) -> str:
-    """A file's text; that of Python without comments, docstrings and layout."""
-    if path.suffix != ".py":
-        return path.read_text("utf-8")
-    tree = ast.parse(path.read_text("utf-8"))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
-            node.body.pop(0)
-    return ast.dump(tree)
-
-
-def _imported(source: str) -> set[Path]:
-    """The files of ``lib`` that a piece of Python imports, and that these import."""
-    found: set[Path] = set()
-    queue = [source]
-    while queue:
-        for node in ast.walk(ast.parse(queue.pop())):
-            if isinstance(node, ast.Import):
-                names = [a.name for a in node.names]
-            elif isinstance(node, ast.ImportFrom) and node.module:
-                names = [node.module, *(f"{node.module}.{a.name}" for a in node.names)]
-            else:
-                continue
-            for name in (n for n in names if n.split(".")[0] == "lib"):
-                parts = name.split(".")
-                for depth in range(1, len(parts) + 1):
-                    place = PROJECT.joinpath(*parts[:depth])
-                    file = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
-                    if file.is_file() and file not in found:
-                        found.add(file)
-                        queue.append(file.read_text("utf-8"))
-    return found
+    return content(script(python), {k: full[k] for k in sorted(full) if k not in hidden}, seen)
