@@ -2,23 +2,53 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
+from itertools import combinations
+from math import comb
 
 import torch
 from torch import Tensor
 
 from lib.constraint import ConstraintError, Storage, SupportConstraint, check_sparsity, formats
-from lib.constraint.selection import keep_largest, kept
+from lib.constraint.selection import keep_largest, keep_largest_in_rows, kept
 from lib.constraint.views import gemm, wide
 from lib.pruning.groups import NM, BlockColumns, Column, Filter, Unstructured
+
+ADDITIONS = 250_000  # up to which all choices of rows, or all of columns, are tried
+
+
+@cache
+def _choices(total: int, n: int) -> Tensor:
+    """All choices of ``n`` out of ``total``, ``(choices, total)`` of zeros and ones."""
+    return torch.tensor([[i in chosen for i in range(total)] for chosen in combinations(range(total), n)]).double()
+
+
+def best_lines(energy: Tensor, n: int, m: int) -> Tensor | None:
+    """The ``n`` rows and ``m`` columns of every matrix ``(B, R, C)`` that keep the most energy together, as masks.
+
+    Exact, by trying all choices of the side that has fewer; None where these are too many.
+    """
+    rows, columns = energy.shape[1:]
+    if comb(rows, n) > comb(columns, m):
+        found = best_lines(energy.mT, m, n)
+        return None if found is None else found.mT.contiguous()
+    if comb(rows, n) * energy.numel() > ADDITIONS:
+        return None
+    choices = _choices(rows, n).to(energy.device)
+    sums = choices @ energy.double()  # (B, choices, C)
+    best = sums.topk(m, dim=2).values.sum(2).argmax(1)  # (B,)
+    sums = sums.take_along_dim(best[:, None, None], 1)[:, 0]  # (B, C)
+    return (choices[best] > 0)[:, :, None] & keep_largest_in_rows(sums, m)[:, None]
 
 
 @dataclass(frozen=True)
 class FilterColumn(SupportConstraint):
     """Filter and column budgets together (StructADMM's combination).
 
-    Choosing rows and columns at once has no closed form. The projection alternates: the best rows for the columns at
-    hand, the best columns for those rows, until neither moves. Kept energy never falls, so it stops, at a choice that
-    no change of rows or of columns alone improves; it need not be the nearest point (``exact = False``).
+    Choosing rows and columns at once has no closed form. In a small matrix all choices of its shorter side are tried
+    (`best_lines`), which is exact. Elsewhere the projection alternates: the best rows for the columns at hand, the best
+    columns for those rows, until neither moves. Kept energy never falls, so it stops, at a choice that no change of
+    rows or of columns alone improves; it need not be the nearest point (``exact = False``).
 
     >>> from lib.pruning import FilterColumn
     >>> FilterColumn(0.5, 0.5).project(torch.tensor([[5.0, 2.0], [3.0, 9.0]])).tolist()
@@ -39,9 +69,11 @@ class FilterColumn(SupportConstraint):
         return Filter(self.filter_sparsity), Column(self.column_sparsity)
 
     def select(self, weight: Tensor) -> Tensor:
-        """Mask of the rows and columns on which the alternation stops."""
+        """Mask of the best rows and columns, or of those on which the alternation stops."""
         energy = gemm(wide(weight)).square()
         n, m = kept(self.filter_sparsity, energy.shape[0]), kept(self.column_sparsity, energy.shape[1])
+        if (found := best_lines(energy[None], n, m)) is not None:
+            return found.reshape(weight.shape)
         columns = torch.ones(energy.shape[1], dtype=torch.bool, device=weight.device)
         while True:
             rows = keep_largest(energy @ columns.to(energy.dtype), n)

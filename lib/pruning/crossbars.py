@@ -6,6 +6,7 @@ So ``rows`` below counts consecutive weights of a filter, and ``filters`` those 
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import product
 from math import log2
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from lib.constraint import Constraint, ConstraintError, Storage, SupportConstraint, check_count, check_sparsity, formats
 from lib.constraint.selection import keep_largest_in_rows, kept
 from lib.constraint.views import blocks, gemm, joined, wide
-from lib.pruning.composed import FilterColumn
+from lib.pruning.composed import FilterColumn, best_lines
 from lib.pruning.groups import NM, BlockColumns, BlockRows
 from lib.pruning.patterns import code, table
 
@@ -117,8 +118,9 @@ class AlignedLines(FilterColumn):
 class BlockLines(SupportConstraint):
     """Filters and rows removed inside every block of the size of an array, each on its own (PIM-Prune, DAC 2020).
 
-    In each block the same share of its filters and of its rows goes. Like `FilterColumn` in each block, by turns from
-    all rows, so not always the nearest point (``exact = False``). Blocks at the edges keep the same shares.
+    In each block the same share of its filters and of its rows goes, as by `FilterColumn`: exact where the blocks are
+    small, else by turns from all rows, so not always the nearest point (``exact = False``). Blocks at the edges keep
+    the same shares.
 
     >>> from lib.pruning import BlockLines
     >>> weight = torch.tensor([[9.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]])
@@ -145,29 +147,21 @@ class BlockLines(SupportConstraint):
 
     def select(self, weight: Tensor) -> Tensor:
         """Mask of what is left of the blocks."""
-        energy, there = (self._blocks(m) for m in (wide(weight).square(), torch.ones_like(wide(weight))))
-        grid, energy, there = energy.shape, energy.flatten(0, 1), there.flatten(0, 1)  # (blocks, filters, rows)
-        sides = [there.amax(2), there.amax(1)]  # (blocks, filters), (blocks, rows)
-        shares = self.filter_sparsity, self.row_sparsity
-        counts = [self._counts(side.sum(1), share) for side, share in zip(sides, shares, strict=True)]
-        rows = sides[1]
-        for _ in range(20):
-            lines = _strongest(torch.einsum("bfr,br->bf", energy, rows), sides[0], counts[0])
-            better = _strongest(torch.einsum("bfr,bf->br", energy, lines), sides[1], counts[1])
-            if torch.equal(better, rows):
-                break
-            rows = better
-        keep = lines[:, :, None] * rows[:, None, :] > 0
-        return joined(keep.view(grid), weight.shape)
+        energy = self._blocks(wide(weight).square())  # (R, S, filters, rows)
+        keep = torch.zeros_like(energy, dtype=torch.bool)
+        sides = zip(gemm(weight).shape, energy.shape[2:], strict=True)
+        down, across = ([(slice(n // size), size), (slice(n // size, None), n % size)] for n, size in sides)
+        for (i, height), (j, width) in product(down, across):  # whole blocks, and those at the edges
+            part = energy[i, j, :height, :width]
+            if part.numel():
+                counts = kept(self.filter_sparsity, height), kept(self.row_sparsity, width)
+                keep[i, j, :height, :width] = _strongest(part.flatten(0, 1), *counts).view(part.shape)
+        return joined(keep, weight.shape)
 
     def _blocks(self, weight: Tensor) -> Tensor:
         """``(R, S, filters, rows)``; a block is no larger than the matrix."""
         matrix = gemm(weight)
         return blocks(matrix, (min(self.filters, matrix.shape[0]), min(self.rows, matrix.shape[1])))
-
-    @staticmethod
-    def _counts(totals: Tensor, sparsity: float) -> Tensor:
-        return torch.tensor([kept(sparsity, int(n)) for n in totals.tolist()], device=totals.device)
 
     def storage_bits(self, z: Tensor, bits: int) -> Storage:
         """Every block's submatrix, and which rows and filters of it are there."""
@@ -177,9 +171,17 @@ class BlockLines(SupportConstraint):
         return Storage(data, sum(formats.which(side) for pair in (lines, rows) for side in pair))
 
 
-def _strongest(energy: Tensor, there: Tensor, counts: Tensor) -> Tensor:
-    """1 for the largest lines of each block, as many as ``counts`` says, of those that are there."""
-    return keep_largest_in_rows(torch.where(there > 0, energy, -1.0), counts).to(energy.dtype)
+def _strongest(energy: Tensor, n: int, m: int) -> Tensor:
+    """In each block ``(blocks, filters, rows)`` the ``n`` and ``m`` that keep most, or those on which turns stop."""
+    if (found := best_lines(energy, n, m)) is not None:
+        return found
+    rows = torch.ones_like(energy[:, 0], dtype=torch.bool)
+    while True:
+        filters = keep_largest_in_rows(torch.einsum("bfr,br->bf", energy, rows.to(energy.dtype)), n)
+        better = keep_largest_in_rows(torch.einsum("bfr,bf->br", energy, filters.to(energy.dtype)), m)
+        if torch.equal(better, rows):
+            return filters[:, :, None] & rows[:, None, :]
+        rows = better
 
 
 @dataclass(frozen=True)
