@@ -297,7 +297,7 @@ class TestProduct:
             product.calibrate(x)
             errors.append(float((product(x) - exact).square().mean()))
         assert errors == sorted(errors)
-        assert errors[-1] > 100 * errors[1] > 0
+        assert errors[1] > errors[0] == 0
 
     def test_two_column_stands_a_small_on_off_ratio_offset_does_not(self):
         """Without a dummy column the current of cells that are off adds up; pairs cancel it."""
