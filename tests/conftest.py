@@ -7,7 +7,7 @@ import pytest
 import torch
 from filelock import FileLock
 
-from lib import data, models, reproduce, study
+from lib import data, models
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -41,6 +41,8 @@ def study_file():
 @pytest.fixture(scope="session")
 def smoke(tmp_path_factory):
     """The reports of a smoke run, made once for all test processes; ``SMOKE_CACHE`` keeps its networks for nbval."""
+    from lib import reproduce, study
+
     base = tmp_path_factory.getbasetemp()
     place = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "smoke-run"
     with FileLock(f"{place}.lock"), pytest.MonkeyPatch.context() as patch:
@@ -52,6 +54,8 @@ def smoke(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def chromium():
+    """A browser, or the test is skipped."""
+    pytest.importorskip("playwright")
     found = shutil.which("chromium") or shutil.which("google-chrome")
     if not found:
         pytest.skip("no headless browser on this machine")
