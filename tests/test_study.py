@@ -131,7 +131,7 @@ def test_ranges_are_what_their_words_say(kind, words, good, bad):
 
 
 @pytest.mark.parametrize(
-    ("text", "kind", "value"),
+    ("given", "kind", "value"),
     [
         ("1e-4", "float", 1e-4),
         ("3", "float", 3.0),
@@ -141,6 +141,11 @@ def test_ranges_are_what_their_words_say(kind, words, good, bad):
         ("[1e-4, 2]", "list[float]", [1e-4, 2.0]),
         ("[1x2, '1:30', no]", "list[str]", ["1x2", "1:30", "no"]),
         ("true", "bool", True),
+        (np.int64(3), "int", 3),
+        (np.int64(3), "float", 3.0),
+        (np.float32(0.5), "float", 0.5),
+        (True, "int", True),  # refused then
+        (2.0, "int", 2.0),
         ("1:30", "int", "1:30"),  # refused then, as text
         ("1e3", "int", "1e3"),
         ("1_000", "int", "1_000"),
@@ -148,8 +153,8 @@ def test_ranges_are_what_their_words_say(kind, words, good, bad):
         ("[1", "list[int]", "[1"),
     ],
 )
-def test_text_is_read_as_its_declared_type(text, kind, value):
-    found = read(text, kind)
+def test_values_are_read_as_their_declared_type(given, kind, value):
+    found = read(given, kind)
     assert found == value
     assert type(found) is type(value)
 

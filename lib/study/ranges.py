@@ -10,6 +10,7 @@ leaves out a parameter with one in its comment.
 import math
 import re
 from collections.abc import Callable
+from numbers import Integral, Real
 from typing import Any
 
 import yaml
@@ -52,7 +53,9 @@ def read(value: Any, kind: str) -> Any:
             return float(value)
         if kind == "bool" and value.lower() in ("true", "false"):
             return value.lower() == "true"
-    return float(value) if kind == "float" and type(value) is int else value
+    if kind == "int" and isinstance(value, Integral) and not isinstance(value, bool):  # numpy's too
+        return int(value)
+    return float(value) if kind == "float" and isinstance(value, Real) and not isinstance(value, bool) else value
 
 
 def has_type(value: Any, kind: str) -> bool:
