@@ -64,6 +64,8 @@ REFERENCES = {
     "a tuple of functions": "def helper(): return 1\nALL = (helper,)\ndef top(): return ALL[0]()",
     "a dict of functions": "def helper(): return 1\nALL = {'a': helper}\ndef top(k): return ALL[k]()",
     "a dict that is filled": "ALL = {}\ndef helper(): return 1\nALL['a'] = helper\ndef top(k): return ALL[k]()",
+    "a list that is filled if": "ALL = []\ndef helper(): return 1\nif True:\n    ALL.extend([helper])\n"
+    "def top(k): return ALL[k]()",
     "a list that is filled": "ALL = []\ndef helper(): return 1\nALL.append(helper)\ndef top(k): return ALL[k]()",
     "a lambda": "helper = lambda: 1\ndef top(): return helper()",
     "a static method": "class Tool:\n    @staticmethod\n    def make(): return 1\ndef top(): return Tool.make()",
@@ -267,6 +269,7 @@ IN_A_CELL = {
     "a field": "from dataclasses import dataclass\n@dataclass\nclass own:\n    limit: int = 1\n    def f(self): 0",
     "a tensor": "import torch\nlimit = torch.tensor(1)\ndef own(w): return w > limit",
     "a property": "class own:\n    @property\n    def limit(self): return 1",
+    "a property that is kept": "import functools as f\nclass own:\n    @f.cached_property\n    def limit(self): return 1",
 }
 
 
@@ -362,6 +365,7 @@ DIFFERENT = [
     (torch.float32, torch.float64, torch.device("cpu"), torch.device("meta"), torch.Size([1]), np.dtype("i4")),
     (pd.DataFrame({"a": [1]}), pd.DataFrame({"a": [2]}), pd.DataFrame({"b": [1]}), pd.Series([1])),
     (np.random.default_rng(0), np.random.default_rng(1)),
+    tuple(torch.Generator().manual_seed(seed) for seed in (0, 1)),
 ]
 EQUAL = [
     ([1, 2], (1, 2)),

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lib.data import Data, Split
-from lib.keys.source import FUNCTION, Walk, aside, find, installed, read
+from lib.keys.source import FUNCTION, Walk, aside, installed, read
 
 BORN = time.time_ns()
 PLAIN = (types.NoneType, bool, int, float, str)
@@ -177,7 +177,7 @@ class _Live(Walk):
             return ["beside"]
         try:
             values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        except (RuntimeError, TypeError) as error:
+        except (RuntimeError, TypeError, ValueError) as error:
             raise self.refusal(tensor, error) from None
         form = ["tensor", str(tensor.dtype), [*tensor.shape], _digest(values), tensor.requires_grad]
         hooks = [*(tensor._backward_hooks or {}).values(), *(tensor._post_accumulate_grad_hooks or {}).values()]
@@ -224,7 +224,7 @@ class _Live(Walk):
         """What a file says under a name, and what this process has in its place."""
         form = super().define(module, name)
         space = vars(sys.modules[module]) if module in sys.modules else {}
-        self.check(find(module), space)
+        self.check(self.file(module).path, space)
         statements = self.file(module).bound[name]
         if name in space and len(statements) == 1 and not _explains(statements[0], space[name], space):
             form.append(self.value(space[name], name))
@@ -268,7 +268,7 @@ class _Live(Walk):
 
     def _members(self, kind: type) -> Any:
         """Of a class in a notebook, whose text is found by its methods; without any, its values and hints are all."""
-        members = [inspect.unwrap(getattr(m, "fget", m) or m) for m in vars(kind).values()]
+        members = [inspect.unwrap(getattr(m, "fget", getattr(m, "func", m)) or m) for m in vars(kind).values()]
         functions = [m for m in members if isinstance(m, types.FunctionType)]
         methods = [m for m in functions if m.__qualname__.startswith(kind.__qualname__)]
         for method in methods:

@@ -30,6 +30,7 @@ FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 class File(NamedTuple):
     """A module of ours: what names are imported from, ``(module, attribute or "")``, and the statements of others."""
 
+    path: Path
     package: str
     tree: ast.Module
     imported: dict[str, list[tuple[str, str]]]
@@ -219,7 +220,7 @@ def read(path: Path, module: str, _changed: int) -> File:
         for name in dict.fromkeys(_binds(statement)):
             bound.setdefault(name, []).append(statement)
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
-    return File(package, tree, _imports(_outside(tree)), bound)
+    return File(path, package, tree, _imports(_outside(tree)), bound)
 
 
 def _outside(node: ast.AST) -> list[ast.AST]:
@@ -236,11 +237,12 @@ def _binds(statement: ast.stmt) -> Iterator[str]:
     for node in _outside(statement):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             yield node.name
-        elif isinstance(getattr(node, "ctx", None), ast.Store) or isinstance(statement, ast.Expr):
+        elif isinstance(node, ast.Expr):
+            yield from (n.id for n in ast.walk(node) if isinstance(n, ast.Name))
+        elif isinstance(getattr(node, "ctx", None), ast.Store):
             while isinstance(node, ast.Attribute | ast.Subscript):
                 node = node.value
-            if isinstance(node, ast.Name):
-                yield node.id
+            yield getattr(node, "id", "")
 
 
 def find(module: str) -> Path | None:
@@ -259,8 +261,10 @@ def find(module: str) -> Path | None:
 
 
 def installed(file: str | Path) -> bool:
-    """Whether a file is part of Python or of a package that was installed."""
+    """Whether a file is part of Python or of a package that was installed, other than ``lib`` itself."""
     file = Path(file)
+    if file.is_relative_to(Path(__file__).parents[1]):
+        return False
     packages = {"site-packages", "dist-packages"} & {*file.parts}
     return bool(packages) or file.is_relative_to(sysconfig.get_path("stdlib"))
 
