@@ -269,7 +269,7 @@ IN_A_CELL = {
     "a field": "from dataclasses import dataclass\n@dataclass\nclass own:\n    limit: int = 1\n    def f(self): 0",
     "a tensor": "import torch\nlimit = torch.tensor(1)\ndef own(w): return w > limit",
     "a property": "class own:\n    @property\n    def limit(self): return 1",
-    "a property that is kept": "import functools as f\nclass own:\n    @f.cached_property\n    def limit(self): return 1",
+    "a kept property": "import functools as f\nclass own:\n    @f.cached_property\n    def limit(self): return 1",
 }
 
 
