@@ -4,6 +4,7 @@ import doctest
 import importlib
 import inspect
 import pkgutil
+from functools import cache
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 import lib
+from lib.data.named import read_named
 
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 MODULES = sorted(module.name for module in pkgutil.walk_packages(lib.__path__, "lib."))
@@ -28,6 +30,14 @@ def public(module) -> set[str]:
     if hasattr(module, "__all__") or module.__name__.count(".") > 1:
         return set(getattr(module, "__all__", ()))
     return {n for n, item in vars(module).items() if n[0] != "_" and getattr(item, "__module__", "") == module.__name__}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _images_are_read_once():
+    """Most examples load the same images, and most of their time would be spent on unpacking them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lib.data.loading.read_named", cache(read_named))
+        yield
 
 
 @pytest.mark.parametrize("name", MODULES)

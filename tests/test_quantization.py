@@ -8,7 +8,8 @@ import torch
 from lib.constraint import ConstraintError, Storage
 from lib.constraint.formats import escaped_runs
 from lib.pruning import NATURAL, Block, Column, Filter, Patterns, Unstructured
-from lib.quantization import STEP_BITS, Levels, Quantized, best_step, binary, ternary
+from lib.quantization import Levels, Quantized, binary, ternary
+from lib.quantization.levels import STEP_BITS, best_step
 
 LEVELS = [
     *(Levels(k, zero, step) for k in (1, 2, 4, 31) for zero in (False, True) for step in (None, 0.05, 0.4)),

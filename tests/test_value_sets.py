@@ -16,7 +16,6 @@ from lib.constraint import ConstraintError, Storage, attach_masks, harden, neare
 from lib.layers import LayerError, branched
 from lib.pruning import Filter, PolarizedFragments, Unstructured
 from lib.quantization import (
-    STEP_BITS,
     Expansion,
     Levels,
     PowerOfTwo,
@@ -26,6 +25,7 @@ from lib.quantization import (
     ternary,
     uniform,
 )
+from lib.quantization.levels import STEP_BITS
 from lib.shapes import prunable
 from lib.sharing import Codebook, SmartExchange, Unified
 

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lib.channels.spaces import Space, first_line, groups_of, is_depthwise, own_norms, spaces_of, trace
 from lib.constraint import ConstraintError, Masks, Plan, plain
+from lib.constraint.masks import places
 from lib.pruning.groups import Filter
 from lib.shapes import KINDS, prunable
 
@@ -153,19 +154,6 @@ def coupled(model: nn.Module, plan: Plan, example: Tensor) -> Plan:
     return plan
 
 
-def _check(model: nn.Module, masks: Masks) -> None:
-    """Refuse masks of unknown layers or of another shape."""
-    layers, parameters = prunable(model), dict(plain(model).named_parameters())
-    for name, mask in masks.items():
-        weight = layers[name].weight if name in layers else parameters.get(name)
-        if weight is None:
-            raise ConstraintError(f"mask for layer {name!r}; the model has {', '.join(layers)}")
-        if mask.dtype != torch.bool or mask.shape != weight.shape:
-            raise ConstraintError(
-                f"mask of {name!r} is {mask.dtype} {tuple(mask.shape)}; expected torch.bool {tuple(weight.shape)}"
-            )
-
-
 def _constants(
     model: nn.Module, spaces: list[Space], own: dict[str, list[str]], keep: Masks, alive: list[Tensor]
 ) -> Masks:
@@ -219,7 +207,7 @@ def follow(model: nn.Module, masks: Masks, example: Tensor) -> Masks:
     >>> {name: int(mask.sum()) for name, mask in masks.items()}  # 5 of 20 filters of 25, 5 biases, 50 * 5 * 25 weights
     {'conv1': 125, 'conv2': 6250, 'conv1.bias': 5}
     """
-    _check(model, masks)
+    places(model, masks)  # refuses what fits no layer
     layers, graph = prunable(model), trace(model, example)
     spaces = spaces_of(graph, example.device)
     dense = {name: torch.ones(layer.weight.shape, dtype=torch.bool) for name, layer in layers.items()}

@@ -51,12 +51,7 @@ def which(keep: Tensor) -> float:
 
 
 def dense(mask: Tensor, bits: int) -> Storage:
-    """All weights, zeros included.
-
-    >>> from lib.constraint.formats import dense
-    >>> dense(torch.eye(4), bits=8)
-    Storage(data=128, index=0.0, table=0.0)
-    """
+    """All weights, zeros included."""
     return Storage(mask.numel() * bits)
 
 
@@ -116,12 +111,7 @@ def submatrix(z: Tensor, bits: int) -> Storage:
 
 
 def bitmask(mask: Tensor, bits: int) -> Storage:
-    """One bit per position says whether a weight is stored.
-
-    >>> from lib.constraint.formats import bitmask
-    >>> bitmask(torch.eye(4), bits=8)
-    Storage(data=32, index=16, table=0.0)
-    """
+    """One bit per position says whether a weight is stored."""
     return Storage(int(mask.count_nonzero()) * bits, mask.numel())
 
 
@@ -158,10 +148,5 @@ def irregular(mask: Tensor, bits: int) -> Storage:
 
 
 def irregular_levels(mask: Tensor, bits: int) -> Storage:
-    """The same for nonzeros that are level numbers, none of them free for a filler.
-
-    >>> from lib.constraint.formats import irregular_levels
-    >>> irregular_levels(torch.eye(4), bits=1)
-    Storage(data=4, index=12, table=0.0)
-    """
+    """The same for nonzeros that are level numbers, none of them free for a filler."""
     return min((f(mask, bits) for f in (bitmask, escaped_runs, csr)), key=lambda s: s.total)

@@ -65,13 +65,9 @@ def attach_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
     >>> (layer.weight != 0).tolist(), leaf(layer).grad.tolist()
     ([[True, False]], [[1.0, 0.0]])
     """
-    slots = {name: _slot(model, name) for name in masks}
-    for name, (modules, parameter) in slots.items():
-        mask, shape = masks[name], getattr(modules[0], parameter).shape
-        if mask.dtype != torch.bool or mask.shape != shape:
-            raise ConstraintError(f"mask of {name!r} is {mask.dtype} {(*mask.shape,)}; expected torch.bool {(*shape,)}")
+    found = places(model, masks)
     detach_masks(model)
-    for name, (modules, parameter) in slots.items():
+    for name, (modules, parameter) in found.items():
         weight = getattr(modules[0], parameter)
         attach(modules, Mask(torch.empty_like(weight, dtype=torch.bool).copy_(masks[name])), parameter)  # in its layout
     return model
@@ -122,7 +118,17 @@ def detach(modules: list[nn.Module], kind: type[nn.Module], parameter: str = "we
             module.register_parameter(parameter, nn.Parameter(tensor, trained))
 
 
-def _slot(model: nn.Module, name: str) -> tuple[list[nn.Module], str]:
+def places(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, tuple[list[nn.Module], str]]:
+    """For each mask the modules whose tensor it is for, and the name of the parameter in them: see `attach_masks`."""
+    found = {name: _place(model, name) for name in masks}
+    for name, (modules, parameter) in found.items():
+        mask, shape = masks[name], getattr(modules[0], parameter).shape
+        if mask.dtype != torch.bool or mask.shape != shape:
+            raise ConstraintError(f"mask of {name!r} is {mask.dtype} {(*mask.shape,)}; expected torch.bool {(*shape,)}")
+    return found
+
+
+def _place(model: nn.Module, name: str) -> tuple[list[nn.Module], str]:
     """The modules and the parameter in them that a mask's name stands for."""
     layers, every = uses(model), dict(model.named_modules())
     owner, _, parameter = name.rpartition(".")

@@ -14,15 +14,11 @@ from lib.pruning.groups import Groups, Unstructured
 
 
 @dataclass(frozen=True)
-class NetworkBudget(SupportConstraint):
+class _NetworkBudget(SupportConstraint):
     """What the budgets below share: total over kept weights of all the layers that hold an equal one.
 
     Raises:
-        ConstraintError: a rate below 1.
-
-    >>> from lib.pruning.adaptive import NetworkBudget
-    >>> NetworkBudget(rate=4.0).count({"fc1": torch.zeros(30), "fc2": torch.zeros(10)})
-    10
+        ConstraintError: a rate below 1; in `fit`, one that leaves fewer weights than there are layers.
     """
 
     rate: float
@@ -32,11 +28,7 @@ class NetworkBudget(SupportConstraint):
             raise ConstraintError(f"rate = {self.rate}: allowed are numbers from 1")
 
     def count(self, weights: Mapping[str, Tensor]) -> int:
-        """How many weights the rate leaves.
-
-        Raises:
-            ConstraintError: fewer than there are layers.
-        """
+        """How many weights the rate leaves."""
         size = sum(w.numel() for w in weights.values())
         if (count := round(size / self.rate)) < len(weights):
             raise ConstraintError(f"rate = {self.rate} leaves {count} of {size} weights for {len(weights)} layers")
@@ -49,7 +41,7 @@ class NetworkBudget(SupportConstraint):
 
 
 @dataclass(frozen=True)
-class LayerAdaptive(NetworkBudget):
+class LayerAdaptive(_NetworkBudget):
     """Single weights, each layer's part chosen by LAMP (Lee et al., ICLR 2021).
 
     A weight's score is its square over the sum of all squares in its layer that are not smaller: what removing it
@@ -64,11 +56,7 @@ class LayerAdaptive(NetworkBudget):
     """
 
     def fit(self, weights: Mapping[str, Tensor]) -> dict[str, Unstructured]:
-        """For each layer its own budget; at least one weight each.
-
-        Raises:
-            ConstraintError: the rate leaves fewer weights than there are layers.
-        """
+        """For each layer its own budget; at least one weight each."""
         scores = [_lamp(w) for w in weights.values()]
         sizes = [len(s) for s in scores]
         kept = [max(1, int(k.sum())) for k in keep_largest(torch.cat(scores), self.count(weights)).split(sizes)]
@@ -83,7 +71,7 @@ def _lamp(weight: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class GroupAdaptive(NetworkBudget):
+class GroupAdaptive(_NetworkBudget):
     """Whole groups of one kind, each layer's part chosen as LAMP's: by the energy that goes with each weight.
 
     A group's score is its energy over that of all groups in its layer that do not rank below it, and over its number of
@@ -102,11 +90,7 @@ class GroupAdaptive(NetworkBudget):
     groups: Groups = field(default_factory=lambda: Unstructured(0.0))
 
     def fit(self, weights: Mapping[str, Tensor]) -> dict[str, Groups]:
-        """For each layer its own budget; at least one group each.
-
-        Raises:
-            ConstraintError: the rate leaves fewer weights than there are layers.
-        """
+        """For each layer its own budget; at least one group each."""
         scored = [_scored(self.groups, w) for w in weights.values()]
         scores, sizes = (torch.cat(column) for column in zip(*scored, strict=True))
         order = scores.argsort(descending=True, stable=True)
@@ -131,7 +115,7 @@ def _scored(groups: Groups, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class SubmatrixAdaptive(NetworkBudget):
+class SubmatrixAdaptive(_NetworkBudget):
     """Whole filters and columns, each layer's parts chosen by what they distort.
 
     Greedy: again and again the row or column of a layer's GEMM matrix goes whose share of the energy that is left in
@@ -145,23 +129,12 @@ class SubmatrixAdaptive(NetworkBudget):
     """
 
     def fit(self, weights: Mapping[str, Tensor]) -> dict[str, FilterColumn]:
-        """For each layer its own budgets; at least one row and one column each.
-
-        Raises:
-            ConstraintError: the rate leaves fewer weights than there are layers.
-        """
-        layers = {name: _Lines(w) for name, w in weights.items()}
-        left, most = sum(layer.size for layer in layers.values()), self.count(weights)
-        while left > most:
-            layer = min(layers.values(), key=lambda line: line.price)
-            if layer.price == float("inf"):
-                break
-            left -= layer.drop()
-        return {name: layer.budgets() for name, layer in layers.items()}
+        """For each layer its own budgets; at least one row and one column each."""
+        return _without_lines(weights, dict.fromkeys(weights, 1), self.count(weights))
 
 
 @dataclass(frozen=True)
-class SubmatrixByCost(NetworkBudget):
+class SubmatrixByCost(_NetworkBudget):
     """Whole filters and columns as `SubmatrixAdaptive`, where a weight costs what its layer says, not one.
 
     With the vectors that meet a layer (`lib.shapes.layer_shapes`) as costs, a convolution at many positions gives up
@@ -188,15 +161,19 @@ class SubmatrixByCost(NetworkBudget):
         costs = dict(self.costs)
         if wrong := [n for n in weights if not costs.get(n, 0) > 0]:
             raise ConstraintError(f"costs: layer {wrong[0]!r} needs one above 0; there are {costs or 'none'}")
-        layers = {name: _Lines(w) for name, w in weights.items()}
-        left = sum(costs[name] * layer.size for name, layer in layers.items())
-        most = left / self.rate
-        while left > most:
-            name = min(layers, key=lambda n: layers[n].price / costs[n])
-            if layers[name].price == float("inf"):
-                break
-            left -= costs[name] * layers[name].drop()
-        return {name: layer.budgets() for name, layer in layers.items()}
+        return _without_lines(weights, costs, sum(costs[n] * w.numel() for n, w in weights.items()) / self.rate)
+
+
+def _without_lines(weights: Mapping[str, Tensor], costs: Mapping[str, float], most: float) -> dict[str, FilterColumn]:
+    """Lines go, the cheapest for their cost first, until what is left costs ``most``."""
+    layers = {name: _Lines(w) for name, w in weights.items()}
+    left = sum(costs[name] * layer.size for name, layer in layers.items())
+    while left > most:
+        name = min(layers, key=lambda n: layers[n].price / costs[n])
+        if layers[name].price == float("inf"):
+            break
+        left -= costs[name] * layers[name].drop()
+    return {name: layer.budgets() for name, layer in layers.items()}
 
 
 class _Lines:

@@ -129,7 +129,16 @@ class Unstructured(Groups):
 
 
 @dataclass(frozen=True)
-class Filter(Groups):
+class _Lines(Groups):
+    """Whole rows or columns."""
+
+    def storage_bits(self, z: Tensor, bits: int) -> Storage:
+        """The rows and columns that are left as one dense matrix."""
+        return formats.submatrix(z, bits)
+
+
+@dataclass(frozen=True)
+class Filter(_Lines):
     """Whole filters, rows of the GEMM matrix (StructADMM); output neurons of a linear layer.
 
     Layers with equal sets that name a ``coupled`` group lose the same filters, ranked by the norm over all: what
@@ -156,13 +165,9 @@ class Filter(Groups):
         """A row of the GEMM matrix."""
         return 1, gemm(weight).shape[1]
 
-    def storage_bits(self, z: Tensor, bits: int) -> Storage:
-        """The rows and columns that are left as one dense matrix."""
-        return formats.submatrix(z, bits)
-
 
 @dataclass(frozen=True)
-class Column(Groups):
+class Column(_Lines):
     """GEMM columns: one kernel position of one channel in all filters ("shape-wise", StructADMM).
 
     >>> from lib.pruning import Column
@@ -174,13 +179,9 @@ class Column(Groups):
         """A column of the GEMM matrix."""
         return gemm(weight).shape[0], 1
 
-    def storage_bits(self, z: Tensor, bits: int) -> Storage:
-        """The rows and columns that are left as one dense matrix."""
-        return formats.submatrix(z, bits)
-
 
 @dataclass(frozen=True)
-class Channel(Groups):
+class Channel(_Lines):
     """Input channels ``W[:, c, :, :]``; input neurons of a linear layer.
 
     >>> from lib.pruning import Channel
@@ -192,10 +193,6 @@ class Channel(Groups):
     def group(self, weight: Tensor) -> Size:
         """The columns of one channel."""
         return gemm(weight).shape[0], kernel_area(weight)
-
-    def storage_bits(self, z: Tensor, bits: int) -> Storage:
-        """The rows and columns that are left as one dense matrix."""
-        return formats.submatrix(z, bits)
 
 
 @dataclass(frozen=True)

@@ -5,21 +5,18 @@ the choice of values and stays zero. A mask that is attached, or a network prune
 is the exception: the sign of zero is + in a block that shares a magnitude.
 """
 
-from lib.quantization.activations import InputQuantizer, full_precision_activations, quantize_activations
+from lib.quantization.activations import full_precision_activations, quantize_activations
 from lib.quantization.branches import Expansion, TernaryRule, branch
 from lib.quantization.joint import Quantized
-from lib.quantization.levels import STEP_BITS, Levels, best_step, binary, ternary, uniform
+from lib.quantization.levels import Levels, binary, ternary, uniform
 from lib.quantization.powers import PowerOfTwo
 
 __all__ = [
-    "STEP_BITS",
     "Expansion",
-    "InputQuantizer",
     "Levels",
     "PowerOfTwo",
     "Quantized",
     "TernaryRule",
-    "best_step",
     "binary",
     "branch",
     "full_precision_activations",

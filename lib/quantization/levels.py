@@ -29,7 +29,7 @@ def best_step(weight: Tensor, per_side: int, zero: bool = False) -> float:
     Returns:
         The step, 0 for a weight without nonzeros.
 
-    >>> from lib.quantization import best_step
+    >>> from lib.quantization.levels import best_step
     >>> best_step(torch.tensor([1.0, -3.0]), per_side=1), best_step(torch.tensor([1.0, -3.0]), per_side=1, zero=True)
     (2.0, 3.0)
     """

@@ -46,9 +46,9 @@ class PowerOfTwo(Constraint):
 
     def fit(self, weights: Mapping[str, Tensor]) -> dict[str, "PowerOfTwo"]:
         """For each layer its largest exponent."""
-        return {n: replace(self, top=self.best_top(w)) for n, w in weights.items()}
+        return {n: replace(self, top=self._best_top(w)) for n, w in weights.items()}
 
-    def best_top(self, weight: Tensor) -> int:
+    def _best_top(self, weight: Tensor) -> int:
         """The exponent of the largest power, of those from the largest weight down; 0 for a layer of zeros."""
         if self.top is not None or not weight.any():
             return self.top or 0
@@ -59,7 +59,7 @@ class PowerOfTwo(Constraint):
 
     def project(self, weight: Tensor) -> Tensor:
         """Each weight at its nearest power of two, or zero."""
-        return nearest_power(weight, self.best_top(weight), self.count)
+        return nearest_power(weight, self._best_top(weight), self.count)
 
     def tangent(self, z: Tensor, gradient: Tensor) -> Tensor:
         """Nothing moves on a grid."""
