@@ -49,8 +49,8 @@ def test_what_is_reached_through_a_room_comes_with_it():
     """``room.file.name`` works in a fresh kernel only if the room imports the file."""
     texts = [*LIB.rglob("*.py"), *LIB.parent.glob("notebooks/*.ipynb"), *LIB.parent.glob("*.md")]
     text = "\n".join(file.read_text(encoding="utf-8") for file in texts)
+    reached = set(re.findall(r"(?<![\w.])(\w+)\.(\w+)\.\w", text))
     for init in LIB.glob("*/__init__.py"):
         room, brought = init.parent.name, init.read_text(encoding="utf-8")
-        for file in {file.stem for file in init.parent.glob("*.py")}:
-            reached = re.search(rf"(?<![\w.]){room}\.{file}\.\w", text)
-            assert not reached or f"from lib.{room}.{file} import" in brought, reached[0]
+        files = {file.stem for file in init.parent.glob("*.py") if (room, file.stem) in reached}
+        assert all(f"from lib.{room}.{file} import" in brought for file in files), (room, files)
