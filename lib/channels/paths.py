@@ -35,7 +35,7 @@ def arriving(model: nn.Module, spaces: list[Space], example: Tensor) -> list[Ten
             raise ConstraintError(f"layer {name!r} is used twice in a forward pass: its channels cannot be followed")
         seen.add(name)
         x = inputs[0].transpose(1, -1) if layer.weight.dim() > 2 else inputs[0]  # channels last
-        nonzero[name] = (x != 0).flatten(0, -2).any(0)
+        nonzero[name] = (x != 0).flatten(0, -2).any(0)  # (C,)
 
     for name, layer in prunable(model).items():
         layer.register_forward_pre_hook(partial(look, name=name))

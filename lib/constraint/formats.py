@@ -66,7 +66,7 @@ def relative_index(mask: Tensor, bits: int, width: int | None = None) -> Storage
     >>> relative_index(torch.tensor([0, 0, 0, 1, 0, 1]), bits=8, width=1)  # in 1 bit, with a filler of 9
     Storage(data=16, index=11, table=0.0)
     """
-    positions = mask.reshape(-1).nonzero().reshape(-1)
+    positions = mask.reshape(-1).nonzero().reshape(-1)  # (nonzeros,)
     if not len(positions):
         return Storage(0.0)
     runs = positions.diff(prepend=positions.new_tensor([-1])) - 1
@@ -84,7 +84,7 @@ def escaped_runs(mask: Tensor, bits: int) -> Storage:
     >>> escaped_runs(torch.tensor([0, 0, 0, 1, 0, 1]), bits=1)  # runs of 3 and 1 in 2 bits: 3 + 0, 1
     Storage(data=2, index=6, table=0.0)
     """
-    positions = mask.reshape(-1).nonzero().reshape(-1)
+    positions = mask.reshape(-1).nonzero().reshape(-1)  # (nonzeros,)
     if not len(positions):
         return Storage(0.0)
     runs = positions.diff(prepend=positions.new_tensor([-1])) - 1

@@ -25,7 +25,7 @@ def keep_largest(scores: Tensor, k: int) -> Tensor:
     >>> keep_largest(torch.tensor([1.0, 3.0, 1.0, 1.0]), 2).tolist()
     [True, True, False, False]
     """
-    flat = scores.reshape(-1)
+    flat = scores.reshape(-1)  # (N,)
     if k >= flat.numel():
         return torch.ones_like(scores, dtype=torch.bool)
     threshold = flat.kthvalue(flat.numel() - k + 1).values if k else torch.inf
@@ -44,7 +44,7 @@ def keep_largest_in_rows(scores: Tensor, k: Tensor | int) -> Tensor:
     [[False, True, True], [True, True, False]]
     """
     rows, m = scores.shape
-    counts = k.reshape(rows, 1) if isinstance(k, Tensor) else int(k)
+    counts = k.reshape(rows, 1) if isinstance(k, Tensor) else int(k)  # (rows, 1) or one for all
     if not isinstance(k, Tensor) and k == 1:
         mask = torch.zeros_like(scores, dtype=torch.bool)
         return mask.scatter_(1, scores.argmax(1, keepdim=True), True)

@@ -45,7 +45,8 @@ def blocks(matrix: Tensor, size: Size) -> Tensor:
     [[[[1, 2], [4, 5]], [[3, 0], [6, 0]]]]
     """
     height, width = size
-    return padded(matrix, size).unflatten(1, (-1, width)).unflatten(0, (-1, height)).transpose(1, 2)
+    strips = padded(matrix, size).unflatten(1, (-1, width))  # (F, S, width)
+    return strips.unflatten(0, (-1, height)).transpose(1, 2)  # (R, S, height, width)
 
 
 def joined(blocks: Tensor, shape: torch.Size) -> Tensor:

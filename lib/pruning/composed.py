@@ -172,7 +172,7 @@ class DARB(SupportConstraint):
         density = Unstructured(self.sparsity).select(matrix).sum(1) / columns
         step_cost = survivors.diff().expand(rows, -1)
         urgency = density[:, None] * (menu[:-1] * menu[1:]).sqrt()  # (rows, steps), falls along a row
-        order = urgency.reshape(-1).argsort(descending=True, stable=True)
+        order = urgency.reshape(-1).argsort(descending=True, stable=True)  # (rows * steps,)
         spent = step_cost.reshape(-1)[order].cumsum(0) + rows * survivors[0]
         taken = torch.zeros(urgency.numel(), dtype=torch.bool, device=matrix.device)
         taken[order] = spent <= kept(self.sparsity, matrix.numel())

@@ -221,7 +221,7 @@ class SharedShapes(SupportConstraint):
     def _segments(self, weight: Tensor) -> Tensor:
         """Energies ``(groups, F, rows)``."""
         energy = blocks(gemm(wide(weight.detach())).square(), (1, self.rows))  # (F, groups, 1, rows)
-        return energy.squeeze(2).transpose(0, 1)
+        return energy.squeeze(2).transpose(0, 1)  # (groups, F, rows)
 
     def _voted(self, weight: Tensor) -> tuple[tuple[int, ...], ...]:
         length, voted = gemm(weight).shape[1], []
@@ -257,7 +257,7 @@ class SharedShapes(SupportConstraint):
         """Mask of each segment's shape."""
         shapes, choice = self.choice(weight)
         keep = torch.take_along_dim(shapes, choice[..., None], dim=1) > 0  # (groups, F, rows)
-        return joined(keep.transpose(0, 1).unsqueeze(2), weight.shape)
+        return joined(keep.transpose(0, 1).unsqueeze(2), weight.shape)  # from (F, groups, 1, rows)
 
     def storage_bits(self, z: Tensor, bits: int) -> Storage:
         """Weights of the shapes, each segment's choice, and a table of the shapes."""

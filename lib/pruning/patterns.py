@@ -54,7 +54,7 @@ def kernels(weight: Tensor) -> Tensor:
     """
     if kernel_area(weight) == 1:
         raise ConstraintError(f"patterns are for kernels larger than 1x1, and the weight is {tuple(weight.shape)}")
-    return weight.reshape(-1, kernel_area(weight))
+    return weight.reshape(-1, kernel_area(weight))  # (F*C, Kh*Kw)
 
 
 def table(library: Iterable[int], area: int, like: Tensor) -> Tensor:
@@ -131,7 +131,7 @@ class Patterns(SupportConstraint):
 
     def _masks(self, weight: Tensor, index: Tensor) -> Tensor:
         masks = table(self.library, kernel_area(weight), weight).bool()  # (patterns, Kh*Kw)
-        return masks[index].reshape(weight.shape)
+        return masks[index].reshape(weight.shape)  # from (F*C, Kh*Kw)
 
     def storage_bits(self, z: Tensor, bits: int) -> Storage:
         """All weights of the patterns, a library index per kernel, and the library itself."""
@@ -173,7 +173,7 @@ class PatternKernels(Patterns):
         """Mask of the best patterns of the kernels whose best patterns keep most."""
         energy, index = self.best(weight)
         keep = keep_largest(energy, kept(self.sparsity, energy.numel()))
-        keep = spread(keep.view(weight.shape[:2]), (1, kernel_area(weight)), weight.shape)
+        keep = spread(keep.view(weight.shape[:2]), (1, kernel_area(weight)), weight.shape)  # from (F, C)
         return self._masks(weight, index) & keep
 
     def storage_bits(self, z: Tensor, bits: int) -> Storage:

@@ -95,7 +95,7 @@ class Codebook(Constraint):
             return torch.zeros_like(weight)
         nearest = vq(samples.detach().double().cpu().numpy(), centroids)[0]
         z = torch.as_tensor(centroids[nearest], dtype=weight.dtype, device=weight.device)
-        return torch.where(samples.any(1, keepdim=True), z, 0.0).reshape(weight.shape)
+        return torch.where(samples.any(1, keepdim=True), z, 0.0).reshape(weight.shape)  # from (samples, length)
 
     def entries(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """The distinct samples ``(entries, length)`` and which one each sample is."""
@@ -116,7 +116,7 @@ class Codebook(Constraint):
         entries, which = self.entries(z)
         g = self.samples(gradient)
         mean = torch.zeros_like(entries).index_add_(0, which, g) / which.bincount(minlength=len(entries))[:, None]
-        return torch.where(entries.any(1, keepdim=True), mean, 0.0)[which].reshape(z.shape)
+        return torch.where(entries.any(1, keepdim=True), mean, 0.0)[which].reshape(z.shape)  # from (samples, length)
 
     def storage_bits(self, z: Tensor, bits: int) -> Storage:
         """Entry numbers at their entropy, and the entries in 32 bits a number; ``bits`` is not used.

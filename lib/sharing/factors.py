@@ -37,7 +37,7 @@ class Factors(NamedTuple):
 
     def storage(self, bits: int, basis_bits: int) -> Storage:
         """Nonzero coefficients, where they are, and the bases."""
-        bill = irregular_levels((self.coefficients != 0).flatten(0, 1), bits)
+        bill = irregular_levels((self.coefficients != 0).flatten(0, 1), bits)  # (slices * rows, n)
         return bill._replace(table=bill.table + self.basis.numel() * basis_bits)
 
 
@@ -92,7 +92,8 @@ class SmartExchange(Constraint):
     @staticmethod
     def _joined(slices: Tensor, weight: Tensor) -> Tensor:
         """Back from `slices`, in the shape and type of ``weight``."""
-        return joined(slices.reshape(len(gemm(weight)), -1, 1, slices[0].numel()), weight.shape).to(weight.dtype)
+        pieces = slices.reshape(len(gemm(weight)), -1, 1, slices[0].numel())  # (F, pieces, 1, rows * n)
+        return joined(pieces, weight.shape).to(weight.dtype)
 
     def factors(self, weight: Tensor) -> Factors:
         """The decomposition of least error among the turns."""
@@ -139,7 +140,7 @@ def _balanced(raw: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     """Columns of the coefficients at most 1 in magnitude, the rows of the basis as much larger."""
     scale = raw.abs().amax(1, keepdim=True)  # (slices, 1, n)
     scale = torch.where(scale > 0, scale, 1.0)
-    return raw / scale, basis * scale.transpose(1, 2)
+    return raw / scale, basis * scale.transpose(1, 2)  # (slices, n, 1)
 
 
 def _least_squares(coefficients: Tensor, w: Tensor, before: Tensor) -> Tensor:

@@ -59,7 +59,8 @@ class Unified(Constraint):
     def _joined(self, flat: Tensor, weight: Tensor) -> Tensor:
         """Back from `_blocks`."""
         across = -(-gemm(weight).shape[1] // self.width)
-        return joined(flat.view(-1, across, self.height, self.width), weight.shape).to(weight.dtype)
+        grid = flat.view(-1, across, self.height, self.width)  # (R, S, height, width)
+        return joined(grid, weight.shape).to(weight.dtype)
 
     def states(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Which blocks are unified and which pruned, as masks ``(blocks,)``."""
