@@ -6,6 +6,7 @@ that share one tensor. Constraints, faults, arrays and accounts all speak of the
 
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pandas as pd
 import torch
@@ -228,6 +229,27 @@ def layer_shapes(model: nn.Module, shape: tuple[int, ...], skip: bool = False) -
     return found
 
 
+@contextmanager
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Within, the whole network is in training or in evaluation mode; afterwards each module is as it was.
+
+    >>> from lib.shapes import in_mode
+    >>> net = torch.nn.Sequential(torch.nn.BatchNorm1d(2).eval())
+    >>> with in_mode(net, training=True):
+    ...     net[0].training
+    True
+    >>> net.training, net[0].training
+    (True, False)
+    """
+    before = {module: module.training for module in model.modules()}
+    try:
+        model.train(training)
+        yield
+    finally:
+        for module, mode in before.items():
+            module.training = mode
+
+
 def _met(model: nn.Module, shape: tuple[int, ...]) -> Iterator[tuple[str, nn.Module, Tensor, Tensor]]:
     """Every use of a layer when the model sees one input of zeros: its name, the module, input and output."""
     seen: list[tuple[str, nn.Module, Tensor, Tensor]] = []
@@ -236,19 +258,18 @@ def _met(model: nn.Module, shape: tuple[int, ...]) -> Iterator[tuple[str, nn.Mod
         for name, modules in uses(model).items()
         for module in modules
     ]
-    training, weight = model.training, next(model.parameters())
+    weight = next(model.parameters())
     image = torch.zeros(1, *shape, dtype=weight.dtype, device=weight.device)
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     try:
-        with torch.no_grad():
+        with torch.no_grad(), in_mode(model, training=False):
             try:
                 metas = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
-                functional_call(model.eval(), metas, image.to("meta"))
-            except (NotImplementedError, RuntimeError):  # what depends on values has none on meta
+                functional_call(model, metas, image.to("meta"))
+            except Exception:  # what depends on values has none on meta
                 seen.clear()
                 model(image)
     finally:
-        model.train(training)
         for handle in handles:
             handle.remove()
     return iter(seen)

@@ -264,6 +264,18 @@ class TestCounts:
 
         assert shapes.macs(Skips(), (4,))["macs"].tolist() == [16]
 
+    def test_counting_leaves_every_module_in_its_mode(self):
+        """A norm that stays in evaluation while the rest trains is no mistake."""
+        net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4).eval(), nn.Linear(4, 2))
+        shapes.macs(net, (4,))
+        quantization.quantize_activations(net, 4, torch.randn(8, 4))
+        assert [m.training for m in net[:3]] == [True, False, True]
+        assert not net[1].num_batches_tracked
+        with pytest.raises(RuntimeError):
+            shapes.macs(net, (5,))
+        assert [m.training for m in net[:3]] == [True, False, True]
+        assert not net[0]._forward_hooks
+
     def test_as_torch_counts(self):
         from torch.utils.flop_counter import FlopCounterMode
 

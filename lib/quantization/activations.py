@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from lib.constraint import check_count
-from lib.shapes import all_layers, uses
+from lib.shapes import all_layers, in_mode, uses
 
 
 class InputQuantizer(nn.Module):
@@ -58,11 +58,10 @@ def quantize_activations(model: nn.Module, bits: int, images: Tensor) -> nn.Modu
         for name, modules in uses(model).items()
         for layer in modules
     ]
-    mode = model.training
     try:
-        model.eval()(images)
+        with in_mode(model, training=False):
+            model(images)
     finally:
-        model.train(mode)
         for handle in handles:
             handle.remove()
     for name, modules in uses(model).items():

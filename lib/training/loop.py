@@ -1,7 +1,7 @@
 """One bare training loop, evaluation, and what a recipe may do inside the loop."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from math import isfinite, nan
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lib.data import Data, Split
+from lib.shapes import in_mode
 from lib.training.strides import StrideFirst
 
 Progress = Callable[[float, str], None]
@@ -171,27 +172,6 @@ def batches(split: Split, batch_size: int, seed: int, epoch: int) -> Iterator[tu
     order = torch.randperm(len(split), generator=generator).to(split.y.device)
     for index in order.split(_sizes(len(split), batch_size)):
         yield split.x[index], split.y[index]
-
-
-@contextmanager
-def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Within, the whole network is in training or in evaluation mode; afterwards each module is as it was.
-
-    >>> from lib.training import in_mode
-    >>> net = torch.nn.Sequential(torch.nn.BatchNorm1d(2).eval())
-    >>> with in_mode(net, training=True):
-    ...     net[0].training
-    True
-    >>> net.training, net[0].training
-    (True, False)
-    """
-    before = {module: module.training for module in model.modules()}
-    try:
-        model.train(training)
-        yield
-    finally:
-        for module, mode in before.items():
-            module.training = mode
 
 
 def _check_fit(model: nn.Module, split: Split) -> None:
