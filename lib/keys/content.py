@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lib.data import Data, Split
-from lib.keys.source import FUNCTION, Walk, aside, installed, read
+from lib.keys.source import FUNCTION, File, Walk, aside, installed, read
 
 BORN = time.time_ns()
 PLAIN = (types.NoneType, bool, int, float, str)
@@ -93,7 +93,17 @@ class _Live(Walk):
         self.networks: dict[int, int] = {}
         self.storages: dict[int, int] = {}
         self.inside = 0  # of a network
-        self.checked: set[Path] = set()
+        for module in sys.modules.keys() - _SAVED.keys():
+            _saved(module)
+
+    def file(self, module: str) -> File | None:
+        """A module as its file was when it was imported: who edits it meanwhile does not change what runs here."""
+        if module not in sys.modules:
+            return super().file(module)
+        if module not in self.files:
+            _, path, text = _saved(module)
+            self.files[module] = path and _read(path, module, text, vars(sys.modules[module]))
+        return self.files[module]
 
     # --- values
 
@@ -224,7 +234,6 @@ class _Live(Walk):
         """What a file says under a name, and what this process has in its place."""
         form = super().define(module, name)
         space = vars(sys.modules[module]) if module in sys.modules else {}
-        self.check(self.file(module).path, space)
         statements = self.file(module).bound[name]
         if name in space and len(statements) == 1 and not _explains(statements[0], space[name], space):
             form.append(self.value(space[name], name))
@@ -293,24 +302,38 @@ class _Live(Walk):
         return found
 
     def _tree(self, function: types.FunctionType) -> ast.Module:
-        path = Path(function.__code__.co_filename)
+        path, space = Path(function.__code__.co_filename), function.__globals__
+        file = self.file(space.get("__name__", ""))
+        if file and _saved(space["__name__"])[1] == path:
+            return file.tree
         if path.is_file():
-            self.check(path, function.__globals__)
-            return read(path, "", path.stat().st_mtime_ns).tree
-        return _parsed("".join(linecache.getlines(str(path), function.__globals__)))  # IPython keeps the text of cells
+            return _read(path, "", path.read_bytes(), space).tree
+        return _parsed("".join(linecache.getlines(str(path), space)))  # IPython keeps the text of cells there
 
-    def check(self, path: Path, space: dict) -> None:
-        """Refuse a file that does not say any more what was imported from it."""
-        if path in self.checked or path.stat().st_mtime_ns <= BORN:
-            return
-        self.checked.add(path)
-        written = [compile(path.read_bytes(), str(path), "exec", dont_inherit=True)]
+
+_SAVED: dict[str, tuple[Any, Path | None, bytes]] = {}
+
+
+def _saved(module: str) -> tuple[Any, Path | None, bytes]:
+    """A module's specification, and its file with the text that was there at the first look after the import."""
+    spec, path = (getattr(sys.modules[module], name, None) for name in ("__spec__", "__file__"))
+    if module not in _SAVED or _SAVED[module][0] is not spec:  # imported anew
+        ours = path and path.endswith(".py") and not installed(path) and Path(path).is_file()
+        _SAVED[module] = (spec, Path(path), Path(path).read_bytes()) if ours else (spec, None, b"")
+    return _SAVED[module]
+
+
+def _read(path: Path, module: str, text: bytes, space: dict) -> File:
+    """A file's text; refused where the functions that were imported from it are others."""
+    if path.is_file() and path.stat().st_mtime_ns > BORN:
+        written = [compile(text, str(path), "exec", dont_inherit=True)]
         for code in written:
             written += [c for c in code.co_consts if isinstance(c, types.CodeType)]
         members = [m for v in [*space.values()] for m in (v, *(vars(v).values() if isinstance(v, type) else ()))]
-        held = [inspect.unwrap(m) for m in members if isinstance(m, types.FunctionType)]
-        if not {m.__code__ for m in held if m.__code__.co_filename == str(path)} <= {*written}:
+        held = [inspect.unwrap(m).__code__ for m in members if isinstance(m, types.FunctionType)]
+        if not {code for code in held if code.co_filename == str(path)} <= {*written}:
             raise KeysError(f"{path.name} was changed after it was imported: restart the kernel")
+    return read(path, module, text)
 
 
 _parsed = cache(ast.parse)
@@ -339,10 +362,9 @@ def _theirs(value: types.FunctionType | type) -> bool:
 def _explains(statement: ast.stmt, here: Any, space: dict) -> bool:
     """Whether a definition is what a module has under its name, as far as this can be seen."""
     if isinstance(statement, ast.FunctionDef | ast.ClassDef):
-        own = (
-            here.__module__ == space["__name__"] if isinstance(here, type) else getattr(here, "__globals__", 0) is space
-        )
-        return bool(statement.decorator_list) or own
+        if isinstance(here, type):
+            return bool(statement.decorator_list) or here.__module__ == space["__name__"]
+        return bool(statement.decorator_list) or getattr(here, "__globals__", None) is space
     try:
         literal = ast.literal_eval(getattr(statement, "value", None))
     except (ValueError, TypeError):

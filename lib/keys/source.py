@@ -30,7 +30,6 @@ FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 class File(NamedTuple):
     """A module of ours: what names are imported from, ``(module, attribute or "")``, and the statements of others."""
 
-    path: Path
     package: str
     tree: ast.Module
     imported: dict[str, list[tuple[str, str]]]
@@ -68,7 +67,7 @@ class Walk:
         """A module, or None if it is none of ours: what is installed goes by its name."""
         if module not in self.files:
             place = find(module)
-            self.files[module] = place and read(place, module, place.stat().st_mtime_ns)
+            self.files[module] = place and read(place, module, place.read_bytes())
         return self.files[module]
 
     def form(self, node: ast.AST, module: str, refer: Callable[..., list] | None = None) -> Any:
@@ -209,10 +208,10 @@ def _imports(nodes: Iterable[ast.AST]) -> dict[str, list[tuple[str, str]]]:
 
 
 @cache
-def read(path: Path, module: str, _changed: int) -> File:
-    """A module as its file says; what is no Python binds nothing."""
+def read(path: Path, module: str, text: bytes) -> File:
+    """A module as its text says; what is no Python binds nothing."""
     try:
-        tree = ast.parse(path.read_bytes())
+        tree = ast.parse(text)
     except (SyntaxError, ValueError):
         tree = ast.Module([], [])
     bound: dict[str, list[ast.stmt]] = {}
@@ -220,7 +219,7 @@ def read(path: Path, module: str, _changed: int) -> File:
         for name in dict.fromkeys(_binds(statement)):
             bound.setdefault(name, []).append(statement)
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
-    return File(path, package, tree, _imports(_outside(tree)), bound)
+    return File(package, tree, _imports(_outside(tree)), bound)
 
 
 def _outside(node: ast.AST) -> list[ast.AST]:
