@@ -268,6 +268,9 @@ IN_A_CELL = {
     "a class": "class own:\n    def select(self, w): return w > 1",
     "an attribute of a class": "class own:\n    limit = 1\n    def select(self, w): return w > self.limit",
     "a class without methods": "class own:\n    limit = 1",
+    "a hidden attribute": "class own:\n    _limit = 1",
+    "an enumeration": "from enum import Enum\nclass own(Enum):\n    LIMIT = 1",
+    "a member of an enumeration": "from enum import Enum\nclass Kind(Enum):\n    A = 1\ndef own(w): return Kind.A",
     "a class's base": "class Base:\n    def select(self, w): return w > 1\nclass own(Base): pass",
     "a class in a function": "def make(x):\n    class own:\n        def select(self, w): return w > x\n    return own\n"
     "own = make(1)",
@@ -301,6 +304,14 @@ def test_what_a_notebook_imports_is_followed(cell):
     calls = "f", "training.fit", "training.evaluate"
     one, two, three = (code(cell(f"{both}\ndef own(*x): return {call}(*x)")["own"]) for call in calls)
     assert one == two != three
+
+
+def test_equal_variables_are_the_same_however_python_keeps_them(cell):
+    text = "def own(): return a, b"
+    shared, apart = cell(f"a = b = (300, 'x y')\n{text}"), cell(text, a=(300, "x y"), b=(int("300"), "x" + " y"))
+    assert shared["a"] is shared["b"]
+    assert apart["a"] is not apart["b"]
+    assert code(shared["own"]) == code(apart["own"])
 
 
 def test_code_without_source_is_refused_by_name():

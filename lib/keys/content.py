@@ -10,7 +10,6 @@ import time
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from enum import Enum
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -143,7 +142,7 @@ class _Live(Walk):
             (nn.Module, self._network),
             (Data, lambda d: ["data", d.checksum, d.classes, self.value(d.task, ".task")]),
             (Split, lambda s: ["split", s.checksum, self.value(s.task, ".task")]),
-            (Enum, lambda e: ["enum", self.value(kind), e.name]),
+            (Enum, lambda e: ["enum", self.value(kind), e.name, self.value(e.value, ".value")]),
             (np.generic, self._number),
             (pd.DataFrame, lambda f: ["frame", self.value(f.to_dict("split"))]),
             (Path, self._file),
@@ -251,8 +250,7 @@ class _Live(Walk):
             return self.refer(module, value.__name__, rest)
         if found := self.place(value):
             return self.refer(module, found[0], [*found[1], *rest])
-        self.alive.append(value)
-        return [[self.number(("variable", id(value)), lambda: self.value(value, name)), *rest]]
+        return [[self.number((id(space), name), lambda: self.value(value, name)), *rest]]
 
     def _function(self, function: types.FunctionType) -> Any:
         if _theirs(function):
@@ -285,7 +283,8 @@ class _Live(Walk):
             nodes = [n for n in ast.walk(self._tree(method)) if isinstance(n, ast.ClassDef) and n.name == kind.__name__]
             for node in [n for n in nodes if n.lineno <= line <= n.end_lineno][-1:]:
                 return self._text(node, methods)
-        values = {k: v for k, v in vars(kind).items() if k[:1] != "_" and k not in self.without}
+        own = {k: v for k, v in vars(kind).items() if not k[0] == k[-1] == "_"}  # but what Python has for itself
+        values = self._counted(kind, own)
         return [*map(self.value, (kind.__bases__, [*inspect.get_annotations(kind)], values))]
 
     def _text(self, node: ast.AST, functions: list[types.FunctionType]) -> Any:
@@ -297,8 +296,11 @@ class _Live(Walk):
     def _cells(self, function: types.FunctionType) -> Any:
         found = []
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-            with suppress(ValueError):  # nothing is in it yet
-                found.append([name, self.value(cell.cell_contents, f", {name}")])
+            try:
+                held = cell.cell_contents
+            except ValueError:  # nothing is in it yet
+                continue
+            found.append([name, self.value(held, f", {name}")])
         return found
 
     def _tree(self, function: types.FunctionType) -> ast.Module:
@@ -316,7 +318,7 @@ _SAVED: dict[str, tuple[Any, Path | None, bytes]] = {}
 
 def _saved(module: str) -> tuple[Any, Path | None, bytes]:
     """A module's specification, and its file with the text that was there at the first look after the import."""
-    spec, path = (getattr(sys.modules[module], name, None) for name in ("__spec__", "__file__"))
+    spec, path = (getattr(sys.modules[module], "__dict__", {}).get(name) for name in ("__spec__", "__file__"))
     if module not in _SAVED or _SAVED[module][0] is not spec:  # imported anew
         ours = path and path.endswith(".py") and not installed(path) and Path(path).is_file()
         _SAVED[module] = (spec, Path(path), Path(path).read_bytes()) if ours else (spec, None, b"")
