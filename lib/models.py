@@ -3,11 +3,23 @@
 import re
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 NAMES = ("lenet5", "lenet300", "resnet<6n+2>", "vgg", "any torchvision.models name")
+
+
+class ModelError(ValueError):
+    """A network that is unknown, or that cannot be built for such images: the message says what can.
+
+    >>> from lib.models import build
+    >>> build("alexnet", (1, 28, 28), 10)
+    Traceback (most recent call last):
+        ...
+    lib.models.ModelError: alexnet takes no images of 28x28: the smallest square ones are 63x63
+    """
 
 
 def lenet5(shape: tuple[int, int, int], classes: int) -> nn.Module:
@@ -23,7 +35,7 @@ def lenet5(shape: tuple[int, int, int], classes: int) -> nn.Module:
     c, h, w = shape
     flat = 50 * (((h - 4) // 2 - 4) // 2) * (((w - 4) // 2 - 4) // 2)
     if flat <= 0:
-        raise ValueError(f"lenet5 needs images of at least 16x16, got {h}x{w}")
+        raise ModelError(f"lenet5 takes no images of {h}x{w}: the smallest square ones are 16x16")
     return nn.Sequential(
         OrderedDict(
             conv1=nn.Conv2d(c, 20, 5),
@@ -69,6 +81,8 @@ def vgg(shape: tuple[int, int, int], classes: int, width: int = 16) -> nn.Module
     >>> [len(layer.weight) for layer in prunable(vgg((3, 32, 32), 10, width=8)).values()]
     [8, 8, 16, 16, 32, 32, 10]
     """
+    if min(shape[1:]) < 8:
+        raise ModelError(f"vgg takes no images of {shape[1]}x{shape[2]}: the smallest square ones are 8x8")
     stages: dict[str, nn.Module] = {}
     channels = shape[0]
     for stage, out in enumerate((width, 2 * width, 4 * width), start=1):
@@ -119,7 +133,7 @@ def resnet(shape: tuple[int, int, int], classes: int, depth: int = 20, width: in
     """
     n, rest = divmod(depth - 2, 6)
     if rest or n < 1:
-        raise ValueError(f"resnet depth = {depth}: allowed are 8, 14, 20, 26, ... (6n + 2)")
+        raise ModelError(f"resnet depth = {depth}: allowed are 8, 14, 20, 26, ... (6n + 2)")
     layers = OrderedDict(
         conv1=nn.Conv2d(shape[0], width, 3, 1, 1, bias=False), bn1=nn.BatchNorm2d(width), relu1=nn.ReLU()
     )
@@ -132,26 +146,59 @@ def resnet(shape: tuple[int, int, int], classes: int, depth: int = 20, width: in
     return nn.Sequential(layers | head)
 
 
+FAILS = (AssertionError, RuntimeError, ValueError)  # of torchvision, about sizes
+
+
 def _torchvision(name: str, shape: tuple[int, int, int], classes: int) -> nn.Module:
-    """A torchvision classifier without pretrained weights, its first convolution fitted to the input channels."""
+    """A torchvision classifier without pretrained weights and auxiliary heads, fitted to the images."""
     import torchvision
 
-    model = torchvision.models.get_model(name, weights=None, num_classes=classes)
-    first = next((n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d))
-    name, conv = first
-    if conv.in_channels != shape[0]:
-        fitted = nn.Conv2d(
-            shape[0], conv.out_channels, conv.kernel_size, conv.stride, conv.padding, bias=conv.bias is not None
-        )
-        model.set_submodule(name, fitted)
-    return model
+    def made(height: int, width: int) -> nn.Module:
+        plain = {"aux_logits": False, "init_weights": True}
+        own = {"vit": {"image_size": height}, "maxvit": {"input_size": (height, width)}}
+        own |= {"googlenet": plain, "inception": plain}
+        options = own.get(name.split("_")[0], {})
+        return torchvision.models.get_model(name, weights=None, num_classes=classes, **options)
+
+    channels, height, width = shape
+    sizes = range(min(height, width), 513)
+    try:
+        model = made(height, width)
+    except FAILS:  # the size is a part of it
+        with torch.device("meta"):
+            takes = (n for n in sizes if _runs(made, n, n))
+    else:
+        _fit_channels(model, channels)
+        if _runs(model.eval(), torch.zeros(1, *shape)):
+            return model.train()
+        takes = (n for n in sizes if _runs(model, torch.zeros(1, channels, n, n)))
+    known = next((f": the smallest square ones are {n}x{n}" for n in takes), "")
+    raise ModelError(f"{name} takes no images of {height}x{width}{known}")
+
+
+@torch.no_grad()
+def _runs(function: Callable, *args: Any) -> bool:
+    try:
+        function(*args)
+    except FAILS:
+        return False
+    return True
+
+
+def _fit_channels(model: nn.Module, channels: int) -> None:
+    """Give the first convolution as many input channels, all else as it was."""
+    name, conv = next((n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d))
+    if conv.in_channels != channels:
+        kept = ("out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+        options = {key: getattr(conv, key) for key in kept}
+        model.set_submodule(name, nn.Conv2d(channels, bias=conv.bias is not None, **options))
 
 
 def builder(name: str) -> Callable[..., nn.Module]:
     """The function ``(shape, classes, **options) -> model`` for a model name; its source is part of a cache key.
 
     Raises:
-        ValueError: unknown name, or a residual depth that is not 6n + 2.
+        ModelError: unknown name, or a residual depth that is not 6n + 2.
 
     >>> from lib.models import builder
     >>> builder("lenet300")((1, 28, 28), 10).fc3
@@ -167,13 +214,16 @@ def builder(name: str) -> Callable[..., nn.Module]:
         n, rest = divmod(int(depth[1]) - 2, 6)
         if rest == 0 and n >= 1:
             return lambda shape, classes, width=16: resnet(shape, classes, int(depth[1]), width)
-    raise ValueError(f"model {name!r} is unknown: allowed are {', '.join(NAMES)}")
+    raise ModelError(f"model {name!r} is unknown: allowed are {', '.join(NAMES)}")
 
 
 def build(name: str, shape: tuple[int, int, int], classes: int, seed: int = 0, **options) -> nn.Module:
     """A freshly initialized model for images ``(C, H, W)``; the same ``seed`` gives the same weights, bit for bit.
 
     The global random state is left as it was.
+
+    Raises:
+        ModelError: as `builder`, or a network that takes no images of this size.
 
     >>> from lib.models import build
     >>> from lib.shapes import prunable

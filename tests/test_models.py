@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from lib import models
-from lib.models import build
+from lib.models import ModelError, build
 from lib.shapes import prunable
 
 
@@ -53,10 +53,38 @@ def test_building_leaves_the_global_random_state():
 
 @pytest.mark.parametrize("name", ["lenet", "resnet9", "resnet2", ""])
 def test_unknown_model_is_named(name):
-    with pytest.raises(ValueError, match="is unknown: allowed are lenet5"):
+    with pytest.raises(ModelError, match="is unknown: allowed are lenet5"):
         models.builder(name)
 
 
-def test_image_too_small_for_lenet5():
-    with pytest.raises(ValueError, match="16x16"):
-        build("lenet5", (1, 12, 12), 10)
+@pytest.mark.parametrize(
+    ("name", "size", "needs"),
+    [
+        *(("lenet5", 12, 16), ("vgg", 7, 8), ("alexnet", 28, 63), ("densenet121", 28, 29), ("convnext_tiny", 28, 32)),
+        *(("vit_b_32", 28, 32), ("maxvit_t", 200, 221)),  # their size is a part of them
+    ],
+)
+def test_images_that_are_too_small_are_told_the_size_that_is_needed(name, size, needs):
+    torch.set_num_threads(1)
+    message = f"{name} takes no images of {size}x{size}: the smallest square ones are {needs}x{needs}$"
+    with pytest.raises(ModelError, match=message):
+        build(name, (1, size, size), 10)
+    with torch.no_grad():
+        assert build(name, (1, needs, needs), 3).eval()(torch.zeros(1, 1, needs, needs)).shape == (1, 3)
+
+
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_auxiliary_heads_are_off(name):
+    net = build(name, (1, 75, 75), 5).train()
+    assert net(torch.zeros(2, 1, 75, 75)).shape == (2, 5)
+
+
+def test_the_first_convolution_is_fitted_and_all_else_of_it_kept(monkeypatch):
+    import torchvision
+
+    first = torch.nn.Conv2d(3, 8, 3, stride=2, padding=2, dilation=2, bias=False, padding_mode="reflect")
+    monkeypatch.setattr(torchvision.models, "get_model", lambda *a, **o: torch.nn.Sequential(first))
+    (conv,) = build("resnet18", (2, 9, 9), 10)
+    assert conv.weight.shape == (8, 2, 3, 3)
+    kept = ("stride", "padding", "dilation", "groups", "padding_mode", "bias")
+    assert all(getattr(conv, key) == getattr(first, key) for key in kept)
