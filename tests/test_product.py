@@ -1,11 +1,13 @@
 """Every constraint under every recipe, on a small real network: it works, or it is refused with the reason."""
 
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn.functional import avg_pool2d
 
-from lib import data, models, pruning, quantization, recipes
+from lib import models, pruning, quantization, recipes
 from lib.constraint import ConstraintError, attach_masks, fitted, select, state_of, weights
 from lib.training import TrainingError, fit
 
@@ -93,8 +95,18 @@ def run(recipe, model, plans, images):
 
 
 @pytest.fixture(scope="module")
-def few():
-    return data.load(train_size=256, test_size=100, validation_size=100)
+def few(images):
+    """A hundred real images in 9x9: what is asked here are laws of sets, not accuracies."""
+
+    def smaller(split, n):
+        return replace(split, x=avg_pool2d(split.x[:n], 3), y=split.y[:n])
+
+    return replace(
+        images,
+        train=smaller(images.train, 96),
+        validation=smaller(images.validation, 40),
+        test=smaller(images.test, 40),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -116,31 +128,22 @@ def test_product(name, recipe, trained, few):
         return
 
     masks = run(recipe, net, plans, few)
-
     budget = {n: int(m.sum()) for n, m in select(plans[-1], weights(trained, plans[-1])).items()}
     if plans[-1][LAYERS[0]].per_layer:
         assert {n: int(m.sum()) for n, m in masks.items()} == budget
     else:
         assert sum(int(m.sum()) for m in masks.values()) == sum(budget.values())
-    attach_masks(net, masks)
-    fit(net, few, epochs=1, lr=0.05, weight_decay=1e-3, batch_size=32)
-    after = weights(net, plans[-1])
-    assert all(not after[n][~masks[n]].any() for n in masks)
-    assert all(after[n][masks[n]].any() for n in masks)
-    assert all(plans[-1][n].member(w) for n, w in after.items() if plans[-1][n].per_layer)
-
-
-@pytest.mark.parametrize("name", CONSTRAINTS)
-def test_progressive_stays_inside_the_step_before(name, trained, few):
-    net = deepcopy(trained)
-    plans = [fitted(net, dict.fromkeys(LAYERS, c)) for c in CONSTRAINTS[name]]
-    loose = deepcopy(net)
-    recipes.progressive(loose, plans[:1], few, search=OPTIONS, retrain=OPTIONS)
-    outer = recipes.one_shot(loose, plans[0])
-    log = recipes.progressive(net, plans, few, search=OPTIONS, retrain=OPTIONS)
-    assert list(log["step"]) == [1, 2]
-    inner = weights(net, plans[-1])
-    assert all(not (inner[n] != 0)[~outer[n]].any() for n in inner)
+    if recipe == "one-shot":  # what masks hold depends on the masks alone, whichever recipe has found them
+        fit(attach_masks(net, masks), few, epochs=1, lr=0.05, weight_decay=1e-3, batch_size=32)
+        after = weights(net, plans[-1])
+        assert all(not after[n][~masks[n]].any() for n in masks)
+        assert all(after[n][masks[n]].any() for n in masks)
+        assert all(plans[-1][n].member(w) for n, w in after.items() if plans[-1][n].per_layer)
+    if recipe == "progressive":  # a chain stays inside its first step
+        first = deepcopy(trained)
+        recipes.progressive(first, plans[:1], few, search=OPTIONS, retrain=OPTIONS)
+        outer, inner = recipes.one_shot(first, plans[0]), weights(net, plans[-1])
+        assert all(not (inner[n] != 0)[~outer[n]].any() for n in inner)
 
 
 VALUES = {  # sets of values, alone and on what a set of supports keeps
