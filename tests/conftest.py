@@ -1,11 +1,13 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from filelock import FileLock
+from torch.nn.functional import avg_pool2d
 
 from lib import data, models
 
@@ -24,6 +26,13 @@ def _isolated(tmp_path, monkeypatch):
 def images():
     """A thousand real training images."""
     return data.load(train_size=1000, test_size=500, validation_size=500)
+
+
+@pytest.fixture(scope="session")
+def small_images(images):
+    """The same in 14x14, for laws that hold at any size."""
+    parts = {name: getattr(images, name) for name in ("train", "validation", "test")}
+    return replace(images, **{name: replace(split, x=avg_pool2d(split.x, 2)) for name, split in parts.items()})
 
 
 @pytest.fixture

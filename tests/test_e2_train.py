@@ -21,6 +21,11 @@ from lib.training import Hook, StrideFirst, TrainingError, batches, cached, eval
 FAST = {"lr": 0.1, "batch_size": 20, "schedule": "cosine"}
 
 
+@pytest.fixture(scope="session")
+def images(small_images):
+    return small_images
+
+
 @pytest.fixture
 def plain(images):
     return build("resnet14", images.shape, images.classes, width=4)
@@ -219,7 +224,7 @@ def test_the_cost_is_the_expected_share_of_the_work(gated, images, least, sign):
     torch.manual_seed(3)
     with StrideFirst():
         twin.train()(next(batches(few.train, 128, seed=3, epoch=0))[0])
-    work = torch.tensor([18.0 * c * c * side**2 for c, side in ((4, 28), (4, 28), (8, 14), (16, 7))])
+    work = torch.tensor([18.0 * c * c * side**2 for c, side in ((4, 14), (4, 14), (8, 7), (16, 4))])
     cost = 0.7 * sum(w * p.mean() for w, p in zip(work, said, strict=True)) / work.sum()
     assert float(gate_of(twin).now.expected(0.7).detach()) == pytest.approx(float(cost.detach()))
     assert cost > 0.1

@@ -14,6 +14,11 @@ from lib.training import Hook, TrainingError, cached, evaluate, fit
 OPTIONS = {"lr": 0.05, "batch_size": 100, "epochs": 3}
 
 
+@pytest.fixture(scope="session")
+def images(small_images):
+    return small_images
+
+
 @pytest.fixture
 def vgg(images):
     return build("vgg", images.shape, images.classes, seed=1, width=4)

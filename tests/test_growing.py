@@ -19,6 +19,11 @@ OPTIONS = {"lr": 0.05, "batch_size": 100}
 STEPS = {"rounds": 2, "epochs": 1, "tune_epochs": 1, **OPTIONS}
 
 
+@pytest.fixture(scope="session")
+def images(small_images):
+    return small_images
+
+
 @pytest.fixture
 def small(images):
     return build("vgg", images.shape, images.classes, seed=1, width=4)

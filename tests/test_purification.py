@@ -74,7 +74,8 @@ def _removed(weight):
     )
 
 
-def test_a_residual_network(images):
+def test_a_residual_network(small_images):
+    images = small_images
     net = build("resnet8", images.shape, images.classes, seed=1, width=4)
     fit(net, images, epochs=1, lr=0.05)
     harden(net, uniform_plan(net, Column(0.6), keep_dense=("conv1", "fc")))
