@@ -81,6 +81,25 @@ def code(function: Callable, without: Sequence[str] = ()) -> str:
     return content(function, without=without)
 
 
+def apart(function: Callable, without: Sequence[str] = ()) -> tuple[str, dict[str, str]]:
+    """What a function's code says, and beside it the variables of the notebook that this code refers to.
+
+    Returns:
+        A hash as of `code`, in which these variables count by name alone, and by name a hash of what each holds.
+        Objects that only present results or keep them are no variables.
+
+    Raises:
+        KeysError: as `code` and `content` do.
+
+    >>> from lib.keys import apart
+    >>> rate = 0.5
+    >>> apart(lambda n: n * rate)[1].keys()
+    dict_keys(['rate'])
+    """
+    walk = _Apart(without, ())
+    return walk.digest([walk.value(function)]), walk.variables
+
+
 class _Live(Walk):
     """A walk that begins at values of this process."""
 
@@ -359,6 +378,30 @@ def _theirs(value: types.FunctionType | type) -> bool:
     if module is None or value.__module__ == "__main__":
         return False
     return getattr(module, "__file__", None) is None or installed(module.__file__)
+
+
+class _Apart(_Live):
+    """A walk that sets a notebook's variables aside."""
+
+    def __init__(self, without: Sequence[str], beside: Sequence[Tensor]) -> None:
+        super().__init__(without, beside)
+        self.variables: dict[str, str] = {}
+
+    def look(self, space: dict, free: Sequence[str], module: str, place: str, parts: Sequence[str]) -> list:
+        """`_Live.look`, but of a variable only the name."""
+        name, value = parts[0], space.get(parts[0])
+        code = callable(value) or isinstance(value, types.ModuleType)
+        if (
+            place
+            or name in free
+            or name not in space
+            or self.file(module)
+            or (code and not isinstance(value, nn.Module))
+        ):
+            return super().look(space, free, module, place, parts)
+        if not aside(type(value).__module__):
+            self.variables[name] = content(value, without=self.without)
+        return [".".join(parts)]
 
 
 def _explains(statement: ast.stmt, here: Any, space: dict) -> bool:

@@ -21,7 +21,7 @@ def bars(
     panel: str = "",
     stacked: bool = False,
     horizontal: bool = False,
-    interval: Interval = "ci",
+    interval: Interval = "range",
     geometric: bool = False,
     text: str = "",
     marks: pd.DataFrame | None = None,

@@ -23,12 +23,12 @@ def curves(
     dash: str = "",
     panel: str = "",
     by: str = "",
-    interval: Interval = "ci",
+    interval: Interval = "range",
     geometric: bool = False,
     marks: pd.DataFrame | None = None,
     **look: Any,
 ) -> Figure:
-    """Means over runs against ``x``, joined; intervals as a band, other ends as bars.
+    """Means over runs against ``x``, joined; from lowest to highest as a band, other ends as bars.
 
     Args:
         rows: a row per run, or such rows by the title of their panel.
@@ -66,7 +66,7 @@ def curves(
             style = {"color": colour, "marker": marker, "ms": 5, "mfc": face, "lw": 1.5, "ls": dashes[kind]}
             style |= {"marker": ""} if len(means) > 40 else {}  # a line as it is computed, not measured
             ax.plot(at, means["mean"], label=called(line, name), **style)
-            if interval == "ci":
+            if isinstance(interval, str):
                 ax.fill_between(at, means["low"], means["high"], color=colour, alpha=0.15, lw=0)
             elif interval:
                 ax.errorbar(at, means["mean"], ends(means), color=colour, ls="", elinewidth=0.8)

@@ -88,7 +88,7 @@ def named(found: list[Part], **columns: str) -> tuple[list[Part], dict[str, list
 
 
 def summary(
-    rows: pd.DataFrame, by: str | list[str], column: str, interval: Interval = "ci", geometric: bool = False
+    rows: pd.DataFrame, by: str | list[str], column: str, interval: Interval = "range", geometric: bool = False
 ) -> pd.DataFrame:
     """Mean, low and high end of a column by group, in the order of the rows; rounding puts no mean beyond its ends.
 

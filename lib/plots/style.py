@@ -40,9 +40,14 @@ OWN_LOOK: dict[str, Look] = {
     **{"offset": (GREEN, "s"), "two_column": (ORANGE, "D"), "differential": (BLUE, "o"), "polarized": (PURPLE, "v")},
 }
 """The colour and marker of what returns in many figures: structures, ways to retrain, searches, mappings."""
-BAND = "Bands and bars: 95 % bootstrap interval over seeds."
+BAND = "Bands and bars reach from the lowest network to the highest."
 
-VERDICT_COLOURS = {"reproduced": "#1a7f37", "not reproduced": "#b42318", "inconclusive": "#8a6100"}
+VERDICT_COLOURS = {
+    "reproduced": "#1a7f37",
+    "direction only": "#0b5cad",
+    "not reproduced": "#b42318",
+    "inconclusive": "#8a6100",
+}
 
 
 def house_style() -> None:
@@ -69,13 +74,14 @@ def house_style() -> None:
     }
 
 
-def show(figure: Figure, caption: str, *, alt: str, kind: Literal["svg", "png"] = "svg") -> HTML:
-    """A figure with its caption and a description for who cannot see it, to be a cell's last value.
+def show(figure: Figure, caption: str, *, alt: str, finding: str = "", kind: Literal["svg", "png"] = "svg") -> HTML:
+    """A figure with its caption, what it shows, and a description for who cannot see it, to be a cell's last value.
 
     Args:
         figure: closed here, so that the notebook does not show it twice.
         caption: below the figure: what is drawn, over how many runs, what the bands are.
         alt: what the figure shows, in a sentence.
+        finding: what a reader should take from it, in one or two sentences that the numbers fill.
         kind: ``svg`` for curves, ``png`` for clouds of points.
 
     >>> import matplotlib.pyplot as plt
@@ -95,6 +101,7 @@ def show(figure: Figure, caption: str, *, alt: str, kind: Literal["svg", "png"] 
         f'<figure style="margin:1em 0"><img src="{source}" alt="{html.escape(alt)}" style="max-width:100%">'
         f'<figcaption style="color:#555;max-width:60em">{html.escape(caption)}</figcaption></figure>'
     )
+    page += f'<p class="finding" style="max-width:46em">{html.escape(finding, quote=False)}</p>' if finding else ""
     return Shown(page, figure=alt, svg=raw.getvalue().decode()) if kind == "svg" else HTML(page)
 
 
@@ -148,24 +155,29 @@ def called(column: str, value: Any) -> str:
 
 
 def ledger_table(ledger: pd.DataFrame) -> HTML:
-    """The claims with our value, its interval and the coloured verdict.
+    """The claims with our value, its interval and the coloured verdict; what they are judged by is folded away.
 
     >>> from lib.plots import ledger_table
-    >>> from lib.study import Criterion, Study
-    >>> study = Study("09_mine", "Mine", parameters={}, provenance={"commit": "unknown"})
-    >>> study.expect("C1", "costs little", source="nowhere", published="0.1 points", criterion=Criterion("<=", 0.5))
-    >>> study.settle("C1", [0.1, 0.2, 0.3])
-    >>> "0.20 [0.10, 0.30]</td>" in (page := ledger_table(study.ledger()).data), "reproduced</td>" in page
-    (True, True)
+    >>> from lib.study import Study, at_most
+    >>> study = Study("09_mine", parameters={}, provenance={"commit": "unknown"})
+    >>> study.expect("C1", "costs little", at_most(0.5), kind="ours", unit="points")
+    >>> study.settle("C1", [0.1, 0.2, 0.3, 0.2, 0.2])
+    >>> page = ledger_table(study.ledger()).data
+    >>> "0.20 [0.11, 0.29]</td>" in page, "reproduced</td>" in page, "&lt;= 0.5 points" in page
+    (True, True, True)
     """
-    heads, left = ["claim", "published", "criterion", "measured", "n", "verdict"], "text-align:left"
-    shown = ledger.assign(measured=[measured(row) for row in ledger.to_dict("records")])[heads].astype(str)
-    rows = "<tr>" + "".join(f'<th style="{left}">{head}</th>' for head in heads) + "</tr>"
-    for i, claim in enumerate(shown.itertuples(index=False), 1):  # the index of all claims leads to a row by its number
-        *told, verdict = map(html.escape, claim)
-        rows += f'<tr id="claim-{i}">' + "".join(f'<td style="{left}">{text}</td>' for text in told)
-        look = f"{left};font-weight:600;color:{VERDICT_COLOURS[verdict]}"
-        rows += f'<td class="{verdict.replace(" ", "-")}" style="{look}">{verdict}</td></tr>'
+    heads, left = ["claim", "published", "measured, 95 % interval", "networks", "verdict"], "text-align:left"
+    rows = "<tr>" + "".join(f'<th scope="col" style="{left}">{head}</th>' for head in heads) + "</tr>"
+    for i, row in enumerate(ledger.to_dict("records"), 1):  # the index of all claims leads to a row by its number
+        said = {key: html.escape(str(value)) for key, value in row.items()}
+        of = "; ".join(filter(None, [said["paper"], said["source"], said["setting"]]))
+        judged = f"Criterion ({said['kind']}, fixed {said['fixed']}): {said['criterion']}"
+        judged += f"<br>Condition: {said['condition']}" if said["condition"] else ""
+        more = f"<details><summary>criterion</summary>{judged}<br>{of}</details>"
+        cells = [said["claim"] + more, said["published"], measured(row), "" if row["n"] == 1 else said["n"]]
+        rows += f'<tr id="claim-{i}">' + "".join(f'<td style="{left}">{cell}</td>' for cell in cells)
+        look = f"{left};font-weight:600;color:{VERDICT_COLOURS[row['verdict']]}"
+        rows += f'<td class="{row["verdict"].replace(" ", "-")}" style="{look}">{said["verdict"]}</td></tr>'
     return HTML(f"<table>{rows}</table>")
 
 

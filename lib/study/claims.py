@@ -1,88 +1,190 @@
-"""Published claims: criteria fixed before the run, intervals, and the verdicts that follow from the two."""
+"""Published claims: what was said and by whom, criteria, intervals, and the verdicts that follow from them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
+from lib.study.ranges import ParameterError
+
 CLAIM_COLUMNS = (
-    *("study", "system", "claim", "source", "published", "measured", "low", "high", "n"),
-    *("criterion", "verdict", "dataset", "model", "preset", "commit"),
+    *("study", "paper", "claim", "kind", "fixed", "source", "published", "measured", "low", "high", "n"),
+    *("criterion", "condition", "verdict", "setting", "dataset", "model", "preset", "commit"),
 )
 
-Verdict = Literal["reproduced", "not reproduced", "inconclusive"]
+Kind = Literal["number", "direction", "arithmetic", "ours"]
+"""A quantity that the paper prints; what it says in words, or for another scale; sums without chance; a control."""
+
+Fixed = Literal["before", "after pilot", "after results"]
+"""When the criterion was written."""
+
+Setting = Literal["as published", "smaller network", "other data", "smaller network, other data"]
+
+Verdict = Literal["reproduced", "direction only", "not reproduced", "inconclusive"]
+
+NETWORKS = 5
+"""Independent networks that a verdict on anything measured needs."""
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """``value >= bound`` or ``value <= bound`` for the whole 95 % interval, from at least ``n`` independent runs.
+    """``value >= bound`` or ``<= bound`` for a whole interval; with ``value``, beside it how near that has to be.
 
-    ``n = 1`` is for what no chance is in, such as sums of a published table: the value is its own interval.
+    Args:
+        sign, bound: the direction, or a bound that the paper prints.
+        value, within: a number that the paper prints, and how far from it still counts as this number.
+        n: networks that a verdict needs; 1 for what no chance is in, such as sums of a published table.
 
     >>> from lib.study import Criterion
-    >>> Criterion(">=", 0.0, n=3).verdict(low=0.1, high=0.4, n=5)
-    'reproduced'
+    >>> number = Criterion(">=", 1.0, value=1.93, within=0.2)
+    >>> [number.verdict(low, high, n=5) for low, high in [(1.8, 2.0), (1.1, 1.2), (0.7, 0.9), (0.9, 1.2)]]
+    ['reproduced', 'direction only', 'not reproduced', 'inconclusive']
     """
 
     sign: Literal[">=", "<="]
     bound: float
-    n: int = 3
+    value: float | None = None
+    within: float | None = None
+    n: int = NETWORKS
+
+    def __post_init__(self) -> None:
+        if (self.value is None) != (self.within is None) or (self.within is not None and not self.within >= 0):
+            raise ParameterError(f"a value of {self.value} within {self.within}: expected both, or neither")
 
     def verdict(self, low: float, high: float, n: int) -> Verdict:
-        """``reproduced`` if all of [low, high] meets the bound, ``not reproduced`` if none does."""
+        """What all of the interval [low, high] from ``n`` networks meets."""
         if n < self.n or not (np.isfinite(low) and np.isfinite(high)):
             return "inconclusive"
+        met = [self._met(v) for v in (low, high)]
+        if self.value is not None:
+            slack = 1e-12 * max(1.0, abs(self.value))
+            if self.value - self.within - slack <= low and high <= self.value + self.within + slack:
+                return "reproduced"
+        elif all(met):
+            return "reproduced"
+        return "direction only" if all(met) else "inconclusive" if any(met) else "not reproduced"
+
+    def holds(self, low: float, high: float) -> bool | None:
+        """Whether all of the interval meets the bound, or none (False); None for one that lies on both sides."""
+        met = {self._met(v) for v in (low, high)} if np.isfinite(low) and np.isfinite(high) else {True, False}
+        return met.pop() if len(met) == 1 else None
+
+    def _met(self, value: float) -> bool:
         slack = 1e-12 * max(1.0, abs(self.bound))  # rounding decides nothing: in floating point 0.2 * 3 / 3 > 0.2
-        met = [v >= self.bound - slack if self.sign == ">=" else v <= self.bound + slack for v in (low, high)]
-        return "reproduced" if all(met) else "inconclusive" if any(met) else "not reproduced"
+        return value >= self.bound - slack if self.sign == ">=" else value <= self.bound + slack
+
+    def said(self, unit: str = "") -> str:
+        """The criterion as a reader sees it."""
+        unit = unit and f" {unit}"
+        bound = f"{self.sign} {self.bound:g}{unit}"
+        return bound if self.value is None else f"{self.value:g} within {self.within:g}{unit}; direction {bound}"
 
 
-def interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
-    """Mean and percentile-bootstrap interval of independent values; NaN bounds for fewer than two.
+def at_least(bound: float, n: int = NETWORKS) -> Criterion:
+    """``>= bound``; of ``n = 1`` what no chance is in.
+
+    >>> from lib.study import at_least
+    >>> at_least(0.5).said("points")
+    '>= 0.5 points'
+    """
+    return Criterion(">=", bound, n=n)
+
+
+def at_most(bound: float, n: int = NETWORKS) -> Criterion:
+    """``<= bound``; of ``n = 1`` what no chance is in.
+
+    >>> from lib.study import at_most
+    >>> at_most(0.01, n=1).verdict(0.0, 0.0, n=1)
+    'reproduced'
+    """
+    return Criterion("<=", bound, n=n)
+
+
+def near(value: float, within: float, direction: Criterion) -> Criterion:
+    """The number that a paper prints, how far from it still counts as it, and the direction beside it.
+
+    >>> from lib.study import at_least, near
+    >>> near(1.93, 0.2, at_least(1)).said("x")
+    '1.93 within 0.2 x; direction >= 1 x'
+    """
+    return replace(direction, value=value, within=within)
+
+
+def interval(values: Sequence[float], confidence: float = 0.95, also: float = 0.0) -> tuple[float, float, float]:
+    """Mean and Student's t interval of independent values; NaN bounds for fewer than two.
+
+    Args:
+        also: a standard error that all values have in common, such as that of chips which all networks met.
 
     Returns:
-        ``(mean, low, high)``. The resampling is seeded: the same values give the same interval.
+        ``(mean, low, high)``.
 
     >>> from lib.study import interval
-    >>> interval([1.0, 2.0, 3.0]), interval([5.0])  # of three values it is their range; of one there is none
-    ((2.0, 1.0, 3.0), (5.0, nan, nan))
+    >>> [round(v, 2) for v in interval([1.0, 2.0, 3.0])], interval([5.0])
+    ([2.0, -0.48, 4.48], (5.0, nan, nan))
     """
     x = np.asarray(values, float)
     if len(x) < 2:
         return float(x.mean()) if len(x) else np.nan, np.nan, np.nan
-    if np.ptp(x) == 0:
-        return float(x[0]), float(x[0]), float(x[0])
-    ci = stats.bootstrap((x,), np.mean, confidence_level=confidence, method="percentile", rng=0).confidence_interval
-    return float(x.mean()), float(ci.low), float(ci.high)
+    mean, error = float(x[0] if np.ptp(x) == 0 else x.mean()), np.hypot(stats.sem(x), also)
+    half = float(stats.t.ppf((1 + confidence) / 2, len(x) - 1) * error)
+    return mean, mean - half, mean + half
 
 
 @dataclass
 class Claim:
-    """A published statement, its criterion fixed before the run, and what tests it if not the study's own network.
+    """A statement, whose it is, its criterion, and what tests it if not the study's own network.
 
     >>> from lib.study import Claim, Criterion
-    >>> Claim("C1", "costs little", "nowhere", "0.1 points", Criterion("<=", 0.5), unit="points").wording
-    '<= 0.5 points, from 3 or more seeds'
+    >>> Claim("C1", "costs little", "ADMM-NN", "direction", "nowhere", "little", Criterion("<=", 0.5), "points").wording
+    '<= 0.5 points, from 5 or more networks'
     """
 
     id: str
     statement: str
+    paper: str
+    kind: Kind
     source: str
     published: str
     criterion: Criterion
     unit: str = ""
+    condition: str = ""
+    holding: Criterion | None = None
+    fixed: Fixed = "before"
+    setting: str = "smaller network, other data"
     dataset: str = ""
     model: str = ""
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("kind", Kind), ("fixed", Fixed), ("setting", Setting)):
+            if (value := getattr(self, name)) not in get_args(allowed):
+                raise ParameterError(f"claim {self.id}, {name} = {value!r}: allowed are {', '.join(get_args(allowed))}")
+        if bool(self.condition) != (self.holding is not None):
+            raise ParameterError(f"claim {self.id}: a condition has words and a criterion, or neither")
 
     @property
     def wording(self) -> str:
         """The criterion as a reader sees it, with its unit."""
-        c = self.criterion
-        runs = f"from {c.n} or more seeds" if c.n > 1 else "arithmetic"
-        return f"{c.sign} {c.bound:g}{self.unit and ' ' + self.unit}, {runs}"
+        n = self.criterion.n
+        runs = f"from {n} or more networks" if n > 1 else "arithmetic"
+        return f"{self.criterion.said(self.unit)}, {runs}"
+
+    @property
+    def joint(self) -> str:
+        """The condition as a reader sees it, "" without any."""
+        return f"{self.condition} {self.holding.said()}" if self.holding else ""
+
+
+def judged(claim: Claim, bounds: tuple[float, float], n: int, condition: tuple[float, float] | None) -> Verdict:
+    """The verdict on a claim and its condition together: a condition that fails leaves nothing reproduced."""
+    verdict = claim.criterion.verdict(*bounds, n)
+    if claim.holding is None or verdict in ("inconclusive", "not reproduced"):
+        return verdict
+    holds = claim.holding.holds(*condition) if condition else None
+    return verdict if holds else "inconclusive" if holds is None else "not reproduced"
 
 
 def measured(row: dict[str, Any]) -> str:
@@ -104,3 +206,27 @@ def measured(row: dict[str, Any]) -> str:
         return f"{row['measured']:.4g}"
     digits = 3 if abs(row["measured"]) < 1 and row["high"] - row["low"] < 0.1 else 2
     return f"{row['measured']:.{digits}f} [{row['low']:.{digits}f}, {row['high']:.{digits}f}]"
+
+
+def networks(n: int) -> str:
+    """How many, in words.
+
+    >>> from lib.study import networks
+    >>> networks(1), networks(5)
+    ('1 network', '5 networks')
+    """
+    return f"{n} network{'s' * (n != 1)}"
+
+
+def chance_of_error(ledger: pd.DataFrame) -> tuple[int, float]:
+    """How many verdicts of a ledger were decided with chance in them, and how many of these may be wrong by chance.
+
+    A 95 % interval lies on the wrong side of a bound as a whole in at most 2.5 % of cases.
+
+    >>> import pandas as pd
+    >>> from lib.study.claims import chance_of_error
+    >>> chance_of_error(pd.DataFrame({"kind": ["number", "arithmetic"], "verdict": ["reproduced"] * 2, "n": [5, 1]}))
+    (1, 0.025)
+    """
+    decided = ledger[(ledger["n"].astype(int) > 1) & (ledger["verdict"] != "inconclusive")]
+    return len(decided), 0.025 * len(decided)

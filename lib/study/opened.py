@@ -6,7 +6,7 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,9 @@ import pandas as pd
 import torch
 
 from lib.files import write_whole
-from lib.study.claims import CLAIM_COLUMNS, Claim, Criterion, interval, measured
+from lib.study.claims import CLAIM_COLUMNS, Claim, Criterion, interval, judged, measured
+from lib.study.measurements import Store
+from lib.study.papers import OURS, check_paper
 from lib.study.parameters import PROJECT, check_parameters, declared, injected, require
 from lib.study.ranges import ParameterError
 from lib.study.shown import Shown
@@ -24,24 +26,24 @@ from lib.study.shown import Shown
 
 @dataclass
 class Study:
-    """An open study: its checked parameters, its provenance, and where its results and claims go.
+    """An open study: its checked parameters, its provenance, what it measured, and where results and claims go.
 
     >>> from lib.study import Criterion, Study
-    >>> study = Study("09_mine", "Mine", parameters={}, provenance={"commit": "unknown"})
-    >>> study.expect("C1", "costs little", source="nowhere", published="0.1 points", criterion=Criterion("<=", 0.5))
-    >>> study.settle("C1", [0.1, 0.3, 0.8])
-    >>> study.ledger()[["claim", "n", "verdict"]].values.tolist()
-    [['C1 costs little', 3, 'inconclusive']]
+    >>> study = Study("09_mine", parameters={}, provenance={"commit": "unknown"})
+    >>> study.expect("C1", "costs little", Criterion("<=", 0.5), kind="ours")
+    >>> study.settle("C1", [0.1, 0.3, 0.2, 0.2, 0.3])
+    >>> study.ledger()[["claim", "n", "verdict"]].values.tolist(), study.met("C1")
+    ([['C1 costs little', 5, 'reproduced']], True)
     >>> study.answer("It costs {C1} points.").data
-    '<p class="answer">It costs <strong>0.40 [0.10, 0.80]</strong> points.</p>'
+    '<p class="answer">It costs <strong>0.22 [0.12, 0.32]</strong> points.</p>'
     """
 
     name: str
-    system: str
     parameters: dict[str, Any]
     provenance: dict[str, Any]
     claims: dict[str, Claim] = field(default_factory=dict)
     verdicts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    store: Store | None = None
 
     @property
     def report_dir(self) -> Path | None:
@@ -59,74 +61,148 @@ class Study:
         """
         require(self.parameters, name, holds, expected)
 
+    def measure(self, experiment: Callable, points: Iterable[dict[str, Any]]) -> pd.DataFrame:
+        """The rows that ``experiment(**point)`` returns for each point; a call that was made before is read.
+
+        See `lib.study.measurements.Store.measure`, also for errors.
+        """
+        self.store = self.store or Store(self.name)
+        return self.store.measure(experiment, points)
+
     def expect(
         self,
         id: str,
         statement: str,
-        *,
-        source: str,
-        published: str,
         criterion: Criterion,
-        unit: str = "",
-        dataset: str = "",
-        model: str = "",
+        *,
+        paper: str = OURS,
+        kind: str = "direction",
+        source: str = "",
+        published: str = "",
+        **details: Any,
     ) -> None:
         """State a claim and its criterion, before any result exists.
 
         Args:
-            dataset: what the claim is tested on where that is not the study's own; ``model`` likewise.
+            paper: a key of ``data/papers.csv``; a control or goal of this workbook has none.
+            kind: ``number``, ``direction``, ``arithmetic`` or ``ours``.
+            source: where the paper says ``published``.
+            details: ``unit``; ``condition`` and ``holding``, what must hold with it, in words and as a criterion;
+                ``fixed``, when the criterion was written; ``setting``, what is smaller than in the paper; ``dataset``
+                and ``model`` where the claim is tested on others than the study's own.
 
         Raises:
-            ParameterError: the claim is stated twice.
+            ParameterError: the claim is stated twice, the paper is unknown, or a detail is none of those allowed.
         """
         if id in self.claims:
             raise ParameterError(f"claim {id!r} is stated twice")
-        self.claims[id] = Claim(id, statement, source, published, criterion, unit, dataset, model)
+        check_paper(paper, ours=kind == "ours")
+        self.claims[id] = Claim(id, statement, paper, kind, source, published, criterion, **details)
 
-    def settle(self, id: str, values: Sequence[float], *, geometric: bool = False) -> None:
-        """Give a claim its measurements, one per independent run; the verdict follows from them.
+    def settle(
+        self,
+        id: str,
+        values: Sequence[float],
+        *,
+        geometric: bool = False,
+        also: float = 0.0,
+        condition: Sequence[float] | None = None,
+    ) -> None:
+        """Give a claim its measurements, one per independent network; the verdict follows from them.
 
         Args:
             geometric: average their logarithms, as ratios ask for: 2 and 1/2 then have the mean 1.
+            also: a standard error that all values have in common (of logarithms, where these are averaged).
+            condition: the same for what must hold with it.
 
         Raises:
-            ParameterError: the claim was never stated.
+            ParameterError: the claim was never stated, or has a condition and is given nothing for it.
         """
-        if id not in self.claims:
-            raise ParameterError(f"claim {id!r} was never stated: allowed are {', '.join(self.claims)}")
-        claim = self.claims[id]
-        mean, low, high = np.exp(interval(np.log(values))) if geometric else interval(values)
+        claim = self._stated(id)
+        if (claim.holding is None) != (condition is None):
+            raise ParameterError(f"claim {id!r} has {'a' if claim.holding else 'no'} condition")
+        mean, low, high = np.exp(interval(np.log(values), also=also)) if geometric else interval(values, also=also)
         if claim.criterion.n == len(values) == 1:
             low = high = mean
+        beside, joint = None, claim.joint
+        if condition is not None:
+            beside = dict(zip(("measured", "low", "high"), interval(condition), strict=True)) | {"n": len(condition)}
+            joint += f": {measured(beside)}"
+        bounds = (beside["low"], beside["high"]) if beside else None
         self.verdicts[id] = {
             "measured": mean,
             "low": low,
             "high": high,
             "n": len(values),
-            "verdict": claim.criterion.verdict(low, high, len(values)),
+            "condition": joint,
+            "verdict": judged(claim, (low, high), len(values), bounds),
         }
+
+    def met(self, id: str) -> bool | None:
+        """Whether a claim's whole interval meets its bound, or none of it; None where neither, or nothing is measured.
+
+        For sentences; a verdict asks for more.
+
+        Raises:
+            ParameterError: the claim was never stated.
+        """
+        claim, row = self._stated(id), self.verdicts.get(id)
+        return claim.criterion.holds(row["low"], row["high"]) if row else None
+
+    def says(self, id: str, yes: str, no: str, open: str) -> str:
+        """One of three wordings: the claim's interval meets its bound, does not, or lies on both sides (`met`).
+
+        >>> from lib.study import Study, at_least
+        >>> (study := Study("09_mine", parameters={}, provenance={})).expect("C1", "wins", at_least(0), kind="ours")
+        >>> study.settle("C1", [-0.1, 0.1, 0.3])
+        >>> study.says("C1", yes="It wins.", no="It does not win.", open="It cannot be told.")
+        'It cannot be told.'
+        """
+        return {True: yes, False: no, None: open}[self.met(id)]
+
+    def _stated(self, id: str) -> Claim:
+        if id not in self.claims:
+            raise ParameterError(f"claim {id!r} was never stated: allowed are {', '.join(self.claims)}")
+        return self.claims[id]
 
     def criteria(self) -> pd.DataFrame:
         """The claims as stated, to be shown before the results."""
-        rows = [(c.id, c.statement, f"{c.published} ({c.source})", c.wording) for c in self.claims.values()]
-        return pd.DataFrame(rows, columns=["claim", "statement", "published", "criterion"])
+        rows = [
+            (
+                c.id,
+                c.statement,
+                c.paper,
+                c.kind,
+                c.published + f" ({c.source})" * bool(c.source),
+                c.wording,
+                c.joint,
+                c.fixed,
+            )
+            for c in self.claims.values()
+        ]
+        columns = ["claim", "statement", "paper", "kind", "published", "criterion", "condition", "fixed"]
+        return pd.DataFrame(rows, columns=columns)
 
     def ledger(self) -> pd.DataFrame:
         """One row per claim in the columns of the results contract; a claim without measurements is inconclusive."""
         nothing = {"measured": np.nan, "low": np.nan, "high": np.nan, "n": 0, "verdict": "inconclusive"}
         shared = {
             "study": self.name,
-            "system": self.system,
             "preset": self.report_dir.name if self.report_dir else "",
             "commit": self.provenance["commit"],
         }
         rows = [
             shared
             | {
+                "paper": c.paper,
                 "claim": f"{c.id} {c.statement}",
+                "kind": c.kind,
+                "fixed": c.fixed,
                 "source": c.source,
                 "published": c.published,
                 "criterion": c.wording,
+                "condition": c.joint,
+                "setting": c.setting,
                 "dataset": c.dataset or self.parameters.get("dataset", ""),
                 "model": c.model or self.parameters.get("model", ""),
             }
@@ -149,17 +225,22 @@ class Study:
             return f"<strong>{measured(row) if row else 'not measured'}</strong>"
 
         answer = re.sub(r"{([^}]+)}", value, html.escape(sentence, quote=False))
-        return Shown(f'<p class="answer">{answer}</p>', answer=answer)
+        evidence = self.store.evidence() if self.store else ""
+        return Shown(f'<p class="answer">{answer}</p>', answer=answer, evidence=evidence)
 
-    def save(self, results: pd.DataFrame) -> None:
-        """Write the tidy results and this study's claims, when the study was given a ``report_dir``.
+    def save(self) -> None:
+        """Write the measurements and this study's claims, when the study was given a ``report_dir``.
 
         Raises:
             OSError: the folder cannot be written; nothing half-written is left.
         """
         if self.report_dir is None:
             return
-        write_whole(self.report_dir / "results" / f"{self.name}.csv", results.to_csv(index=False))
+        if self.store:
+            self.store.publish(self.report_dir / "results" / f"{self.name}.csv")
+            if self.store.audits:
+                audit = pd.DataFrame(self.store.audits).to_csv(index=False)
+                write_whole(self.report_dir / "audits" / f"{self.name}.csv", audit)
         write_whole(self.report_dir / "claims" / f"{self.name}.csv", self.ledger().to_csv(index=False))
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
@@ -176,8 +257,8 @@ class Study:
         return Shown(page, provenance=self.provenance)._repr_mimebundle_()
 
 
-def open_study(name: str, system: str, namespace: dict[str, Any]) -> Study:
-    """Open a study from its set-up cell: ``study = open_study("01_...", "System", globals())``.
+def open_study(name: str, namespace: dict[str, Any]) -> Study:
+    """Open a study from its set-up cell: ``study = open_study("01_...", globals())``.
 
     Checks every parameter (also names that Papermill injected and the study does not know), that the report folder
     can be written, sets the thread count, and gathers provenance. A batch tells its kernels whose notebook they run,
@@ -189,7 +270,7 @@ def open_study(name: str, system: str, namespace: dict[str, Any]) -> Study:
 
     >>> from lib.study import open_study
     >>> cell = {"sparsities": "[0.5, 0.9]", "seeds": 3}  # lists as Papermill passes them
-    >>> study = open_study("01_lottery_ticket_vs_finetuning", "Tickets", cell)
+    >>> study = open_study("01_lottery_ticket_vs_finetuning", cell)
     >>> cell["sparsities"], study.parameters["seeds"], study.report_dir
     ([0.5, 0.9], 3, None)
     """
@@ -201,7 +282,7 @@ def open_study(name: str, system: str, namespace: dict[str, Any]) -> Study:
     parameters = check_parameters(name, given)
     namespace.update(parameters)  # lists that came as text are lists from here on
     torch.set_num_threads(parameters.get("threads", 1))
-    study = Study(name, system, parameters, provenance())
+    study = Study(name, parameters, provenance())
     if study.report_dir is not None:
         probe = study.report_dir / "results" / f".{name}.{os.getpid()}"
         try:
@@ -209,7 +290,28 @@ def open_study(name: str, system: str, namespace: dict[str, Any]) -> Study:
             probe.unlink()
         except OSError as error:
             raise ParameterError(f"report_dir = {str(study.report_dir)!r}: {error.strerror}") from None
+    study.store = _store(study)
     return study
+
+
+def _store(study: Study) -> Store:
+    """Where an open study's measurements are kept; in a batch its own table lies in its folder already."""
+    table = study.report_dir / "results" / f"{study.name}.csv" if study.report_dir else None
+    named = [study.parameters[k] for k, p in declared(study.name).items() if "a data set" in p.range]
+    share = os.environ.get("WORKBOOK_AUDIT")
+    place = study.provenance["device"]
+    return Store(
+        study.name,
+        table,
+        stamps={
+            "commit": study.provenance["commit"],
+            "device": place if torch.cuda.is_available() else f"{place} {study.provenance['instructions']}",
+            "torch": study.provenance["torch"],
+        },
+        data_sets=sorted({n for value in named for n in ([value] if isinstance(value, str) else value) if n}),
+        earlier=study.parameters.get("earlier_code", False),
+        audit=float(share) if share else None,
+    )
 
 
 def provenance() -> dict[str, Any]:

@@ -1,0 +1,197 @@
+"""Experiments: functions of plain arguments, each call of which is made once, on whatever machine, and kept."""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from math import isclose
+from pathlib import Path
+
+import pandas as pd
+from filelock import FileLock, Timeout
+
+from lib import data
+from lib.files import Journal, cache_folder
+from lib.keys import apart, content
+from lib.study.progress import Progress
+from lib.study.tables import Measurement, MeasurementError, Row, plain, read_table, rows_of, write_table
+
+Key = tuple[str, str]
+
+ELSEWHERE = {"data_root", "report_dir", "threads"}
+"""Parameters that say where and how fast something is made, not what."""
+
+
+@dataclass
+class Store:
+    """The measurements of a study: a table of them, and this machine's journal.
+
+    The journal, in the cache, takes each measurement as soon as it is made, from several processes at once. The table,
+    ``reports/<preset>/results/<study>.csv``, is what a run begins with and what it publishes.
+
+    Args:
+        study: its name. table: where there is one. stamps: of new measurements: commit, device, torch.
+        data_sets: names of data sets among the study's parameters: what is in their folders counts.
+        earlier: whether the table's measurements that other code made are used, and kept where nobody asks for them.
+        audit: the share of these to measure again; None: no audit.
+
+    >>> from lib.study.measurements import Store
+    >>> def kept(seed, rate):
+    ...     return {"kept": 1 / rate + seed}
+    >>> store = Store("09_mine")
+    >>> store.measure(kept, [{"seed": s, "rate": 4.0} for s in range(2)])["kept"].tolist()
+    [0.25, 1.25]
+    """
+
+    study: str
+    table: Path | None = None
+    stamps: dict[str, str] = field(default_factory=dict)
+    data_sets: Sequence[str] = ()
+    earlier: bool = False
+    audit: float | None = None
+
+    def __post_init__(self) -> None:
+        self.folder = cache_folder("measurements", self.study)
+        self.journal = Journal("measurements", self.study)
+        whole = self.table is not None and self.table.is_file()
+        self.published: dict[Key, Measurement] = {m.key: m for m in read_table(self.table)} if whole else {}
+        self.written: dict[tuple[Key, str], Measurement] = {}
+        self.used: dict[Key, tuple[Measurement, bool]] = {}  # and whether today's code made it
+        self.audits: list[Row] = []
+
+    def measure(self, experiment: Callable, points: Iterable[Row]) -> pd.DataFrame:
+        """What an experiment returns at each point, arguments first; a call that was made before is read.
+
+        Its rows depend on its arguments, on the variables of the notebook that it refers to, and on code. Where
+        another process is at a point, this one goes on with the next and comes back. What was finished when a call
+        fails is kept.
+
+        Args:
+            experiment: a function that returns a row (a dict), rows, or a data frame, of numbers, truth values and
+                text. points: its arguments, as keywords: plain values.
+
+        Raises:
+            MeasurementError: a value that is not plain, or a point twice.
+            KeysError: a variable of which nobody can tell when it is the same.
+        """
+        name = experiment.__name__
+        points = [plain(point, f"an argument of {name}") for point in points]
+        code, variables = (found := apart(experiment))[0][:12], found[1]
+        keys = [(name, self._point(name, point, variables)) for point in points]
+        for i, key in enumerate(keys):
+            if key in keys[:i]:
+                raise MeasurementError(f"{name} is asked for {points[i]} twice")
+        if self.audit is not None:
+            self._audit(experiment, dict(zip(keys, points, strict=True)), code)
+        found = {key: self.find(key, code) for key in keys}
+        todo = [(key, point) for key, point in zip(keys, points, strict=True) if found[key] is None]
+        progress = Progress(len(todo)) if todo else None
+        while todo:
+            busy = []
+            for key, point in todo:
+                try:
+                    with FileLock(self.folder / f"{key[1]}.lock", blocking=False):
+                        found[key] = self.find(key, code)  # another process may have made it meanwhile
+                        if found[key] is None:
+                            progress.part(f"{name}: {', '.join(f'{k} {v}' for k, v in point.items())}")
+                            found[key] = self._call(experiment, key, point, code)
+                except Timeout:
+                    busy.append((key, point))
+            if len(busy) == len(todo):
+                time.sleep(0.5)
+            todo = busy
+        if progress:
+            progress.done()
+        self.used |= {key: (m, m.code == code) for key, m in found.items()}
+        return pd.DataFrame([row for key in keys for row in found[key].rows])
+
+    def find(self, key: Key, code: str) -> Measurement | None:
+        """What this code measured at a point; else, where earlier code counts, what the table has of it."""
+        kept = self.published.get(key)
+        if kept is not None and kept.code == code:
+            return kept
+        if (key, code) not in self.written:
+            for line in self.journal.news():
+                m = Measurement(**(held := json.loads(line)) | {"rows": tuple(held["rows"])})
+                self.written[m.key, m.code] = m
+        return self.written.get((key, code), kept if self.earlier else None)
+
+    def publish(self, path: Path) -> None:
+        """Write the table of what was used, and where earlier code counts, of what the table had beside it.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        rest = {key: m for key, m in self.published.items() if key not in self.used} if self.earlier else {}
+        write_table(path, [*(m for m, _ in self.used.values()), *rest.values()])
+
+    def evidence(self) -> str:
+        """How many measurements the study rests on, and where they are from, in one sentence."""
+        today = sum(current for _, current in self.used.values())
+        audited = sum(bool(m.audited) for m, _ in self.used.values())
+        commits = dict.fromkeys(m.commit for m, current in self.used.values() if not current)
+        said = f"{len(self.used)} measurements" + (f", {audited} of them of audited experiments" if audited else "")
+        if len(self.used) > today:
+            said += f"; {len(self.used) - today} by earlier code ({', '.join(commits)})"
+        return f"{said}."
+
+    def _point(self, name: str, arguments: Row, variables: dict[str, str]) -> str:
+        folders = {v: data.fingerprint(v) for v in self.data_sets if v not in data.NAMES}
+        counted = {k: v for k, v in variables.items() if k not in ELSEWHERE}
+        return content(name, sorted(arguments.items()), sorted(counted.items()), sorted(folders.items()))[:12]
+
+    def _call(self, experiment: Callable, key: Key, point: Row, code: str) -> Measurement:
+        started = time.monotonic()
+        rows = rows_of(experiment(**point), point, key[0])
+        took = round(time.monotonic() - started, 3)
+        made = Measurement(key[0], rows, key[1], code, **self.stamps, seconds=took)
+        self.journal.write(json.dumps(asdict(made)))
+        self.written[key, code] = made
+        return made
+
+    def _audit(self, experiment: Callable, points: dict[Key, Row], code: str) -> None:
+        """Measure a share of the table's points again, the quickest first; if all agree, all count as today's."""
+        old = {key: m for key in points if (m := self.published.get(key)) and m.code != code}
+        if not old:
+            return
+        order = sorted(old, key=lambda key: old[key].seconds if old[key].seconds == old[key].seconds else math.inf)
+        chosen, differ = order[: math.ceil(self.audit * len(old))], []
+        spread = spread_of_networks([*old.values()], [*next(iter(points.values()))])
+        for key in chosen:
+            new = self._call(experiment, key, points[key], code)
+            same = new.device == old[key].device and new.torch == old[key].torch
+            if said := difference(old[key], new, {} if same else spread):
+                differ.append(f"{points[key]}: {said}")
+        said = f"{len(chosen)} of {len(old)} at {self.stamps.get('commit', '')}"
+        row = {"experiment": key[0], "points": len(old), "again": len(chosen), "differ": len(differ)}
+        self.audits.append(row | {"first": differ[0] if differ else "", "device": self.stamps.get("device", "")})
+        if not differ:
+            self.published |= {key: replace(m, code=code, audited=said) for key, m in old.items()}
+
+
+def difference(old: Measurement, new: Measurement, spread: dict[str, float]) -> str:
+    """The first value in which two measurements of a point differ, by more than its column's ``spread``; "" if none."""
+    if len(old.rows) != len(new.rows):
+        return f"{len(new.rows)} rows, were {len(old.rows)}"
+    for was, now in zip(old.rows, new.rows, strict=True):
+        for name in dict.fromkeys([*was, *now]):
+            a, b = was.get(name, ""), now.get(name, "")
+            if isinstance(a, int | float) and isinstance(b, int | float):
+                same = isclose(a, b, rel_tol=0, abs_tol=spread.get(name, 0.0)) or (a != a and b != b)
+            else:
+                same = a == b
+            if not same:
+                return f"{name} = {b!r}, was {a!r}" + (f", further than {spread[name]:.3g}" if name in spread else "")
+    return ""
+
+
+def spread_of_networks(measurements: Sequence[Measurement], arguments: Sequence[str], times: float = 2.0) -> dict:
+    """For each numeric column ``times`` the standard deviation between rows that differ in their ``seed`` alone."""
+    frame = pd.DataFrame([row | {"": i} for m in measurements for i, row in enumerate(m.rows)])
+    by = ["", *(name for name in arguments if name != "seed")]
+    numbers = frame.select_dtypes("number").columns.difference([*by, "seed"])
+    if "seed" not in arguments or numbers.empty:
+        return {}
+    deviation = times * frame.groupby(by, dropna=False)[list(numbers)].var().mean() ** 0.5
+    return {name: float(value) for name, value in deviation.items() if value > 0}

@@ -1,0 +1,58 @@
+"""The papers of the field: ``data/papers.csv``, a row each."""
+
+from difflib import get_close_matches
+from functools import cache
+
+import pandas as pd
+
+from lib.study.parameters import PROJECT
+from lib.study.ranges import ParameterError
+
+OURS = "this workbook"
+"""Whose a claim is that no paper makes: a control, or a goal."""
+
+COLUMNS = ("paper", "title", "authors", "venue", "year", "link", "implemented", "source", "status")
+PATH = PROJECT / "data" / "papers.csv"
+
+
+@cache
+def papers() -> pd.DataFrame:
+    """Every paper that the workbook tests or knows, in the order of the table, by its key ``paper``.
+
+    ``implemented`` names what of it ``lib`` has, "" for nothing yet; ``status`` says whether the row was checked.
+
+    Raises:
+        ParameterError: a line without one of the fields, or with the key of another.
+
+    >>> from lib.study import papers
+    >>> papers().loc["E2-Train", "year"]
+    '2019'
+    """
+    try:
+        table = pd.read_csv(PATH, dtype=str, keep_default_na=False)
+    except (OSError, ValueError) as error:
+        raise ParameterError(f"{PATH.name}: {error}") from None
+    if (*table,) != COLUMNS:
+        raise ParameterError(f"{PATH.name} has the columns {', '.join(table)}: expected {', '.join(COLUMNS)}")
+    for line, row in enumerate(table.to_dict("records"), 2):
+        if missing := [name for name, value in row.items() if not value and name != "implemented"]:
+            raise ParameterError(f"{PATH.name}, line {line} ({row['paper'] or 'no key'}): {missing[0]} is missing")
+    if twice := table["paper"][table["paper"].duplicated()].tolist():
+        raise ParameterError(f"{PATH.name}: {twice[0]!r} is there twice")
+    return table.set_index("paper", drop=False)
+
+
+def check_paper(key: str, ours: bool) -> None:
+    """Refuse a claim that is nobody's.
+
+    Raises:
+        ParameterError: the key is in no line of the table; a claim of this workbook that names a paper, or another
+            that names none.
+    """
+    if ours or key == OURS:
+        if not ours or key != OURS:
+            raise ParameterError(f"paper = {key!r}: claims of the kind 'ours', and only these, are of {OURS!r}")
+        return
+    if key not in papers().index:
+        near = get_close_matches(key, papers().index, 3, 0.3) or papers().index[:3]
+        raise ParameterError(f"paper = {key!r} is no key of {PATH.name}: near are {', '.join(near)}")
