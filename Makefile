@@ -1,7 +1,7 @@
 VENV   ?= .venv
 PYTHON ?= python3
 PRESET ?= quick
-JOBS   ?= 1
+JOBS   ?= 0
 RUN     = $(VENV)/bin/python -m
 # Without the last option, a test that kills its process is given to a new one, for ever.
 TEST    = $(RUN) pytest -n 2 --dist loadfile --max-worker-restart 0
@@ -10,7 +10,7 @@ NUMERIC = $(addprefix tests/test_,$(addsuffix .py,strides every_recipe training 
 
 .PHONY: reports test test-avx2 lab benchmarks clean
 
-reports: $(VENV)/ready  ## run every study at PRESET, JOBS at a time, and render reports/PRESET/index.html
+reports: $(VENV)/ready  ## run every study at PRESET in JOBS processes (0: as many as fit), and render reports/PRESET/index.html
 	$(RUN) lib.reproduce --preset $(PRESET) --jobs $(JOBS)
 
 test: $(VENV)/ready  ## lint, unit tests, every notebook at the smoke preset, one report from end to end

@@ -348,7 +348,8 @@ def begin(folder, reports, said=subprocess.PIPE):
         "from lib.reproduce.__main__ import main; sys.exit(main(sys.argv[1:]))"
     )
     words = ["--preset", "smoke", "--reports", str(reports)]
-    return subprocess.Popen([sys.executable, "-c", code, *words], stderr=said, text=True)
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  # what runs in the background ignores it
+    return subprocess.Popen([sys.executable, "-c", code, *words], stderr=said, text=True, preexec_fn=heard)
 
 
 def wait_for(condition, seconds=300):  # of which a busy machine takes most to import torch

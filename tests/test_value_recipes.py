@@ -1,7 +1,6 @@
 """Training inside sets of values, by turns with them, toward codebooks and vanishing tiles, and with rounded inputs."""
 
 from copy import deepcopy
-from dataclasses import replace
 
 import pytest
 import torch
@@ -25,12 +24,6 @@ from lib.recipes.clustering import _Spectral
 from lib.recipes.inside import _Tangent
 from lib.sharing import Codebook, SmartExchange, Unified
 from lib.training import TrainingError, cached, evaluate, fit
-
-
-@pytest.fixture(scope="session")
-def images(images):
-    """Half of the training images: what is asked here are laws and directions."""
-    return replace(images, train=replace(images.train, x=images.train.x[:500], y=images.train.y[:500]))
 
 
 @pytest.fixture(scope="module")

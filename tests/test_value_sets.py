@@ -13,7 +13,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from lib import models
 from lib.constraint import ConstraintError, Storage, attach_masks, harden, nearest_power
-from lib.layers import branched
+from lib.layers import LayerError, branched
 from lib.pruning import Filter, PolarizedFragments, Unstructured
 from lib.quantization import (
     Expansion,
@@ -166,7 +166,7 @@ class TestTernary:
         attach_masks(net, {"conv2": net.conv2.weight > 0})
         net.conv1.weight.data.zero_()
         x = torch.randn(4, 1, 28, 28)
-        with pytest.raises(ConstraintError, match="conv2: its weights are no sum"):
+        with pytest.raises(LayerError, match="conv2: its weights are no sum"):
             branched(net, plan)
         harden(net, plan)
         parts = branched(net, plan)

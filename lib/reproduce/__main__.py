@@ -4,9 +4,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from lib.reproduce.batch import chosen, folders, overview, reproduce
+import pandas as pd
+import psutil
+
+from lib.reproduce.batch import chosen, folders, merged, overview, reproduce
 from lib.reproduce.plan import prepare, preset_parameters, presets
-from lib.study import PROJECT, ParameterError, parameters, studies
+from lib.study import PROJECT, MeasurementError, ParameterError, parameters, studies
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -15,7 +18,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         return _answer(options)
-    except (ParameterError, OSError) as error:
+    except (ParameterError, MeasurementError, OSError) as error:
         sys.stderr.write(f"{parser.prog}: {error}\n")
         return 2
     except KeyboardInterrupt:
@@ -38,9 +41,18 @@ def _parser() -> argparse.ArgumentParser:
         dest="changed",
         help="a parameter over the preset's, for every study that has it; reports go to reports/custom",
     )
-    parser.add_argument("--jobs", type=int, default=1, help="studies at a time (default: 1)")
+    parser.add_argument("--jobs", type=int, default=0, help="processes (default: as many as cores and memory allow)")
     parser.add_argument("--force", action="store_true", help="run studies again that are up to date")
     parser.add_argument("--reports", type=Path, metavar="DIR", help="write reports here, not to reports/PRESET")
+    parser.add_argument(
+        "--audit",
+        nargs="?",
+        type=float,
+        const=0.05,
+        metavar="SHARE",
+        help="measure this share of each experiment again (default: 0.05), the quickest first, and compare",
+    )
+    parser.add_argument("--merge", type=Path, metavar="DIR", help="add the measurements of another report folder")
     parser.add_argument("--list", action="store_true", help="say how every study stands, and run none")
     parser.add_argument("--dry-run", action="store_true", help="say what would run and for how long, and run none")
     parser.add_argument("--prepare-only", type=Path, metavar="DIR", help="write notebooks with parameters, run none")
@@ -48,8 +60,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _answer(options: argparse.Namespace) -> int:
-    if options.jobs < 1:
+    if options.jobs < 0:
         raise ParameterError(f"--jobs {options.jobs}: allowed are whole numbers from 1")
+    if options.audit is not None and not 0 < options.audit <= 1:
+        raise ParameterError(f"--audit {options.audit}: allowed are shares above 0, up to 1")
     if options.prepare_only:
         prepare(options.preset, options.prepare_only)
         return 0
@@ -63,17 +77,44 @@ def _answer(options: argparse.Namespace) -> int:
         asked = chosen(values, options.studies)
         _tell(overview({s: values[s] for s in asked}, reports), options)
         return 0
+    if options.merge:
+        for study, (added, replaced) in merged(options.preset, options.merge, place).items():
+            sys.stdout.write(f"{study}: {added} measurements added, {replaced} replaced\n")
+        return 0
     errors = reproduce(
         options.preset,
         only=options.studies,
         changed=changed,
-        jobs=options.jobs,
+        jobs=options.jobs or _processes(),
         force=options.force,
         reports=reports,
+        audit=options.audit,
     )
+    if options.audit is not None and _audited(reports, [s for s in chosen(values, options.studies) if not errors[s]]):
+        return 1
     shown = reports.relative_to(Path.cwd()) if reports.is_relative_to(Path.cwd()) else reports
     sys.stderr.write(f"open {shown / 'index.html'}\n")
     return 1 if any(errors.values()) else 0
+
+
+def _processes() -> int:
+    """As many as there are cores for, and two gigabytes of free memory each."""
+    return max(1, min(len(psutil.Process().cpu_affinity()), psutil.virtual_memory().available >> 31))
+
+
+def _audited(reports: Path, names: list[str]) -> bool:
+    """Print what the audits found; whether anything differs."""
+    files = [reports / "audits" / f"{name}.csv" for name in names]
+    found = [pd.read_csv(file, keep_default_na=False).assign(study=file.stem) for file in files if file.is_file()]
+    if not found:
+        sys.stdout.write("nothing to audit: every measurement is of today's code\n")
+        return False
+    table = pd.concat(found)
+    columns = ["study", "experiment", "points", "again", "differ"]
+    sys.stdout.write(table[columns].to_string(index=False) + "\n")
+    for row in table[table["differ"] > 0].to_dict("records"):
+        sys.stdout.write(f"{row['study']}, {row['experiment']}: {row['first']}; none of it is stamped\n")
+    return bool((table["differ"] > 0).any())
 
 
 def _tell(studies, options: argparse.Namespace) -> None:
@@ -85,7 +126,7 @@ def _tell(studies, options: argparse.Namespace) -> None:
     sys.stdout.write(studies.to_string(index=False, na_rep="?", float_format="{:.1f}".format) + "\n")
     if options.dry_run:
         known = studies["minutes"].dropna()
-        total = max(known.sum() / options.jobs, known.max()) if len(known) else 0
+        total = known.sum() / (options.jobs or _processes())
         unknown = len(studies) - len(known)
         more = f", and {unknown} that never ran" if unknown else ""
         sys.stdout.write(f"{len(studies)} to run, about {total:.0f} min by the last runs{more}\n")

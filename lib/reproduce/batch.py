@@ -4,7 +4,9 @@ import concurrent.futures
 import hashlib
 import sys
 import threading
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,9 @@ from tqdm import tqdm
 from lib.files import write_whole
 from lib.reproduce.index import write_index
 from lib.reproduce.plan import preset_parameters, up_to_date_key
-from lib.reproduce.run import Run, last_run, run_study
-from lib.study import PROJECT, ParameterError
+from lib.reproduce.run import Run, assist, last_run, run_study
+from lib.study import PROJECT, ParameterError, studies
+from lib.study.tables import merge
 
 
 def folders(preset: str, reports: Path | None = None) -> tuple[Path, Path]:
@@ -71,8 +74,11 @@ def reproduce(
     jobs: int = 1,
     force: bool = False,
     reports: Path | None = None,
+    audit: float | None = None,
 ) -> dict[str, str]:
-    """Run the studies of a preset, ``jobs`` at a time, and write reports, claims and index.
+    """Run the studies of a preset in ``jobs`` processes, and write reports, claims and index.
+
+    Where there are more processes than studies left, several share one: each measures what no other is at.
 
     A failed study does not stop the others: a page shows the failing cell, the index shows it red. Another batch on the
     same reports is waited for, study by study, and what it has run is not run again.
@@ -80,6 +86,7 @@ def reproduce(
     Args:
         only: studies, by name or number. changed: parameters over those of the preset.
         force: run studies again that are up to date.
+        audit: the share of each experiment's measurements by earlier code to make again; studies then run again.
 
     Returns:
         By study, the error of its last run, or "".
@@ -100,18 +107,57 @@ def reproduce(
     write_whole(reports / ".writable", "")  # a read-only folder is refused now, not after an hour
     (reports / ".writable").unlink(missing_ok=True)
     build.mkdir(parents=True, exist_ok=True)
+    force = force or audit is not None
     todo = [s for s in asked if force or state(s, parameters[s], reports) != "complete"]
-    errors = _run_all(todo, parameters, reports, build, jobs, force) if todo else {}
-    with FileLock(build / "index.lock"):
-        write_index(reports, {study: state(study, values, reports) for study, values in parameters.items()})
+    errors = _run_all(todo, parameters, reports, build, jobs, force, audit) if todo else {}
+    _index(parameters, reports, build)
     return {s: errors.get(s, "") for s in asked}
 
 
+def merged(preset: str, other: Path, reports: Path | None = None) -> dict[str, tuple[int, int]]:
+    """Add the measurements of another report folder to those of a preset, see `lib.study.tables.merge`.
+
+    Returns:
+        By study, how many were added and how many replaced.
+
+    Raises:
+        ParameterError: the other folder has none. MeasurementError, OSError: as there.
+    """
+    reports, _ = folders(preset, reports)
+    found = {file.stem: file for file in sorted((other / "results").glob("*.csv")) if file.stem in studies()}
+    if not found:
+        raise ParameterError(f"{other} has no results/*.csv of a study")
+    return {study: merge(reports / "results" / f"{study}.csv", file) for study, file in found.items()}
+
+
+def _index(parameters: dict[str, dict], reports: Path, build: Path) -> None:
+    with FileLock(build / "index.lock"):
+        write_index(reports, {study: state(study, values, reports) for study, values in parameters.items()})
+
+
+@dataclass
+class _Running:
+    """A study that runs: since when, how many other processes have joined it, and whether it is over."""
+
+    study: str
+    since: float = field(default_factory=time.monotonic)
+    joined: int = 0
+    over: bool = False
+
+
 def _run_all(
-    todo: list[str], parameters: dict[str, dict], reports: Path, build: Path, jobs: int, force: bool
+    todo: list[str],
+    parameters: dict[str, dict],
+    reports: Path,
+    build: Path,
+    jobs: int,
+    force: bool,
+    audit: float | None,
 ) -> dict[str, str]:
     stop, done = threading.Event(), dict.fromkeys(todo, 0.0)
     current: dict[str, str] = {}
+    helped: dict[str, _Running] = {}
+    running: dict[concurrent.futures.Future, str] = {}
     bar = tqdm(
         total=len(todo),
         desc="studies",
@@ -131,14 +177,31 @@ def _run_all(
         with FileLock(build / f"{study}.lock"):
             if not force and state(study, parameters[study], reports) == "complete":  # another batch ran it
                 return None
+            own = helped[study] = _Running(study)
             try:
-                return run_study(study, parameters[study], reports, build, lambda *cells: tell(study, *cells), stop)
+                told = lambda *cells: tell(study, *cells)  # noqa: E731
+                return run_study(study, parameters[study], reports, build, told, stop, audit)
             finally:
+                own.over = True
+                helped.pop(study, None)
                 current.pop(study, None)
+
+    def share() -> None:
+        """A process that has no study of its own joins the run that the fewest have joined."""
+        while not stop.is_set() and not all(future.done() for future in running):
+            time.sleep(1)
+            long = [run for run in [*helped.values()] if time.monotonic() > run.since + 20]
+            run = min(long, key=lambda run: run.joined, default=None)
+            if run is not None:
+                run.joined += 1
+                assist(run.study, parameters[run.study], reports, build, lambda run=run: stop.is_set() or run.over)
+                run.over or time.sleep(10)  # it was through before the run itself: nothing is left to share
 
     errors: dict[str, str] = {}
     with bar, concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        running = {pool.submit(work, study): study for study in todo}
+        running |= {pool.submit(work, study): study for study in todo}
+        for _ in range(jobs if audit is None else 0):
+            pool.submit(share)
         try:
             for future in concurrent.futures.as_completed(running):
                 study = running[future]
@@ -150,6 +213,7 @@ def _run_all(
                     errors[study], text = f"{type(error).__name__}: {error}".splitlines()[0], "not published"
                 bar.update(1 - done[study])
                 bar.write(f"{study}: {errors[study] or 'complete'} ({text})", file=sys.stderr)
+                _index(parameters, reports, build)  # each page is there as soon as it is done
         except BaseException:
             stop.set()
             pool.shutdown(cancel_futures=True)

@@ -1,6 +1,8 @@
-"""The index of a report folder: what the studies found, how they stand, and the ledger of claims."""
+"""The index of a report folder: every claim at a glance, what the studies found, and the ledger by paper."""
 
 import base64
+import math
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,13 @@ import pandas as pd
 from lib.files import write_whole
 from lib.reproduce.page import VERDICTS, template
 from lib.reproduce.run import last_run
-from lib.study import CLAIM_COLUMNS, measured
+from lib.study import CLAIM_COLUMNS, NETWORKS, OURS, chance_of_error, measured, papers
+
+REACH = 4.0
+"""How many half-widths of the interval the plot of all claims shows on each side; what is further lies at its ends."""
+
+LANES = 0.032
+"""How near, as a share of the plot's width, two marks of a row may be before one goes below the other."""
 
 
 def write_index(reports: Path, states: dict[str, str]) -> None:
@@ -29,17 +37,37 @@ def write_index(reports: Path, states: dict[str, str]) -> None:
     found = [pd.read_csv(path, keep_default_na=False) for path in sorted((reports / "claims").glob("*.csv"))]
     found = [claims for claims in found if len(claims)]
     ledger = pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=[*CLAIM_COLUMNS])
-    for column in ("measured", "low", "high"):
+    ledger = ledger.reindex(columns=[*CLAIM_COLUMNS])
+    for column in ("measured", "low", "high", "n"):
         ledger[column] = pd.to_numeric(ledger[column])
-    write_whole(reports / "claims.csv", ledger[[*CLAIM_COLUMNS]].to_csv(index=False))
+    write_whole(reports / "claims.csv", ledger.to_csv(index=False))
+    by_paper = _papers(ledger)
+    decided, wrong = chance_of_error(ledger)
     page = template("index.html.j2").render(
         preset=reports.name,
         studies=[_study(study, state, reports, ledger) for study, state in states.items()],
-        systems=_systems(ledger),
-        counts=_counts(ledger),
+        papers=[p for p in by_paper if p["claims"]],
+        untested=[p for p in by_paper if not p["claims"] and p["paper"] != OURS],
+        tables={part: pd.crosstab(rows["kind"], rows["verdict"]) for part, rows in _parts(ledger).items() if len(rows)},
+        total=len(ledger),
+        decided=decided,
+        wrong=wrong,
+        few=int(((ledger["n"] > 1) & (ledger["n"] < NETWORKS)).sum()),
+        networks=NETWORKS,
+        choices={
+            "verdict": [v for v in VERDICTS if v in {*ledger["verdict"]}],
+            **{column: sorted({*ledger[column]}) for column in ("kind", "fixed", "setting")},
+        },
         verdicts=VERDICTS,
+        reach=REACH,
     )
     write_whole(reports / "index.html", page)
+
+
+def _parts(ledger: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """What papers say, and what is this workbook's own."""
+    ours = ledger["kind"] == "ours"
+    return {"published": ledger[~ours], "ours": ledger[ours]}
 
 
 def _counts(ledger: pd.DataFrame) -> list[tuple[str, int]]:
@@ -55,13 +83,49 @@ def _study(study: str, state: str, reports: Path, ledger: pd.DataFrame) -> dict[
         "state": state,
         "run": last_run(study, reports),
         "failed": last_run(study, reports, failed=True),
-        "counts": _counts(ledger[ledger["study"] == study]),
+        "counts": _counts(ledger[(ledger["study"] == study) & (ledger["kind"] != "ours")]),
         "picture": base64.b64encode(picture.read_bytes()).decode() if picture.is_file() else "",
     }
 
 
-def _systems(ledger: pd.DataFrame) -> list[tuple[str, list[dict[str, Any]]]]:
-    """The claims by system, each with the anchor of its row in the report."""
-    numbered = ledger.assign(anchor=ledger.groupby("study").cumcount() + 1)
-    groups = numbered.groupby("system", sort=False)
-    return [(str(system), [c | {"shown": measured(c)} for c in claims.to_dict("records")]) for system, claims in groups]
+def _papers(ledger: pd.DataFrame) -> list[dict[str, Any]]:
+    """Every paper with its claims, each with the anchor of its row in the report and its place in the plot."""
+    known = papers()
+    rows = ledger.assign(anchor=ledger.groupby("study").cumcount() + 1).to_dict("records")
+    keys = [*known.index, *sorted({row["paper"] for row in rows} - {*known.index, OURS}), OURS]
+    told = {**known.to_dict("index"), OURS: {"title": "Controls and goals that no paper states"}}
+    nothing = dict.fromkeys(("title", "link", "authors", "venue", "year"), "")
+    found = []
+    for key in keys:
+        own = [row | {"shown": measured(row)} | _place(row) for row in rows if row["paper"] == key]
+        lanes: list[float] = []
+        for row in sorted(own, key=lambda row: row["at"]):
+            free = [i for i, last in enumerate(lanes) if row["at"] - last >= LANES]
+            row["lane"] = free[0] if free else len(lanes)
+            lanes[row["lane"] : row["lane"] + 1] = [row["at"]]
+        counts = _counts(pd.DataFrame(own, columns=["verdict"]))
+        found.append(nothing | told.get(key, {}) | {"paper": key, "claims": own, "lanes": len(lanes), "counts": counts})
+    return found
+
+
+def _place(row: dict[str, Any]) -> dict[str, Any]:
+    """Where a claim lies in the plot: how many half-widths of its interval on the good side of its criterion.
+
+    Its place and that of a published number are shares of the plot's width; beyond its ends they lie at the ends.
+    """
+    said = re.search(r"(>=|<=) ([^\s,]+)", row["criterion"].split("direction ")[-1])
+    published = re.match(r"(\S+) within", row["criterion"])
+    nothing = {"at": 0.5, "number": None, "beyond": False}
+    if not said or not math.isfinite(row["measured"]):
+        return nothing
+    bound, sign = float(said[2]), 1 if said[1] == ">=" else -1
+    half = (row["high"] - row["low"]) / 2 if math.isfinite(row["low"]) else math.nan
+    if not half > 0:  # no chance is in it, or nobody knows: all that can be told is the side
+        side = sign * (row["measured"] - bound)
+        return nothing | {"at": 0.98 if side >= -1e-9 else 0.02} if row["n"] == 1 or half == 0 else nothing
+
+    def place(value: float) -> float:
+        return 0.5 + 0.48 * max(-1.0, min(1.0, sign * (value - bound) / half / REACH))
+
+    number = place(float(published[1])) if published else None
+    return {"at": place(row["measured"]), "number": number, "beyond": abs(row["measured"] - bound) > REACH * half}

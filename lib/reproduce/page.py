@@ -15,7 +15,7 @@ from nbformat import NotebookNode
 from lib.study import SAID
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
-VERDICTS = ("reproduced", "not reproduced", "inconclusive")
+VERDICTS = ("reproduced", "direction only", "not reproduced", "inconclusive")
 OPENING, OUTER = "provenance", {"provenance", "answer"}  # outputs that say these have places of their own in a page
 FORMULA = re.compile(
     r"^ {0,3}(?P<fence>`{3,}|~{3,}).*?(?:^ {0,3}(?P=fence)|\Z)"  # what is code, or escaped, is no formula
@@ -73,7 +73,7 @@ def outline(executed: Path) -> dict[str, Any]:
     """What an executed notebook, or what there is of it, says as data; of several figures the first.
 
     Returns:
-        ``title`` and ``answer``, as HTML, ``figure``, ``svg``, ``provenance``; "" for what it does not say.
+        ``title`` and ``answer``, as HTML, ``evidence``, ``figure``, ``svg``, ``provenance``; "" for what is not said.
     """
     try:
         cells = nbformat.read(executed, 4).cells
@@ -82,7 +82,10 @@ def outline(executed: Path) -> dict[str, Any]:
     told = [said(output) for cell in cells for output in cell.get("outputs", [])]
     texts = [cell.source for cell in cells if cell.cell_type == "markdown"]
     title = next((m[1] for text in texts if (m := re.search(r"^# (.+)$", text, re.MULTILINE))), executed.stem)
-    found = {key: next((s[key] for s in told if key in s), "") for key in ("answer", "figure", "svg", "provenance")}
+    found = {
+        key: next((s[key] for s in told if key in s), "")
+        for key in ("answer", "evidence", "figure", "svg", "provenance")
+    }
     return {"title": html.escape(title)} | found
 
 

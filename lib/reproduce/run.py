@@ -33,6 +33,7 @@ class Run:
         key: of what it depended on, see `up_to_date_key`.
         error: of the failed cell, in one line; "" for a complete run. cell: its number, or None.
         title, answer: of the report, as HTML. figure: what its first one shows, "" without any.
+        evidence: how many measurements it rests on, and where they are from.
         minutes: of wall time, with whatever came from the cache. memory_mb: most memory of all its processes together,
             looked at three times a second. finished: UTC, to the minute.
 
@@ -54,6 +55,7 @@ class Run:
     memory_mb: int
     finished: str
     provenance: dict[str, Any]
+    evidence: str = ""
 
 
 class Interrupted(Exception):
@@ -85,6 +87,7 @@ def run_study(
     build: Path,
     report: Callable[[int, int], None] = lambda done, total: None,
     stop: threading.Event | None = None,
+    audit: float | None = None,
 ) -> Run:
     """Run one study through Papermill and publish what came of it.
 
@@ -95,6 +98,7 @@ def run_study(
     Args:
         report: is told how many cells are done, and of how many.
         stop: when set, the run is ended.
+        audit: the share of each experiment's older measurements to make again, see `lib.study.measurements.Store`.
 
     Raises:
         Interrupted: ``stop`` was set. OSError: a folder cannot be written.
@@ -109,19 +113,11 @@ def run_study(
     key, started = up_to_date_key(study, values), time.monotonic()
     for left in build.glob(f"{study}.*.run"):  # of a batch that was killed; whoever calls holds the study's lock
         shutil.rmtree(left, ignore_errors=True)
-    build.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f"{study}.", suffix=".run", dir=build))
+    folder, stage, executed = _stage(study, reports, build)
+    log = build / f"{study}.log"
     try:
-        executed, stage = folder / f"{study}.ipynb", folder / reports.name  # claims tell the preset by its name
-        where = stage.relative_to(PROJECT) if stage.is_relative_to(PROJECT) else stage
-        given = folder / "parameters.json"
-        write_whole(given, json.dumps(values | {"report_dir": where.as_posix()}))
-        script = Path(__file__).with_name("execute.py")  # by its path: as a module it would import torch first
-        command = [sys.executable, "-P", script, parameters.NOTEBOOKS / f"{study}.ipynb", executed, given]
-        log, own = build / f"{study}.log", os.environ | {"WORKBOOK_STUDY": study}
-        with log.open("wb") as file:
-            process = subprocess.Popen([*map(str, command)], stdout=file, stderr=subprocess.STDOUT, env=own)
-            memory = _watch(process, executed, report, stop)
+        process = _start(study, values, folder, stage, log, audit)
+        memory = _watch(process, executed, report, stop)
         cell, error = failure(executed, process.returncode, f"build/{build.name}/{log.name}")
         if others := [f.relative_to(stage).as_posix() for f in stage.rglob("*.*") if f.stem != study]:
             error = error or f"it wrote {', '.join(others)}: expected files of its own name"
@@ -134,6 +130,46 @@ def run_study(
         return _publish(Run(study, key, error, cell, **told, **took), executed, svg, stage, reports)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def assist(study: str, values: dict[str, Any], reports: Path, build: Path, stop: Callable[[], bool]) -> None:
+    """Run a study beside the run of it that counts, and share its work: what one measures, the other reads.
+
+    What it would publish is thrown away. It ends when it is through, or when ``stop()`` says so.
+    """
+    folder, stage, _ = _stage(study, reports, build)
+    try:
+        process = _start(study, values, folder, stage, folder / "assist.log", None)
+        while process.poll() is None and not stop():
+            time.sleep(0.5)
+        if process.poll() is None:
+            process.terminate()
+            process.wait()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _stage(study: str, reports: Path, build: Path) -> tuple[Path, Path, Path]:
+    """A folder of this run alone, its own report folder with the measurements that there are, and its notebook."""
+    build.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f"{study}.", suffix=".run", dir=build))
+    stage = folder / reports.name  # claims tell the preset by its name
+    table = reports / "results" / f"{study}.csv"
+    if table.is_file():
+        write_whole(stage / "results" / table.name, table.read_bytes())
+    return folder, stage, folder / f"{study}.ipynb"
+
+
+def _start(study: str, values: dict, folder: Path, stage: Path, log: Path, audit: float | None) -> subprocess.Popen:
+    where = stage.relative_to(PROJECT) if stage.is_relative_to(PROJECT) else stage
+    given = folder / "parameters.json"
+    write_whole(given, json.dumps(values | {"report_dir": where.as_posix()}))
+    script = Path(__file__).with_name("execute.py")  # by its path: as a module it would import torch first
+    notebook = parameters.NOTEBOOKS / f"{study}.ipynb"
+    command = [sys.executable, "-P", script, notebook, folder / notebook.name, given]
+    own = os.environ | {"WORKBOOK_STUDY": study, "WORKBOOK_AUDIT": "" if audit is None else str(audit)}
+    with log.open("wb") as file:
+        return subprocess.Popen([*map(str, command)], stdout=file, stderr=subprocess.STDOUT, env=own)
 
 
 def _watch(process: subprocess.Popen, executed: Path, report: Callable, stop: threading.Event | None) -> int:
