@@ -7,7 +7,6 @@ from pathlib import Path
 
 import nbformat
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from nbformat.v4 import new_code_cell, new_notebook
@@ -17,14 +16,11 @@ from lib.reproduce import preset_parameters, presets
 from lib.study import (
     NOTEBOOKS,
     PROJECT,
-    Criterion,
     ParameterError,
     Progress,
-    Study,
     check_parameters,
     declared,
     gain_at,
-    interval,
     open_study,
     provenance,
     studies,
@@ -221,13 +217,13 @@ def test_unknown_study_is_named():
 def test_names_that_papermill_injected_are_checked():
     cells = ["", "epochs: int = 6", "# Parameters\nepoch = 3\n"]
     with pytest.raises(ParameterError, match="parameter 'epoch' is unknown"):
-        open_study(NAME, "s", {"epoch": 3, "In": cells})
+        open_study(NAME, {"epoch": 3, "In": cells})
 
 
 def test_a_notebook_publishes_under_its_own_name_alone(monkeypatch):
     monkeypatch.setenv("WORKBOOK_STUDY", "90_copy")
     with pytest.raises(ParameterError, match=r"open_study\('01_lot.* in 90_copy.ipynb: expected '90_copy'"):
-        open_study(NAME, "s", {})
+        open_study(NAME, {})
 
 
 def test_copies_are_no_studies(notebook, tmp_path):
@@ -273,90 +269,12 @@ def test_read_only_report_folder_is_refused_before_anything_runs(tmp_path):
     blocker = tmp_path / "file"
     blocker.write_text("not a folder")  # root may write to any folder, so a mode would not stop it
     with pytest.raises(ParameterError, match=r"report_dir = .*cannot write"):
-        open_study(NAME, "s", {"report_dir": str(blocker / "reports")})
+        open_study(NAME, {"report_dir": str(blocker / "reports")})
 
 
 @pytest.fixture
 def opened(tmp_path):
-    return open_study(NAME, "Some system", {"report_dir": str(tmp_path / "paper"), "seeds": 3})
-
-
-def test_results_contract(opened, tmp_path):
-    opened.expect("1", "a > b", source="X 2021", published="+1", criterion=Criterion(">=", 0), unit="points")
-    opened.expect("2", "never measured", source="X 2021", published="", criterion=Criterion(">=", 0))
-    opened.settle("1", [1.0, 2.0, 3.0])
-    opened.save(pd.DataFrame({"seed": [0], "trial": [0], "accuracy_percent": [90.0]}))
-    columns = (
-        "study, system, claim, source, published, measured, low, high, n, "
-        "criterion, verdict, dataset, model, preset, commit"
-    )
-    ledger = pd.read_csv(tmp_path / "paper" / "claims" / f"{NAME}.csv")
-    assert ", ".join(ledger.columns) == columns
-    assert list(ledger["verdict"]) == ["reproduced", "inconclusive"]  # a claim without a measurement stays
-    assert list(ledger["preset"]) == ["paper", "paper"]
-    assert list(pd.read_csv(tmp_path / "paper" / "results" / f"{NAME}.csv").columns)[:2] == ["seed", "trial"]
-
-
-def test_the_answer_takes_its_numbers_from_the_claims(opened):
-    opened.expect("2 of a", "a > b", source="X 2021", published="+1", criterion=Criterion(">=", 0))
-    opened.settle("2 of a", [1.0, 2.0, 3.0])
-    page = opened.answer("a < b by {2 of a} points, c by {7}").data
-    numbers = "<strong>2.00 [1.00, 3.00]</strong> points, c by <strong>not measured</strong>"
-    assert page == f'<p class="answer">a &lt; b by {numbers}</p>'
-
-
-def test_ratios_are_averaged_as_logarithms(opened):
-    opened.expect("r", "ratio", source="paper", published="1", criterion=Criterion(">=", 0.4))
-    opened.settle("r", [0.5, 1.0, 2.0], geometric=True)
-    row = opened.ledger().iloc[-1]
-    assert row["measured"] == pytest.approx(1.0)
-    assert 0.5 <= row["low"] < 1 < row["high"] <= 2
-    assert row["verdict"] == "reproduced"
-
-
-def test_claims_are_stated_once_and_before_they_are_settled(opened):
-    opened.expect("1", "a", source="", published="", criterion=Criterion(">=", 0))
-    with pytest.raises(ParameterError, match="stated twice"):
-        opened.expect("1", "b", source="", published="", criterion=Criterion(">=", 0))
-    with pytest.raises(ParameterError, match="'2' was never stated: allowed are 1"):
-        opened.settle("2", [1.0])
-
-
-@pytest.mark.parametrize(
-    ("sign", "low", "high", "n", "verdict"),
-    [
-        (">=", 0.1, 0.5, 3, "reproduced"),
-        (">=", 0.0, 0.5, 3, "reproduced"),
-        (">=", -0.1, 0.5, 3, "inconclusive"),
-        (">=", -0.5, -0.1, 3, "not reproduced"),
-        ("<=", -0.5, -0.1, 3, "reproduced"),
-        ("<=", 0.1, 0.5, 9, "not reproduced"),
-        (">=", 0.1, 0.5, 2, "inconclusive"),
-        (">=", np.nan, np.nan, 3, "inconclusive"),
-    ],
-)
-def test_verdicts(sign, low, high, n, verdict):
-    assert Criterion(sign, 0.0, n=3).verdict(low, high, n) == verdict
-
-
-def test_rounding_decides_no_verdict():
-    assert interval([0.2, 0.2, 0.175])[2] > 0.2  # the mean of three times 0.2, in floating point
-    assert Criterion("<=", 0.2).verdict(*interval([0.2, 0.2, 0.175])[1:], 3) == "reproduced"
-    assert Criterion("<=", 0.2).verdict(*interval([0.2, 0.2, 0.225])[1:], 3) == "inconclusive"
-    assert Criterion("<=", 0.2).verdict(0.2 + 1e-9, 0.3, 3) == "not reproduced"
-
-
-def test_interval_covers_the_mean_about_as_often_as_it_says():
-    rng = np.random.default_rng(0)
-    hits = [low <= 0 <= high for _, low, high in (interval(rng.normal(size=30)) for _ in range(300))]
-    assert 0.88 < np.mean(hits) < 0.985
-
-
-def test_interval_of_few_values():
-    assert interval([2.0])[0] == 2
-    assert np.isnan(interval([2.0])[1])
-    assert interval([1.0, 1.0, 1.0]) == (1, 1, 1)
-    assert interval([1.0, 2.0, 4.0]) == interval([1.0, 2.0, 4.0])
+    return open_study(NAME, {"report_dir": str(tmp_path / "paper"), "seeds": 3})
 
 
 # --- the notebooks and presets as files -------------------------------------------------------------------------------
@@ -375,7 +293,9 @@ def test_notebook_is_clean(name):
     assert parameters["report_dir"].default == ""
     assert check_parameters(name, {}) == {p.name: p.default for p in parameters.values()}
     code = [c.source.splitlines() for c in notebook.cells if c.cell_type == "code" and "tags" not in c.metadata]
-    assert max(sum(not line.startswith(("import ", "from ")) for line in lines) for lines in code) <= 25
+    assert max(sum(not line.startswith(("import ", "from ")) for line in lines) for lines in code) <= 40
+    kinds = "".join(c.cell_type[0] for c in notebook.cells)
+    assert "ccccc" not in kinds  # a reader meets a sentence after four cells of code at most
     assert notebook.cells[0].source.startswith("# ")
     assert room.question(name).endswith("?")
 
@@ -447,22 +367,3 @@ def test_gain_is_read_at_the_first_crossing():
     for gains, accuracies in (([], []), ([1, 2], [1]), ([0, 1], [1, 1])):
         with pytest.raises(ParameterError, match="expected as many"):
             gain_at(gains, accuracies, 0)
-
-
-def test_a_claim_may_be_tested_on_its_own_network():
-    study = Study("s", "System", {"dataset": "fashion_mnist", "model": "vgg"}, {"commit": "c"})
-    criterion = Criterion(">=", 99.0)
-    study.expect("a", "x", source="p", published="1", criterion=criterion)
-    study.expect("b", "y", source="p", published="1", criterion=criterion, dataset="mnist", model="lenet5")
-    assert study.ledger()[["dataset", "model"]].to_numpy().tolist() == [["fashion_mnist", "vgg"], ["mnist", "lenet5"]]
-
-
-def test_a_claim_without_chance_is_settled_by_one_value(tmp_path):
-    """Sums of a table need no seeds; a measured claim with one value stays inconclusive."""
-    study = Study("01_test", "System", {}, {"commit": "c"})
-    study.expect("a", "sum", source="derived", published="1", criterion=Criterion("<=", 1.0, n=1))
-    study.expect("b", "measured", source="derived", published="1", criterion=Criterion("<=", 1.0))
-    study.settle("a", [0.5])
-    study.settle("b", [0.5])
-    assert [study.verdicts[c]["verdict"] for c in "ab"] == ["reproduced", "inconclusive"]
-    assert study.criteria()["criterion"].tolist() == ["<= 1, arithmetic", "<= 1, from 3 or more seeds"]

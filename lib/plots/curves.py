@@ -66,7 +66,7 @@ def curves(
             style = {"color": colour, "marker": marker, "ms": 5, "mfc": face, "lw": 1.5, "ls": dashes[kind]}
             style |= {"marker": ""} if len(means) > 40 else {}  # a line as it is computed, not measured
             ax.plot(at, means["mean"], label=called(line, name), **style)
-            if isinstance(interval, str):
+            if interval == "ci" or (interval == "range" and not by):
                 ax.fill_between(at, means["low"], means["high"], color=colour, alpha=0.15, lw=0)
             elif interval:
                 ax.errorbar(at, means["mean"], ends(means), color=colour, ls="", elinewidth=0.8)

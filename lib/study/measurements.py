@@ -95,7 +95,7 @@ class Store:
                         found[key] = self.find(key, code)  # another process may have made it meanwhile
                         if found[key] is None:
                             progress.part(f"{name}: {', '.join(f'{k} {v}' for k, v in point.items())}")
-                            found[key] = self._call(experiment, key, point, code)
+                            found[key] = self._keep(self._call(experiment, key, point, code))
                 except Timeout:
                     busy.append((key, point))
             if len(busy) == len(todo):
@@ -145,9 +145,11 @@ class Store:
         started = time.monotonic()
         rows = rows_of(experiment(**point), point, key[0])
         took = round(time.monotonic() - started, 3)
-        made = Measurement(key[0], rows, key[1], code, **self.stamps, seconds=took)
+        return Measurement(key[0], rows, key[1], code, **self.stamps, seconds=took)
+
+    def _keep(self, made: Measurement) -> Measurement:
         self.journal.write(json.dumps(asdict(made)))
-        self.written[key, code] = made
+        self.written[made.key, made.code] = made
         return made
 
     def _audit(self, experiment: Callable, points: dict[Key, Row], code: str) -> None:

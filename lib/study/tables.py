@@ -6,7 +6,6 @@ import re
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from math import nan
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,10 @@ from lib.files import write_whole
 Row = dict[str, Any]
 
 STAMPS = ("point", "code", "commit", "device", "torch", "seconds", "audited")
-"""Columns of a table that say where a row is from; ``check`` after them is a checksum of the whole row."""
+"""Columns of a table that say where a row is from."""
+
+LAST = ("nth", "check")
+"""Columns after them: which of how many rows of a measurement this is, and a checksum of the whole row."""
 
 READ = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|[-+]?inf(inity)?|nan|true|false", re.IGNORECASE)
 
@@ -95,7 +97,7 @@ def rows_of(returned: Any, arguments: Row, experiment: str) -> tuple[Row, ...]:
     rows = [returned] if isinstance(returned, dict) else returned
     if not isinstance(rows, Sequence) or not rows or not all(isinstance(row, dict) for row in rows):
         raise MeasurementError(f"{experiment} returned {returned!r:.60}: expected a row (a dict), or a list of rows")
-    if taken := {*arguments, *STAMPS, "experiment", "check"} & {name for row in rows for name in row}:
+    if taken := {*arguments, *STAMPS, *LAST, "experiment"} & {name for row in rows for name in row}:
         raise MeasurementError(
             f"{experiment} returned a column {min(taken)!r}, which is an argument's or a table's own"
         )
@@ -113,20 +115,28 @@ def read_table(path: Path) -> list[Measurement]:
     except (ValueError, csv.Error) as error:
         raise MeasurementError(f"{path.name} is no table of measurements: {error}") from None
     head = lines[0] if lines else []
-    if head[:1] != ["experiment"] or head[-len(STAMPS) - 1 :] != [*STAMPS, "check"] or len({*head}) < len(head):
+    own = slice(1, len(head) - len(STAMPS) - len(LAST))
+    if head[:1] != ["experiment"] or (*head[own.stop :],) != (*STAMPS, *LAST) or len({*head}) < len(head):
         raise MeasurementError(f"{path.name} is no table of measurements: its first line has other columns")
-    good = [line for line in lines[1:] if len(line) == len(head) and line[-1] == _check(head, line)]
-    aside = [line for line in lines[1:] if line not in good]
-    found: dict[tuple[str, str], Measurement] = {}
-    for own, rows in groupby(good, lambda line: (line[0], *line[-len(STAMPS) - 1 : -1])):
-        rows = [*rows]
-        named = [dict(zip(head[1 : -len(STAMPS) - 1], line[1:], strict=False)) for line in rows]
-        values = tuple({k: _value(v) for k, v in row.items() if v != ""} for row in named)
-        stamps = dict(zip(STAMPS, own[1:], strict=True))
-        m = Measurement(own[0], values, **stamps | {"seconds": float(stamps["seconds"] or nan)})
+    aside, found = [], {}
+    parts: dict[tuple[str, ...], dict[str, list[str]]] = {}
+    for line in lines[1:]:
+        if len(line) != len(head) or line[-1] != _check(head, line):
+            aside.append(line)
+            continue
+        rows = parts.setdefault((line[0], *line[own.stop : -len(LAST)]), {})
+        if rows.setdefault(line[-2], line) != line:
+            aside.append(line)
+    for stamps, rows in parts.items():
+        whole = {f"{i + 1}/{len(rows)}" for i in range(len(rows))} == {*rows}
+        values = [
+            {k: _value(v) for k, v in zip(head[own], line[own], strict=True) if v != ""} for line in rows.values()
+        ]
+        told = dict(zip(STAMPS, stamps[1:], strict=True))
+        m = Measurement(stamps[0], (*values,), **told | {"seconds": float(told["seconds"] or nan)})
         before = found.get(m.key)
-        if before is not None and before.code == m.code and repr(before.rows) != repr(m.rows):
-            aside += rows
+        if not whole or (before and before.code == m.code and repr(before.rows) != repr(m.rows)):
+            aside += rows.values()
         else:
             found[m.key] = m
     if aside:
@@ -134,8 +144,8 @@ def read_table(path: Path) -> list[Measurement]:
         csv.writer(text, lineterminator="\n").writerows([head, *aside])
         write_whole(path.parent / "damaged" / path.name, text.getvalue())
         warnings.warn(
-            f"{path.name}: {len(aside)} of {len(lines) - 1} rows are damaged, or differ from others of the same "
-            f"point and code, the first {','.join(aside[0])[:60]!r}: set aside in damaged/{path.name}",
+            f"{path.name}: {len(aside)} of {len(lines) - 1} rows are damaged, without their others, or differ from "
+            f"others of the same point and code: set aside in damaged/{path.name}, the first {','.join(aside[0])[:50]}",
             stacklevel=2,
         )
     return [*found.values()]
@@ -149,14 +159,14 @@ def write_table(path: Path, measurements: Iterable[Measurement]) -> None:
     """
     measurements = [*measurements]
     columns = dict.fromkeys(name for m in measurements for row in m.rows for name in row)
-    head = ["experiment", *columns, *STAMPS, "check"]
+    head = ["experiment", *columns, *STAMPS, *LAST]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(head)
     for m in measurements:
         stamps = [_text(getattr(m, name)) for name in STAMPS]
-        for row in m.rows:
-            line = [m.experiment, *(_text(row.get(name, "")) for name in columns), *stamps]
+        for i, row in enumerate(m.rows, 1):
+            line = [m.experiment, *(_text(row.get(name, "")) for name in columns), *stamps, f"{i}/{len(m.rows)}"]
             writer.writerow([*line, _check(head, line)])
     write_whole(path, text.getvalue())
 

@@ -1,0 +1,318 @@
+"""Measurements: made once, kept by what they depend on, shared, merged and audited; nothing is lost."""
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import types
+import warnings
+
+import pandas as pd
+import pytest
+
+from lib.study import MeasurementError
+from lib.study.measurements import Store, spread_of_networks
+from lib.study.tables import Measurement, merge, read_table, write_table
+
+CELL = """
+def helper(x):
+    return 2 * x
+def kept(seed, rate):
+    return {"kept": helper(seed) + rate * slope}
+"""
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("CACHE_ROOT", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def cell(monkeypatch):
+    """A notebook's cell that was run: ``cell()`` returns its function, and all calls from then on."""
+    import linecache
+
+    calls, call = [], Store._call
+
+    def counted(store, experiment, key, point, code):
+        calls.append((point["seed"], point.get("rate")))
+        return call(store, experiment, key, point, code)
+
+    monkeypatch.setattr(Store, "_call", counted)
+
+    def run(*replaced, slope=1.0):
+        source = CELL
+        for old, new in replaced:
+            source = source.replace(old, new)
+        name = f"<cell {abs(hash(source))}>"
+        linecache.cache[name] = len(source), None, source.splitlines(keepends=True), name
+        space = {"__name__": "__main__", "slope": slope}
+        exec(compile(source, name, "exec"), space)
+        calls.clear()
+        return types.SimpleNamespace(kept=space["kept"], calls=calls)
+
+    return run
+
+
+POINTS = [{"seed": s, "rate": r} for s in range(2) for r in (0.5, 2.0)]
+
+
+def test_a_seed_more_measures_only_its_rows(cell):
+    notebook = cell()
+    frame = Store("s").measure(notebook.kept, POINTS)
+    assert frame["kept"].tolist() == [0.5, 2.0, 2.5, 4.0]
+    assert [*frame] == ["seed", "rate", "kept"]
+    more = Store("s").measure(notebook.kept, [*POINTS, {"seed": 2, "rate": 2.0}])
+    assert notebook.calls == [(p["seed"], p["rate"]) for p in POINTS] + [(2, 2.0)]
+    assert more["kept"].tolist() == [0.5, 2.0, 2.5, 4.0, 6.0]
+
+
+def test_what_says_the_same_is_the_same_and_what_does_not_is_not(cell):
+    Store("s").measure(cell().kept, POINTS)
+    for same in (("def helper(x):", "def helper(x):  # twice"), ("(seed, rate)", "(seed, rate: float)")):
+        assert not measured_by(cell(same))
+    assert len(measured_by(cell(("2 * x", "x + x")))) == 4
+    assert len(measured_by(cell(slope=1.5))) == 4
+    assert not measured_by(cell(slope=1.5))
+
+
+def measured_by(notebook, **options):
+    Store("s", **options).measure(notebook.kept, POINTS)
+    return notebook.calls
+
+
+def test_a_run_that_fails_keeps_what_was_finished_and_goes_on(cell):
+    broken = cell(("    return {", "    seed == 1 and 1 / 0\n    return {"))
+    for calls in (3, 4):  # two are kept, and the third is tried again
+        with pytest.raises(ZeroDivisionError):
+            Store("s").measure(broken.kept, POINTS)
+        assert len(broken.calls) == calls
+
+
+def slow(seed):
+    time.sleep(0.1)
+    with open(os.environ["CALLS"], "a") as file:
+        file.write(f"{seed}\n")
+    return [{"part": i, "value": seed / 3 + i} for i in range(2)]
+
+
+def work(path, kill):
+    os.environ["CALLS"] = str(path)
+    if kill:
+        multiprocessing.get_context("fork")
+        signal.setitimer(signal.ITIMER_REAL, 0.35)
+        signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    Store("s").measure(slow, [{"seed": s} for s in range(12)])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_killed_anywhere_and_shared_by_processes(tmp_path):
+    """One process is killed at work; two go on together; each point was finished once, and the rows are whole."""
+    spawn = multiprocessing.get_context("fork")
+    path = tmp_path / "calls"
+    first = spawn.Process(target=work, args=(path, True))
+    first.start()
+    first.join(60)
+    assert first.exitcode == -signal.SIGKILL
+    others = [spawn.Process(target=work, args=(path, False)) for _ in range(2)]
+    for process in others:
+        process.start()
+    for process in others:
+        process.join(60)
+        assert process.exitcode == 0
+    made = sorted(map(int, path.read_text().split()))
+    assert sorted({*made}) == [*range(12)]
+    assert len(made) <= 13  # the one at which the first was killed may have been made twice
+    os.environ["CALLS"] = str(path)
+    frame = Store("s").measure(slow, [{"seed": s} for s in range(12)])
+    assert len(path.read_text().split()) == len(made)
+    assert frame["value"].tolist() == [s / 3 + i for s in range(12) for i in range(2)]
+
+
+def test_a_table_gives_back_what_it_was_given(tmp_path, cell):
+    store = Store("s", stamps={"commit": "abc", "device": "CPU", "torch": "2"})
+    odd = {"x": 1 / 3, "n": 7, "yes": True, "nothing": None, "word": 'two, or "three"'}
+    store.measure(lambda seed: [odd, {"x": -0.0}], [{"seed": 0}])
+    store.publish(path := tmp_path / "results" / "s.csv")
+    (m,) = read_table(path)
+    (used, _), *_ = store.used.values()
+    assert repr(m) == repr(used)
+    assert (
+        repr(m.rows[0])
+        == "{'seed': 0, 'x': 0.3333333333333333, 'n': 7, 'yes': True, 'nothing': nan, 'word': 'two, or \"three\"'}"
+    )
+    assert (m.commit, m.device, m.torch) == ("abc", "CPU", "2")
+    write_table(again := tmp_path / "again.csv", [m])
+    assert again.read_bytes() == path.read_bytes()
+    assert pd.read_csv(path)["x"].tolist() == [1 / 3, -0.0]
+
+
+def test_a_table_alone_is_enough_on_another_machine(tmp_path, cell, monkeypatch):
+    store = Store("s")
+    store.measure(cell().kept, POINTS)
+    store.publish(path := tmp_path / "s.csv")
+    monkeypatch.setenv("CACHE_ROOT", str(tmp_path / "another"))
+    assert not measured_by(cell(), table=path)
+
+
+def test_rows_of_earlier_code_count_where_they_may(tmp_path, cell, monkeypatch):
+    store = Store("s")
+    store.measure(cell().kept, POINTS)
+    store.publish(path := tmp_path / "s.csv")
+    changed = cell(("2 * x", "x + x"))
+    later = Store("s", path, earlier=True)
+    later.measure(changed.kept, POINTS[:3])
+    assert not changed.calls
+    assert later.evidence() == "3 measurements; 3 by earlier code ()."
+    later.publish(path)
+    assert len(read_table(path)) == 4  # nobody asked for the fourth
+    assert len(measured_by(changed, table=path)) == 4  # nor may they count where that is not said
+
+
+@pytest.mark.parametrize(
+    ("damage", "lost"),
+    [
+        (lambda text: text.replace("0.5,", "0.6,", 1), 1),
+        (lambda text: text.rsplit("\n", 2)[0] + "\n", 0),
+        (lambda text: text[:-20], 1),
+        (lambda text: text + "a,foreign,row\n", 1),
+        (lambda text: text + text.split("\n")[1] + "\n", 0),
+    ],
+)
+def test_what_is_damaged_is_set_aside_and_the_rest_stays(tmp_path, cell, damage, lost):
+    store = Store("s")
+    store.measure(cell().kept, POINTS)
+    store.publish(path := tmp_path / "s.csv")
+    path.write_text(damage(text := path.read_text()))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        left = read_table(path)
+    assert {m.rows for m in map(frozen, left)} <= {m.rows for m in map(frozen, store_of(text, tmp_path))}
+    assert len(said) == lost
+    aside = tmp_path / "damaged" / "s.csv"
+    assert aside.is_file() == bool(lost)
+    assert not lost or "set aside in damaged/s.csv" in str(said[0].message)
+
+
+def frozen(m):
+    return types.SimpleNamespace(rows=tuple(tuple(sorted(row.items())) for row in m.rows))
+
+
+def store_of(text, folder):
+    (folder / "whole.csv").write_text(text)
+    return read_table(folder / "whole.csv")
+
+
+def test_a_point_that_two_rows_contradict_is_named(tmp_path):
+    one, other = (Measurement("kept", ({"seed": 0, "kept": k},), "p", "c") for k in (0.5, 0.7))
+    write_table(path := tmp_path / "s.csv", [one, other])
+    with pytest.warns(UserWarning, match="1 of 2 rows are damaged, without their others, or differ from others"):
+        assert [m.rows for m in read_table(path)] == [one.rows]
+
+
+def test_a_measurement_without_one_of_its_rows_does_not_count(tmp_path):
+    """An interval over 29 chips of 30 would pass for one over all."""
+    whole = Measurement("trials", tuple({"chip": i, "acc": i / 7} for i in range(30)), "p", "c")
+    write_table(path := tmp_path / "s.csv", [whole, Measurement("trials", ({"chip": 0, "acc": 0.5},), "q", "c")])
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:9] + lines[10:]))
+    with pytest.warns(UserWarning, match="29 of 30 rows are damaged, without their others"):
+        assert [m.point for m in read_table(path)] == ["q"]
+
+
+@pytest.mark.parametrize("text", ["", "seed,kept\n0,1\n", "experiment,seed\n", "\x00\x01"])
+def test_what_is_no_table_is_refused(tmp_path, text):
+    (path := tmp_path / "s.csv").write_text(text)
+    with pytest.raises(MeasurementError, match=r"s.csv is no table of measurements"):
+        read_table(path)
+
+
+def test_tables_of_two_machines_are_added(tmp_path):
+    mine, theirs = tmp_path / "mine.csv", tmp_path / "theirs.csv"
+    rows = [Measurement("kept", ({"seed": s, "kept": s / 2},), f"p{s}", "c") for s in range(4)]
+    old = Measurement("kept", ({"seed": 1, "kept": 0.4},), "p1", "")
+    false = Measurement("kept", ({"seed": 2, "kept": 0.9},), "p2", "c")
+    write_table(mine, [rows[0], old, rows[2]])
+    write_table(theirs, [rows[1], false, rows[3]])
+    with pytest.warns(UserWarning, match="differs in .*theirs.csv; left as it was"):
+        assert merge(mine, theirs) == (1, 1)
+    assert {m.point: m.rows[0]["kept"] for m in read_table(mine)} == {"p0": 0, "p1": 0.5, "p2": 1.0, "p3": 1.5}
+    assert merge(tmp_path / "new.csv", mine) == (4, 0)
+
+
+@pytest.mark.parametrize(
+    ("function", "points", "said"),
+    [
+        (lambda rates: {"a": 1}, [{"rates": [0.1]}], r"an argument of <lambda>, rates = \[0.1\]: expected a number"),
+        (lambda seed: {"a": [1]}, [{"seed": 0}], r"a row of <lambda>, a = \[1\]: expected a number"),
+        (lambda seed: {"a": "8"}, [{"seed": 0}], "as text it would not be told from another value"),
+        (lambda seed: {"a": " b"}, [{"seed": 0}], "as text it would not be told from another value"),
+        (lambda seed: {"seed": 1}, [{"seed": 0}], "a column 'seed', which is an argument's"),
+        (lambda seed: {"code": 1}, [{"seed": 0}], "a column 'code', which is an argument's or a table's own"),
+        (lambda seed: [], [{"seed": 0}], "returned .*: expected a row"),
+        (lambda seed: 0.5, [{"seed": 0}], "returned 0.5: expected a row"),
+        (lambda seed: {"a": 1}, [{"seed": 0}, {"seed": 0}], "is asked for .* twice"),
+    ],
+)
+def test_what_a_table_cannot_hold_is_refused(function, points, said):
+    with pytest.raises(MeasurementError, match=said):
+        Store("s").measure(function, points)
+
+
+def published(tmp_path, notebook, **stamps):
+    store = Store("s", stamps=stamps)
+    store.measure(notebook.kept, POINTS)
+    store.publish(path := tmp_path / "s.csv")
+    return path
+
+
+def test_an_audit_that_agrees_stamps_its_rows(tmp_path, cell):
+    path = published(tmp_path, cell(), commit="old")
+    changed = cell(("2 * x", "x + x"))
+    audit = Store("s", path, {"commit": "new"}, earlier=True, audit=0.3)
+    audit.measure(changed.kept, POINTS)
+    assert len(changed.calls) == 2  # 0.3 of four, rounded up
+    assert [(a["points"], a["again"], a["differ"]) for a in audit.audits] == [(4, 2, 0)]
+    audit.publish(path)
+    assert {m.audited for m in read_table(path)} == {"2 of 4 at new"}
+    assert {m.commit for m in read_table(path)} == {"old"}
+    assert not measured_by(cell(("2 * x", "x + x")), table=path)  # they are of today's code from now on
+
+
+def test_an_audit_that_finds_a_difference_says_where_and_stamps_nothing(tmp_path, cell):
+    path = published(tmp_path, cell())
+    changed = cell(("2 * x", "2 * x + 0.001 * x"))
+    audit = Store("s", path, earlier=True, audit=1.0)
+    frame = audit.measure(changed.kept, POINTS)
+    assert frame["kept"].tolist() == [0.5, 2.0, 2.5, 4.0]  # the ledger stays what it was
+    (row,) = audit.audits
+    assert (row["again"], row["differ"]) == (4, 2)
+    assert row["first"] == "{'seed': 1, 'rate': 0.5}: kept = 2.501, was 2.5"
+    audit.publish(path)
+    assert not any(m.audited for m in read_table(path))
+
+
+def test_on_another_machine_an_audit_allows_what_networks_differ_by(tmp_path, cell):
+    """Seeds 0 and 1 are 2 apart: a standard deviation of 1.41, twice of which is allowed."""
+    path = published(tmp_path, cell(), device="a CPU")
+    for off, differ in ((1.0, 0), (3.0, 4)):
+        audit = Store("s", path, {"device": "a GPU"}, earlier=True, audit=1.0)
+        audit.measure(cell(("2 * x", f"2 * x + {off}")).kept, POINTS)
+        assert audit.audits[0]["differ"] == differ
+
+
+def test_the_spread_of_networks_is_that_between_seeds_alone():
+    rows = [
+        Measurement("e", ({"seed": s, "rate": r, "acc": 100 * r + s},), f"{s}{r}", "") for s in (0, 1) for r in (1, 2)
+    ]
+    assert spread_of_networks(rows, ["seed", "rate"], times=1.0) == pytest.approx({"acc": 0.5**0.5})
+    assert spread_of_networks(rows, ["rate"]) == {}
+
+
+def test_the_journal_is_text_that_anything_reads(tmp_path, cell):
+    store = Store("s")
+    store.measure(cell().kept, POINTS[:1])
+    (line,) = store.journal.path.read_text().splitlines()
+    assert json.loads(line.rpartition(",")[0])["rows"] == [{"seed": 0, "rate": 0.5, "kept": 0.5}]
