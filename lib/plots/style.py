@@ -15,7 +15,7 @@ from IPython.display import HTML
 from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
 
-from lib.study import Shown, measured
+from lib.study import NETWORKS, Shown, measured
 
 # Told apart with every kind of colour vision (Wong, Nature Methods 2011, as seaborn has it); then darker, for the many.
 _SAFE = [
@@ -173,16 +173,20 @@ def ledger_table(ledger: pd.DataFrame) -> HTML:
         of = "; ".join(filter(None, [said["paper"], said["source"], said["setting"]]))
         judged = f"Criterion ({said['kind']}, fixed {said['fixed']}): {said['criterion']}"
         judged += f"<br>Condition: {said['condition']}" if said["condition"] else ""
-        more = f"<details><summary>criterion</summary>{judged}<br>{of}</details>"
-        cells = [said["claim"] + more, said["published"], measured(row), "" if row["n"] == 1 else said["n"]]
+        look = "display:inline-block;vertical-align:top;color:#777;margin-left:.6em"
+        more = f'<details style="{look}"><summary>criterion</summary>{judged}<br>{of}</details>'
+        few = f"{row['n']} of {NETWORKS}" if row["n"] < NETWORKS else said["n"]
+        cells = [said["claim"] + more, said["published"], measured(row), "" if row["kind"] == "arithmetic" else few]
         rows += f'<tr id="claim-{i}">' + "".join(f'<td style="{left}">{cell}</td>' for cell in cells)
         look = f"{left};font-weight:600;color:{VERDICT_COLOURS[row['verdict']]}"
         rows += f'<td class="{row["verdict"].replace(" ", "-")}" style="{look}">{said["verdict"]}</td></tr>'
     return HTML(f"<table>{rows}</table>")
 
 
-def table(frame: pd.DataFrame, **styles: Callable[[Any], str]) -> HTML:
+def table(frame: pd.DataFrame, *, fold: str = "", **styles: Callable[[Any], str]) -> HTML:
     """A data frame as a page shows it: no index, left-aligned, nothing cut off; ``styles`` give CSS by column.
+
+    More than 20 rows, or any with ``fold`` as a heading, are folded away.
 
     >>> import pandas as pd
     >>> from lib.plots import table
@@ -194,7 +198,9 @@ def table(frame: pd.DataFrame, **styles: Callable[[Any], str]) -> HTML:
     styled = Styler(frame, uuid=uuid, cell_ids=False).hide(axis="index").format(na_rep="–", precision=2)
     for column, css in styles.items():
         styled = styled.map(css, subset=column)
-    return HTML(styled.set_table_styles([{"selector": "th, td", "props": "text-align:left"}]).to_html())
+    page = styled.set_table_styles([{"selector": "th, td", "props": "text-align:left"}]).to_html()
+    heading = fold or (f"{len(frame)} rows" if len(frame) > 20 else "")
+    return HTML(f"<details><summary>{heading}</summary>{page}</details>" if heading else page)
 
 
 house_style()

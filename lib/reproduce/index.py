@@ -35,9 +35,8 @@ def write_index(reports: Path, states: dict[str, str]) -> None:
     (['claims.csv', 'index.html'], True)
     """
     found = [pd.read_csv(path, keep_default_na=False) for path in sorted((reports / "claims").glob("*.csv"))]
-    found = [claims for claims in found if len(claims)]
+    found = [claims for claims in found if len(claims) and (*claims,) == CLAIM_COLUMNS]  # not an older version's
     ledger = pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=[*CLAIM_COLUMNS])
-    ledger = ledger.reindex(columns=[*CLAIM_COLUMNS])
     for column in ("measured", "low", "high", "n"):
         ledger[column] = pd.to_numeric(ledger[column])
     write_whole(reports / "claims.csv", ledger.to_csv(index=False))

@@ -55,7 +55,7 @@ def render(executed: Path, *, run: dict[str, Any] | None = None, ledger: pd.Data
     exporter = HTMLExporter(template_name="report", extra_template_basedirs=[str(TEMPLATES)], **options)
     parts = (nbformat.from_dict({**notebook, "cells": part}) for part in (cells[:first], cells[first:]))
     head, body = (exporter.from_notebook_node(part)[0] for part in parts)
-    counts = Counter(ledger["verdict"]) if ledger is not None else {}
+    counts = Counter(ledger["verdict"][ledger["kind"] != "ours"]) if ledger is not None else {}
     return template("report.html.j2").render(
         study=executed.stem,
         head=head,
