@@ -1,7 +1,7 @@
 VENV   ?= .venv
 PYTHON ?= python3
 PRESET ?= quick
-JOBS   ?= 0
+JOBS   ?=
 RUN     = $(VENV)/bin/python -m
 # Without the last option, a test that kills its process is given to a new one, for ever.
 TEST    = $(RUN) pytest -n 2 --dist loadfile --max-worker-restart 0
@@ -10,8 +10,8 @@ NUMERIC = $(addprefix tests/test_,$(addsuffix .py,strides every_recipe training 
 
 .PHONY: reports test test-avx2 lab benchmarks clean
 
-reports: $(VENV)/ready  ## run every study at PRESET in JOBS processes (0: as many as fit), and render reports/PRESET/index.html
-	$(RUN) lib.reproduce --preset $(PRESET) --jobs $(JOBS)
+reports: $(VENV)/ready  ## run every study at PRESET in JOBS processes (else as many as fit), and render reports/PRESET/index.html
+	$(RUN) lib.reproduce --preset $(PRESET) $(if $(JOBS),--jobs $(JOBS))
 
 test: $(VENV)/ready  ## lint, unit tests, every notebook at the smoke preset, one report from end to end
 	$(RUN) ruff check .

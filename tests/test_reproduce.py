@@ -39,11 +39,11 @@ def test_everything_that_the_contract_names_is_there(smoke):
     ledger = pd.read_csv(smoke / "claims.csv")
     assert tuple(ledger.columns) == study.CLAIM_COLUMNS
     assert set(ledger["preset"]) == {"smoke"}
-    chance = ~ledger["criterion"].str.endswith("arithmetic")
+    chance = ledger["kind"] != "arithmetic"
     assert set(ledger.loc[chance, "verdict"]) == {"inconclusive"}  # one seed is no evidence
     assert ledger.loc[ledger["study"] == NAME, "measured"].notna().all()
     results = pd.read_csv(smoke / "results" / f"{NAME}.csv")
-    assert {"seed", "trial", "quantity", "value"} <= set(results.columns)
+    assert {"experiment", "seed", "quantity", "value", "point", "code", "device", "check"} <= set(results.columns)
 
 
 def test_a_record_says_what_a_run_took(smoke):
@@ -96,7 +96,7 @@ report_dir: str = ""  # where; any text"""
 def write_study(folder, name, source, saved=None, text=""):
     parameters = new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]})
     save = (
-        "from pathlib import Path\nplace = Path(report_dir) / 'results'\nplace.mkdir(parents=True)\n"
+        "from pathlib import Path\nplace = Path(report_dir) / 'results'\nplace.mkdir(parents=True, exist_ok=True)\n"
         f"(place / '{saved or name}.csv').write_text(str(n))"
     )
     cells = [new_markdown_cell(f"# {name}\n\n{text}"), parameters, new_code_cell(source), new_code_cell(save)]

@@ -41,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
         dest="changed",
         help="a parameter over the preset's, for every study that has it; reports go to reports/custom",
     )
-    parser.add_argument("--jobs", type=int, default=0, help="processes (default: as many as cores and memory allow)")
+    parser.add_argument("--jobs", type=int, help="processes (default: as many as cores and memory allow)")
     parser.add_argument("--force", action="store_true", help="run studies again that are up to date")
     parser.add_argument("--reports", type=Path, metavar="DIR", help="write reports here, not to reports/PRESET")
     parser.add_argument(
@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _answer(options: argparse.Namespace) -> int:
-    if options.jobs < 0:
+    if options.jobs is not None and options.jobs < 1:
         raise ParameterError(f"--jobs {options.jobs}: allowed are whole numbers from 1")
     if options.audit is not None and not 0 < options.audit <= 1:
         raise ParameterError(f"--audit {options.audit}: allowed are shares above 0, up to 1")

@@ -26,12 +26,14 @@ FORMULA = re.compile(
 )
 
 
-def render(executed: Path, *, run: dict[str, Any] | None = None, ledger: pd.DataFrame | None = None) -> str:
+def render(
+    executed: Path, *, run: dict[str, Any] | None = None, ledger: pd.DataFrame | None = None, source: str = ""
+) -> str:
     """A self-contained HTML page of an executed notebook: answer and verdicts on top, provenance at the foot.
 
     Args:
         run: the record of the run, for the foot of the page.
-        ledger: the study's claims, for the verdicts on top.
+        ledger: the study's claims, for the verdicts on top. source: where the notebook lies from the page, if it does.
 
     >>> from lib.reproduce import render
     >>> from lib.study import NOTEBOOKS
@@ -64,6 +66,7 @@ def render(executed: Path, *, run: dict[str, Any] | None = None, ledger: pd.Data
         contents=re.findall(r'<h2 id="([^"]+)">(.*?)<a class="anchor-link"', body),
         verdicts=[(v, counts[v]) for v in VERDICTS if counts.get(v)],
         run=run,
+        source=source,
         colours=_code_colours(),
         **outline(executed),
     )

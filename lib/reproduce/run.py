@@ -240,7 +240,9 @@ def _publish(run: Run, executed: Path, svg: str, stage: Path, reports: Path) -> 
         if svg:
             write_whole(reports / "figures" / f"{run.study}.svg", svg)
     try:
-        page = render(executed, run=asdict(run), ledger=ledger)
+        notebook = parameters.NOTEBOOKS / f"{run.study}.ipynb"
+        source = os.path.relpath(notebook, reports) if reports.is_relative_to(PROJECT) else ""
+        page = render(executed, run=asdict(run), ledger=ledger, source=source)
     except Exception as error:  # a page can be laid out again, a run may have taken hours
         said = f"its page could not be laid out, its results are kept: {type(error).__name__}: {error}".splitlines()[0]
         run = replace(run, error=run.error or said)
