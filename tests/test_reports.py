@@ -159,7 +159,7 @@ def test_every_claim_has_a_mark_that_leads_to_its_row(smoke, page):
     places = page.locator(".forest .mark").evaluate_all(
         "all => all.map(e => e.getBoundingClientRect()).map(r => [r.left, r.right])"
     )
-    assert all(0 <= left and right <= 390 for left, right in places)
+    assert all(left >= 0 and right <= 390 for left, right in places)
 
 
 def test_a_claim_leads_to_its_row(smoke, page):
