@@ -316,3 +316,11 @@ def test_the_journal_is_text_that_anything_reads(tmp_path, cell):
     store.measure(cell().kept, POINTS[:1])
     (line,) = store.journal.path.read_text().splitlines()
     assert json.loads(line.rpartition(",")[0])["rows"] == [{"seed": 0, "rate": 0.5, "kept": 0.5}]
+
+
+def test_a_closed_store_measures_nothing(cell):
+    notebook = cell()
+    with pytest.raises(MeasurementError, match="4 of 4 points of kept were never measured: first {'seed': 0"):
+        Store("s", closed=True).measure(notebook.kept, POINTS)
+    Store("s").measure(notebook.kept, POINTS)
+    assert len(Store("s", closed=True).measure(notebook.kept, POINTS)) == 4

@@ -1,6 +1,7 @@
 """The command line of the batch."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -52,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SHARE",
         help="measure this share of each experiment again (default: 0.05), the quickest first, and compare",
     )
+    parser.add_argument("--render", action="store_true", help="make pages from measurements alone, and measure nothing")
     parser.add_argument("--merge", type=Path, metavar="DIR", help="add the measurements of another report folder")
     parser.add_argument("--list", action="store_true", help="say how every study stands, and run none")
     parser.add_argument("--dry-run", action="store_true", help="say what would run and for how long, and run none")
@@ -81,12 +83,14 @@ def _answer(options: argparse.Namespace) -> int:
         for study, (added, replaced) in merged(options.preset, options.merge, place).items():
             sys.stdout.write(f"{study}: {added} measurements added, {replaced} replaced\n")
         return 0
+    if options.render:
+        os.environ["WORKBOOK_CLOSED"] = "1"  # for the kernels of this batch
     errors = reproduce(
         options.preset,
         only=options.studies,
         changed=changed,
         jobs=options.jobs or _processes(),
-        force=options.force,
+        force=options.force or options.render,
         reports=reports,
         audit=options.audit,
     )

@@ -35,6 +35,7 @@ class Store:
         data_sets: names of data sets among the study's parameters: what is in their folders counts.
         earlier: whether the table's measurements that other code made are used, and kept where nobody asks for them.
         audit: the share of these to measure again; None: no audit.
+        closed: whether a point that was never measured is an error.
 
     >>> from lib.study.measurements import Store
     >>> def kept(seed, rate):
@@ -50,6 +51,7 @@ class Store:
     data_sets: Sequence[str] = ()
     earlier: bool = False
     audit: float | None = None
+    closed: bool = False
 
     def __post_init__(self) -> None:
         self.folder = cache_folder("measurements", self.study)
@@ -72,7 +74,7 @@ class Store:
                 text. points: its arguments, as keywords: plain values.
 
         Raises:
-            MeasurementError: a value that is not plain, or a point twice.
+            MeasurementError: a value that is not plain, a point twice, or one that was never measured where none may be.
             KeysError: a variable of which nobody can tell when it is the same.
         """
         name = experiment.__name__
@@ -86,6 +88,10 @@ class Store:
             self._audit(experiment, dict(zip(keys, points, strict=True)), code)
         found = {key: self.find(key, code) for key in keys}
         todo = [(key, point) for key, point in zip(keys, points, strict=True) if found[key] is None]
+        if todo and self.closed:
+            raise MeasurementError(
+                f"{len(todo)} of {len(keys)} points of {name} were never measured: first {todo[0][1]}"
+            )
         progress = Progress(len(todo)) if todo else None
         while todo:
             busy = []

@@ -311,6 +311,7 @@ def _store(study: Study) -> Store:
         data_sets=sorted({n for value in named for n in ([value] if isinstance(value, str) else value) if n}),
         earlier=study.parameters.get("earlier_code", False),
         audit=float(share) if share else None,
+        closed=bool(os.environ.get("WORKBOOK_CLOSED")),
     )
 
 

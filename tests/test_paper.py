@@ -1,0 +1,57 @@
+"""The committed reports follow from the committed measurements: on any machine, without data or training."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+
+from lib.study import PROJECT, studies
+
+PAPER = PROJECT / "reports" / "paper"
+
+
+@pytest.fixture(scope="module")
+def rendered(tmp_path_factory):
+    """The paper preset, rendered from its rows alone, where there is neither a cache nor another data set."""
+    folder = tmp_path_factory.mktemp("paper")
+    shutil.copytree(PAPER / "results", folder / "paper" / "results")
+    env = os.environ | {"CACHE_ROOT": str(folder / "cache"), "DATA_ROOT": str(folder / "none")}
+    words = ["--preset", "paper", "--render", "--reports", str(folder / "paper")]
+    done = subprocess.run(
+        [sys.executable, "-m", "lib.reproduce", *words],
+        cwd=PROJECT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=1500,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert not [*(folder / "cache").rglob("*.pt")]
+    return folder / "paper"
+
+
+def test_the_ledger_is_the_committed_one(rendered):
+    """But for the commit; rounding of another numpy or scipy decides no verdict."""
+    columns = ["measured", "low", "high"]
+    committed, mine = (pd.read_csv(folder / "claims.csv", keep_default_na=False) for folder in (PAPER, rendered))
+    assert mine.drop(columns=[*columns, "commit"]).equals(committed.drop(columns=[*columns, "commit"]))
+    for column in columns:
+        ours, theirs = (pd.to_numeric(frame[column]).to_numpy() for frame in (mine, committed))
+        assert ours == pytest.approx(theirs, rel=1e-6, abs=1e-9, nan_ok=True)
+
+
+def test_the_tables_are_the_committed_ones(rendered):
+    for table in sorted((PAPER / "results").glob("*.csv")):
+        mine, committed = ((folder / "results" / table.name).read_text().splitlines() for folder in (rendered, PAPER))
+        assert sorted(mine) == sorted(committed), table.name
+
+
+def test_every_report_is_there_and_says_what_it_rests_on(rendered):
+    for study in studies():
+        for folder in (rendered, PAPER):
+            page = (folder / f"{study}.html").read_text("utf-8")
+            assert " measurements" in page
+            assert len(page) < 2_000_000
