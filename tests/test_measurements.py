@@ -320,7 +320,7 @@ def test_the_journal_is_text_that_anything_reads(tmp_path, cell):
 
 def test_a_closed_store_measures_nothing(cell):
     notebook = cell()
-    with pytest.raises(MeasurementError, match="4 of 4 points of kept were never measured: first {'seed': 0"):
+    with pytest.raises(MeasurementError, match=r"4 of 4 points of kept were never measured: first \{'seed': 0"):
         Store("s", closed=True).measure(notebook.kept, POINTS)
     Store("s").measure(notebook.kept, POINTS)
     assert len(Store("s", closed=True).measure(notebook.kept, POINTS)) == 4

@@ -74,7 +74,7 @@ class Store:
                 text. points: its arguments, as keywords: plain values.
 
         Raises:
-            MeasurementError: a value that is not plain, a point twice, or one that was never measured where none may be.
+            MeasurementError: a value that is not plain, a point twice, or, where the store is closed, a new one.
             KeysError: a variable of which nobody can tell when it is the same.
         """
         name = experiment.__name__
