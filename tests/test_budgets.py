@@ -1,6 +1,7 @@
 """Budgets: totals are kept, the search lowers the loss, and bad questions are named."""
 
 from copy import deepcopy
+from itertools import product
 
 import pytest
 import torch
@@ -59,6 +60,20 @@ def test_moves_keep_the_total():
             assert moved[layer] == min(factor * start[layer], 68)
             assert sum(moved.values()) == pytest.approx(70, abs=1)
     assert _moved(start, "c", 4.0, sizes)["c"] == 50
+
+
+def test_what_full_layers_cannot_take_the_others_get():
+    """LeNet-5 at 4x has convolutions that are nearly full: no move changes how many weights are kept in all."""
+    sizes = {"conv1": 500, "conv2": 25_000, "fc1": 400_000, "fc2": 5000}
+    start = {"conv1": 500.0, "conv2": 20_000.0, "fc1": 82_125.0, "fc2": 5000.0}
+    for layer, factor in product(sizes, (1e-6, 0.25, 0.5, 2.0, 100.0)):
+        moved = _moved(start, layer, factor, sizes)
+        assert sum(moved.values()) == pytest.approx(sum(start.values()), abs=1e-6)
+        assert all(1 <= k <= sizes[n] for n, k in moved.items())
+        assert [*moved] == [*sizes]
+    few = {"a": 1.0, "b": 1.5, "c": 900.0}
+    assert _moved(few, "c", 1.1, dict.fromkeys(few, 1000)) == pytest.approx({"a": 1.0, "b": 1.0, "c": 900.5})
+    assert _moved({"a": 50.0}, "a", 2.0, {"a": 100}) == {"a": 50.0}
 
 
 def test_rate_for_an_accuracy(trained, images):

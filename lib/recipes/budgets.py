@@ -156,10 +156,27 @@ class _Trials:
 
 def _moved(kept: Kept, layer: str, factor: float, sizes: Mapping[str, int]) -> Kept:
     """Budgets with ``factor`` times as many weights in one layer and equally many in all."""
-    total = sum(kept.values())
-    own = min(factor * kept[layer], sizes[layer], total - len(kept) + 1)  # a weight at least is left for the others
-    scale = (total - own) / (total - kept[layer]) if len(kept) > 1 else 1.0
-    return {n: own if n == layer else min(max(1.0, scale * k), sizes[n]) for n, k in kept.items()}
+    total, others = sum(kept.values()), {n: k for n, k in kept.items() if n != layer}
+    own = min(max(1.0, factor * kept[layer]), sizes[layer])
+    least, most = total - sum(sizes[n] for n in others), total - len(others)  # the others all full; one weight each
+    own = min(max(own, least), most)
+    moved = _shared(total - own, others, sizes) | {layer: own}
+    return {n: moved[n] for n in kept}  # in the layers' order, which trials are known by
+
+
+def _shared(total: float, by: Kept, sizes: Mapping[str, int]) -> Kept:
+    """``total`` in proportion to ``by``, from one to a layer's size: what a full layer cannot take, the others get."""
+    open_, found = dict(by), {}
+    while open_:
+        scale = (total - sum(found.values())) / sum(open_.values())
+        over = {n: float(sizes[n]) for n, k in open_.items() if scale * k > sizes[n]}
+        under = {n: 1.0 for n, k in open_.items() if scale * k < 1}
+        surplus = sum(scale * open_[n] - size for n, size in over.items())
+        missing = sum(1 - scale * open_[n] for n in under)
+        bound = over if surplus >= missing else under  # the other kind may be none, once these have moved the scale
+        found |= bound or {n: scale * k for n, k in open_.items()}
+        open_ = {n: k for n, k in open_.items() if n not in found}
+    return {n: found[n] for n in by}
 
 
 def _loss(model: nn.Module, data: Data) -> float:
