@@ -12,6 +12,7 @@ from lib.study import (
     Study,
     at_least,
     at_most,
+    common_error,
     interval,
     near,
     open_study,
@@ -176,6 +177,16 @@ def test_an_interval_counts_what_all_values_have_in_common():
         alone.append(interval(values)[1] <= 0 <= interval(values)[2])
     assert np.mean(alone) < 0.7
     assert np.mean(hits) > 0.94
+
+
+def test_what_trials_in_common_leave_is_not_averaged_over_networks():
+    random = np.random.default_rng(1)
+    chips, own = random.normal(size=50), random.normal(size=(200, 50))
+    alike = np.tile(chips, (200, 1))
+    error = common_error(np.mean, alike)
+    assert error == pytest.approx(chips.std(ddof=1) / 50**0.5, rel=0.1)
+    assert common_error(np.mean, own) < error / 5
+    assert common_error(lambda one, other: (one - other).mean(), alike + own, alike) < error / 5  # on the same chips
 
 
 def test_interval_of_few_values():

@@ -573,6 +573,23 @@ def test_tolerated_rate_agrees_with_a_fine_grid(trained, images):
     assert 5 * found.trials <= len(rates) * 8
 
 
+def test_a_tolerated_rate_is_right_on_average_over_sets_of_chips_but_one_set_is_not():
+    random = torch.Generator().manual_seed(0)
+    classes = torch.randn(6, 24, generator=random)
+    y = torch.arange(120) % 6
+    net = nn.Sequential(nn.Flatten(), nn.Linear(24, 6, bias=False))
+    net[1].weight.data = classes
+    split = data.Split((classes[y] + torch.randn(120, 24, generator=random)).reshape(-1, 1, 4, 6), y)
+
+    def log_rate(chips):
+        return np.log(tolerated_rate(net, "two_column", 5, chips, split, lowest=1e-3, batch_size=120).rate)
+
+    sets = [log_rate(range(first, first + 20)) for first in range(0, 200, 20)]
+    deviation = np.array(sets) - log_rate(200)
+    assert abs(deviation.mean()) < 0.08
+    assert deviation.std() > 0.1
+
+
 def test_numbers_of_any_kind(trained, images):
     found = sweep(trained, "offset", np.array([0, 1]), np.int64(2), images.test)
     assert found.equals(sweep(trained, "offset", [0.0, 1.0], [np.int32(0), 1], images.test))

@@ -57,6 +57,11 @@ def tolerated_rate(
     ``log2(log(highest / lowest) / (2 precision))`` rates have to be measured. Between the two that are left the drop is
     interpolated; the interval is a bootstrap over chips, all rates of a chip together, and not a number for one chip.
 
+    Over many sets of chips the rate is right on average, to one or two per cent of its logarithm; one set of 20 or 30
+    chips is not: on 784-32-10 neurons, against 1,500 chips, its logarithm had a standard deviation of 0.15 to 0.3, and
+    the interval held the true rate in 86 to 91 % of sets. Networks that meet the same chips are off together, so
+    compare them by the ratio of their rates, and never take their agreement for precision.
+
     Args:
         drop: points of accuracy. reference: accuracy in [0, 1]; by default that of the healthy mapped model.
         precision: half the width of the last bracket, as a share of the rate.

@@ -21,6 +21,7 @@ def bars(
     panel: str = "",
     stacked: bool = False,
     horizontal: bool = False,
+    dots: bool = False,
     interval: Interval = "range",
     geometric: bool = False,
     text: str = "",
@@ -32,6 +33,7 @@ def bars(
     Args:
         rows, panel, look: as in `curves`. interval, geometric: as `lib.plots.rows.summary` has them.
         stacked: bars of a group stand on one another and have no ends.
+        dots: a point for each bar, as a logarithmic axis asks for: it has no zero that a bar could begin at.
         text: written at the end of a bar: a format of its mean, as ``{:.2g}x``, or a column.
         marks: published values, columns ``by``, ``value``, ``colour`` and perhaps ``panel``, as crosses; not for
             horizontal bars.
@@ -45,6 +47,9 @@ def bars(
     >>> ax = bars(gains, "gain", "network", interval="range", geometric=True, text="{:.2g}x", yscale="log").axes[0]
     >>> [round(float(bar.get_height()), 3) for bar in ax.patches], [times.get_text() for times in ax.texts]
     ([20.0, 0.9], ['20x', '0.9x'])
+    >>> ax = bars(gains, "gain", "network", geometric=True, dots=True, horizontal=True, xscale="log").axes[0]
+    >>> len(ax.patches), ax.lines[0].get_xdata().round(3).tolist()
+    (0, [20.0, 0.9])
     """
     written = text if "{" not in text else ""
     found, names = named(parts(rows, value, panel, by, colour, written), _by=by, _colour=colour)
@@ -62,9 +67,12 @@ def bars(
             means["place"] = means.index.map(order.index) + shift[name]
             style = {"color": own[name][0], "label": called(colour, name)}
             below = base[means.index] if stacked else 0
-            (ax.barh if horizontal else ax.bar)(means["place"], means["mean"], 0.95 * thick, below, **style)
+            at = (means["mean"], means["place"]) if horizontal else (means["place"], means["mean"])
+            if dots:
+                ax.plot(*at, own[name][1], ms=6, **style)
+            else:
+                (ax.barh if horizontal else ax.bar)(means["place"], means["mean"], 0.95 * thick, below, **style)
             if interval and not stacked:
-                at = (means["mean"], means["place"]) if horizontal else (means["place"], means["mean"])
                 ax.errorbar(*at, **{"xerr" if horizontal else "yerr": ends(means)}, color="0.25", lw=0.9, ls="")
             if stacked:
                 base[means.index] += means["mean"]

@@ -1,6 +1,6 @@
 """Published claims: what was said and by whom, criteria, intervals, and the verdicts that follow from them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -132,6 +132,29 @@ def interval(values: Sequence[float], confidence: float = 0.95, also: float = 0.
     mean, error = float(x[0] if np.ptp(x) == 0 else x.mean()), np.hypot(stats.sem(x), also)
     half = float(stats.t.ppf((1 + confidence) / 2, len(x) - 1) * error)
     return mean, mean - half, mean + half
+
+
+def common_error(statistic: Callable[..., float], *trials: np.ndarray, times: int = 1000) -> float:
+    """The standard error that trials in common leave in a statistic of means over them: a bootstrap over the trials.
+
+    More networks do not make it smaller where all met the same trials, such as the same broken chips.
+
+    Args:
+        statistic: a number, of as many arrays of means as there are ``trials``.
+        trials: arrays, say ``(networks, chips)``, whose last axis is the same trials in all of them.
+
+    >>> from lib.study import common_error
+    >>> chips = np.random.default_rng(0).normal(size=(1, 100))
+    >>> networks = np.array([[80.0], [81.0], [82.0]]) + chips  # all suffer alike: the error of 100 chips, not of 300
+    >>> round(common_error(lambda mean: mean.mean(), networks), 2)
+    0.09
+    >>> common_error(lambda one, other: (one - other).mean(), networks, networks - 1.0)  # paired: it cancels
+    0.0
+    """
+    count, random = trials[0].shape[-1], np.random.default_rng(0)
+    drawn = random.integers(0, count, (times, count))
+    found = [statistic(*(own[..., index].mean(-1) for own in trials)) for index in drawn]
+    return float(np.std(found, ddof=1))
 
 
 @dataclass

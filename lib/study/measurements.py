@@ -19,7 +19,7 @@ from lib.study.tables import Measurement, MeasurementError, Row, plain, read_tab
 
 Key = tuple[str, str]
 
-ELSEWHERE = {"data_root", "report_dir", "threads"}
+ELSEWHERE = {"data_root", "report_dir", "threads", "processes"}
 """Parameters that say where and how fast something is made, not what."""
 
 
