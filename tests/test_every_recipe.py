@@ -71,6 +71,7 @@ RUNS = {
     ),
     "e2_train": lambda net, layers, **o: r.e2_train(net, FEW, epochs=3, drop=0.2, signs=True, **o),
     "early_bird": lambda net, layers, **o: r.early_bird(net, FEW, epochs=3, sparsity=0.5, window=2, tolerance=1.0, **o),
+    "gradual": lambda net, layers, **o: r.gradual(net, plans(layers), FEW, epochs=3, **o),
     "grow_and_prune": grow(recipes.grow_and_prune),
     "iterative": lambda net, layers, **o: r.iterative(net, plans(layers), FEW, state_of(net), epochs=1, **o),
     "parallel_grow_and_prune": grow(recipes.parallel_grow_and_prune, processes=1),

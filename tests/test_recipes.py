@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from lib.constraint import attach_masks, kept, masks, select, state_of, weights
-from lib.pruning import Unstructured, uniform_plan
-from lib.recipes import admm, iterative, one_shot, rewind
+from lib.pruning import Unstructured, cubic, uniform_plan
+from lib.recipes import admm, gradual, iterative, one_shot, rewind
 from lib.recipes.admm import _Pull
 from lib.shapes import prunable
-from lib.training import TrainingError, evaluate, fit
+from lib.training import Hook, TrainingError, evaluate, fit
 
 
 @pytest.fixture
@@ -63,6 +63,37 @@ def test_iterative_first_round_is_one_shot_and_later_rounds_retrain(trained, ima
     found = iterative(trained, plans, images, state_of(dense), epochs=1, lr=0.05)
     assert torch.equal(found[0]["fc1"], one_shot(dense, plans[0])["fc1"])
     assert not torch.equal(found[1]["fc1"], one_shot(dense, plans[1])["fc1"])
+
+
+def test_gradual_pruning_follows_its_sparsities_through_one_training(net, images):
+    seen = []
+
+    class Watch(Hook):
+        def after_backward(self, model, step):
+            seen.append({name: mask.clone() for name, mask in masks(model).items()})
+
+    path = cubic(0.9, prunings=4)
+    plans = [uniform_plan(net, Unstructured(s)) for s in path]
+    options = {"lr": 0.05, "batch_size": 50, "first": 0.2, "last": 0.8}  # 20 steps an epoch
+    log = gradual(net, plans, images, epochs=2, hooks=(Watch(),), **options)
+    assert len(log) == 2
+    sizes = {name: mask.numel() for name, mask in seen[0].items()}
+    for step, found in enumerate(seen):  # dense to step 8, then tighter at 14, 20, 26, 32
+        done = sum(step >= at for at in (14, 20, 26, 32))
+        for name, mask in found.items():
+            assert int(mask.sum()) == (kept(path[done - 1], sizes[name]) if done else sizes[name]), step
+            assert not (mask & ~seen[max(step - 1, 0)][name]).any()
+    assert not masks(net)
+    assert {n: int(layer.weight.count_nonzero()) for n, layer in prunable(net).items()} == {
+        name: kept(0.9, size) for name, size in sizes.items()
+    }
+
+
+def test_gradual_pruning_names_what_does_not_fit(net, images):
+    plan = uniform_plan(net, Unstructured(0.5))
+    for plans, options in (([], {}), ([plan], {"first": 0.8, "last": 0.7}), ([plan], {"last": 1.0}), ([plan] * 99, {})):
+        with pytest.raises(TrainingError, match=f"gradual: {len(plans)} plans"):
+            gradual(net, plans, images, epochs=1, lr=0.05, **options)
 
 
 def test_pull_is_the_gradient_of_the_squared_penalty(trained, images):

@@ -18,7 +18,7 @@ from lib.pruning.groups import (
     block_max,
 )
 from lib.pruning.patterns import NATURAL, PCNN, PUBLISHED, PatternKernels, Patterns
-from lib.pruning.plans import correlation, first_conv, rounds, uniform_plan
+from lib.pruning.plans import correlation, cubic, first_conv, rounds, uniform_plan
 
 __all__ = [
     "DARB",
@@ -50,6 +50,7 @@ __all__ = [
     "Unstructured",
     "block_max",
     "correlation",
+    "cubic",
     "first_conv",
     "rounds",
     "tiny_adc",

@@ -88,3 +88,15 @@ def rounds(target: list[float], fraction: float) -> list[float]:
         density = 1 - goal
         path.append(goal)
     return path
+
+
+def cubic(target: float, prunings: int) -> list[float]:
+    """Sparsities of gradual pruning: many weights go at first, when most are redundant, and few at the end.
+
+    ``s_i = s (1 - (1 - i / n)^3)`` for i from 1 to n (Zhu and Gupta, arXiv 1710.01878, 2017, from dense).
+
+    >>> from lib.pruning import cubic
+    >>> [round(s, 4) for s in cubic(0.8, prunings=4)]
+    [0.4625, 0.7, 0.7875, 0.8]
+    """
+    return [target * (1 - (1 - (i + 1) / prunings) ** 3) for i in range(prunings)]

@@ -17,6 +17,7 @@ from lib.recipes.early_bird import (
     norms_of_channels,
     ticket,
 )
+from lib.recipes.gradual import gradual
 from lib.recipes.growing import contiguous_parts, grow_and_prune, parallel_grow_and_prune, random_masks, static
 from lib.recipes.inside import alternating, retrain_inside, snapped
 from lib.recipes.purification import purify
@@ -36,6 +37,7 @@ __all__ = [
     "drawing_point",
     "e2_train",
     "early_bird",
+    "gradual",
     "grow_and_prune",
     "iterative",
     "layer_weights",
