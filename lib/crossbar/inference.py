@@ -52,20 +52,50 @@ class ArrayLayer:
 
     def __call__(self, x: Tensor) -> Tensor:
         """The layer's output, by way of whole numbers."""
-        whole, signed = self.whole(x), self.inputs.low < 0
-        numbers = max(self.programmed.conversions, self.layer.weight[0].numel()) * self.programmed.array.steps
-        images = max(1, CHUNK // (self._windows(whole) * numbers))
-        y = torch.cat([self._shaped(self.programmed(p, signed, self.vectors), p) for p in whole.split(images)])
-        y = (y * (self.inputs.step * self.programmed.scale)).to(x.dtype)
-        if self.layer.bias is not None:
-            y = y + (self.layer.bias if self.linear else self.layer.bias[:, None, None])
+        whole, signed, programmed = self.whole(x), self.inputs.low < 0, self.programmed
+        if programmed.folds:
+            y = self._product(whole.to(programmed.folded.dtype), programmed.folded, programmed.groups)
+            images = max(1, CHUNK // (self._windows(whole) * self.layer.weight[0].numel()))
+            for some in (part for part in self._saturated(whole).split(images) if len(part)):
+                y = y.double()
+                y[some] -= self._shaped(programmed.lost(whole[some], signed, self.vectors), whole[some])
+        else:
+            numbers = max(programmed.conversions, self.layer.weight[0].numel()) * programmed.array.steps
+            few = whole.split(max(1, CHUNK // (self._windows(whole) * numbers)))
+            y = torch.cat([self._shaped(programmed.bit_by_bit(part, signed, self.vectors), part) for part in few])
+        y, scale = _exact(y.to(x.dtype)) if y.dtype != torch.float32 else y, self.inputs.step * programmed.scale
+        if self.layer.bias is None:
+            y = y * scale
+        else:
+            bias = self.layer.bias if self.linear else self.layer.bias[:, None, None]
+            y = torch.add(bias, y, alpha=scale)
+        y = y.to(x.dtype)
         return y.squeeze(2) if self.sequence else y
+
+    def _saturated(self, whole: Tensor) -> Tensor:
+        """The images with a column that may saturate, by number."""
+        if not self.programmed.risky:
+            return torch.arange(0)
+        weight, limits = self.programmed.reach
+        weight = weight if self.linear else weight.unflatten(1, (-1, *self.layer.weight.shape[2:]))
+        sums = self._product((whole != 0).float(), weight, 1)
+        beyond = sums > (limits if self.linear else limits[:, None, None])
+        return beyond.flatten(1).any(1).nonzero()[:, 0]
+
+    def _product(self, x: Tensor, weight: Tensor, groups: int) -> Tensor:
+        """The layer's product of whole numbers, with weights in place of its own."""
+        if self.linear:
+            return nn.functional.linear(x, weight)
+        left, right, top, bottom = self.padding
+        if (left, top) != (right, bottom):  # `same` with an even kernel
+            x, top, left = pad(x, self.padding), 0, 0
+        weight = weight.unsqueeze(2) if self.sequence else weight
+        return nn.functional.conv2d(x, weight, None, self.stride, (top, left), self.dilation, groups)
 
     def whole(self, x: Tensor) -> Tensor:
         """Activations as whole numbers: ``(N, C, H, W)`` of a convolution, as they are of a linear layer."""
-        low, step = self.inputs.low, self.inputs.step
-        x = _exact(x.unsqueeze(2) if self.sequence else x)
-        return ((x - low) / step).round().clamp(0, self.inputs.codes) + round(low / step)
+        low, step = round(self.inputs.low / self.inputs.step), self.inputs.step
+        return _exact(x.unsqueeze(2) if self.sequence else x).div(step).round_().clamp_(low, low + self.inputs.codes)
 
     def _grid(self, x: Tensor) -> tuple[int, int]:
         """Output positions of a convolution, high and wide."""

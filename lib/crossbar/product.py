@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -31,13 +32,23 @@ def planes(x: Tensor, array: Array, signed: bool = False) -> Tensor:
     """
     if signed and array.dac_bits > 1:
         raise CrossbarError(f"signed inputs go bit by bit: dac_bits = {array.dac_bits}; apply both signs one by one")
+    check_inputs(x, array, signed)
+    shifts = array.dac_bits * torch.arange(array.steps, device=x.device, dtype=torch.int32)
+    return (x.int()[..., None] >> shifts).bitwise_and_(array.input_top).float()
+
+
+def check_inputs(x: Tensor, array: Array, signed: bool = False) -> None:
+    """Refuse whole numbers that do not fit on the rows.
+
+    Raises:
+        CrossbarError: numbers that ``input_bits`` do not hold, with their signs where more than one bit goes a step.
+    """
     low, high = (-(2 ** (array.input_bits - 1)), 2 ** (array.input_bits - 1)) if signed else (0, 2**array.input_bits)
+    low, high = (1 - 2**array.input_bits, 2**array.input_bits) if signed and array.dac_bits > 1 else (low, high)
     if x.numel() and not (low <= int(x.min()) and int(x.max()) < high):
         raise CrossbarError(
             f"inputs from {int(x.min())} to {int(x.max())}: {array.input_bits} bits hold {low} to {high - 1}"
         )
-    shifts = array.dac_bits * torch.arange(array.steps, device=x.device, dtype=torch.int32)
-    return (x.int()[..., None] >> shifts).bitwise_and_(array.input_top).float()
 
 
 def step_weights(array: Array, signed: bool = False) -> Tensor:
@@ -51,7 +62,9 @@ def step_weights(array: Array, signed: bool = False) -> Tensor:
 class Programmed:
     """A layer's weights as they lie in arrays: a function from whole numbers on the rows to sums of products.
 
-    With perfect cells and enough converter bits the sums are those of whole numbers, exactly.
+    With perfect cells and enough converter bits the sums are those of whole numbers, exactly. A converter that reads
+    whole cells in steps of one loses nothing of a column's sum unless it saturates; then all steps, slices and tiles
+    are one product of whole numbers (`folded`), less what saturates (`lost`). Everything else goes bit by bit.
 
     Attributes:
         scale: of a unit of weight: a weight is its whole number times this.
@@ -80,9 +93,10 @@ class Programmed:
         if change:
             cells = self._tiled(change(self._untiled(cells).contiguous()))
         self.cells, self.gains = self._columns(cells)
-        self.whole = change is None and (array.dummy or mapping.columns == 2 or mapping.g_min == 0)
+        whole = self.cells.round()  # levels are fractions; perfect cells hold whole numbers, and so do stuck ones
+        self.whole = bool(((whole - self.cells).abs() <= 1e-6 * max(1, self.array.cell_top)).all())
         if self.whole:
-            self.cells.round_()  # levels are fractions; cells hold whole numbers
+            self.cells = whole
         self.converter = self._full_range()
 
     def _tiled(self, cells: Tensor) -> Tensor:
@@ -127,6 +141,17 @@ class Programmed:
         gains = (gains.repeat(mapping.copies) / mapping.copies).repeat_interleave(levels.shape[3])
         ones = there[:, :, 0, 0, :1].to(levels)
         return torch.cat((levels.flatten(2, 4), ones), dim=2).flatten(0, 1).contiguous(), gains
+
+    @property
+    def converter(self) -> Converter:
+        """Of the columns."""
+        return self._converter
+
+    @converter.setter
+    def converter(self, converter: Converter) -> None:
+        self._converter = converter
+        for name in ("risky", "reach"):  # follow from it
+            vars(self).pop(name, None)
 
     @property
     def tiles(self) -> int:
@@ -185,9 +210,115 @@ class Programmed:
 
         Args:
             x: ``(G * rows, M)``, or what ``arrange`` makes ``(G * rows, M, T)`` of, with steps as last dimension.
+
+        Raises:
+            CrossbarError: inputs that the bits do not hold, see `planes`.
         """
+        if not self.folds:
+            return self.bit_by_bit(x, signed, arrange)
+        check_inputs(x, self.array, signed)
+        rows = arrange(x[..., None])[..., 0].unflatten(0, (self.groups, -1))
+        weight = self.folded.double().flatten(1).unflatten(0, (self.groups, -1))
+        total = torch.bmm(weight, rows.double()).flatten(0, 1)
+        lost = self.lost(x, signed, arrange)
+        return total if lost is None else total - lost
+
+    def bit_by_bit(self, x: Tensor, signed: bool = False, arrange: Arrange = torch.as_tensor) -> Tensor:
+        """The same as an array computes it: every column of every tile converted at every step."""
         results = [self._read(arrange(planes(part, self.array, neg)), neg) for part, neg in self._passes(x, signed)]
         return results[0] if len(results) == 1 else results[0] - results[1]
+
+    @property
+    def folds(self) -> bool:
+        """Whether a column's code is its sum, unless it saturates."""
+        return self.whole and self.converter.step == 1 and self.array.mapping.copies == 1
+
+    @cached_property
+    def folded(self) -> Tensor:
+        """The whole numbers that the arrays multiply inputs with where nothing saturates, in the weight's shape.
+
+        In float32 where every sum of products is exact in it, in float64 else.
+
+        Raises:
+            CrossbarError: sums that float64 does not hold exactly.
+        """
+        filters = self.shape[0] // self.groups
+        cells = self.cells[:, :-1].unflatten(1, (-1, filters)).double()  # (B, slices, F/G, height)
+        weight = torch.einsum("bsfh,s->bfh", cells, self.gains.double()).unflatten(0, (self.groups, self.tiles))
+        there = self.cells[:, -1].double().unflatten(0, (self.groups, self.tiles))[:, :, None]
+        if self.flipped is not None:
+            weight = weight + self._full_columns()[..., None] * there
+        if self.array.mapping.scheme == "offset":
+            weight = weight - 2 ** (self.array.mapping.weight_bits - 1) * there
+        weight = weight.transpose(1, 2).flatten(2)[..., : self.shape[1:].numel()].reshape(self.shape)
+        largest = float(weight.flatten(1).abs().sum(1).max()) * 2**self.array.input_bits
+        if largest >= 2**53:
+            raise CrossbarError(f"sums of products up to {largest:.3g}: float64 holds whole numbers up to 2^53")
+        return weight.float() if largest < 2**24 and not weight.is_cuda else weight
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """Codes between which a column's sum in steps of the converter is read."""
+        codes = self.converter.codes
+        low = self.converter.low / self.converter.step if self.signed_sums else -codes
+        return low, low + codes if self.signed_sums else codes
+
+    @cached_property
+    def risky(self) -> list[tuple[int, Tensor]]:
+        """Columns that can saturate at all, with every input at its largest, for each block of rows that has some."""
+        low, high = self.limits
+        cells, top = self.cells[:, :-1], self.array.input_top
+        beyond = (cells.clamp(min=0).sum(-1) * top > high) | (cells.clamp(max=0).sum(-1) * top < low)
+        return [(b, own.nonzero()[:, 0]) for b, own in enumerate(beyond) if own.any()]
+
+    @cached_property
+    def reach(self) -> tuple[Tensor, Tensor]:
+        """Which sums each risky column can have: weights of the rows that are on ``(n, all inputs)``, and its limits.
+
+        A vector whose rows give no more than the limits saturates nothing.
+        """
+        rows, height = self.shape[1:].numel(), self.cells.shape[-1]
+        weights, limits = [], []
+        for b, columns in self.risky:
+            group, tile = divmod(b, self.tiles)
+            start, own = group * rows + tile * height, self.cells[b, columns][:, : rows - tile * height]
+            for sign, limit in zip((1, -1), self.limits[::-1], strict=True):
+                weight = torch.zeros(len(own), self.groups * rows, device=own.device)
+                weight[:, start : start + own.shape[1]] = (sign * own).clamp(min=0) * self.array.input_top
+                able = weight.sum(1) > sign * limit
+                weights.append(weight[able])
+                limits.append(torch.full((int(able.sum()),), sign * limit, device=own.device))
+        return torch.cat(weights), torch.cat(limits)
+
+    def lost(self, x: Tensor, signed: bool = False, arrange: Arrange = torch.as_tensor) -> Tensor | None:
+        """What columns that saturate lose of their sums, ``(F, M)`` in float64; None where no column can.
+
+        Only vectors with rows enough that are on at all are looked at bit by bit.
+        """
+        if not self.risky:
+            return None
+        low, high = self.limits
+        filters, total = self.shape[0] // self.groups, None
+        for sign, (part, negative) in zip((1, -1), self._passes(x, signed), strict=False):
+            rows = arrange(part[..., None])[..., 0].unflatten(0, (self.groups, -1))
+            steps = step_weights(self.array, negative).to(rows.device)
+            if total is None:
+                total = torch.zeros(self.shape[0], rows.shape[-1], dtype=torch.float64, device=rows.device)
+            for b, columns in self.risky:
+                group, tile = divmod(b, self.tiles)
+                own = rows[group, tile * self.cells.shape[-1] :][: self.cells.shape[-1]]
+                cells, on = self.cells[b, columns, : len(own)], (own != 0).to(self.cells)
+                up, down = (cells.clamp(**end) @ on * self.array.input_top for end in ({"min": 0}, {"max": 0}))
+                seen = ((up > high) | (down < low)).any(0).nonzero()[:, 0]
+                for some in seen.split(max(1, CHUNK // (len(columns) * self.array.steps))):
+                    sums = torch.einsum("ch,hmt->cmt", cells, planes(own[:, some], self.array, negative))
+                    over = (
+                        (sums - sums.clamp(low, high)).double() @ steps * self.gains[columns // filters, None].double()
+                    )
+                    at = torch.zeros(filters, len(some), dtype=torch.float64, device=x.device)
+                    at.index_add_(0, columns % filters, over)
+                    total[group * filters : (group + 1) * filters, some] += sign * at
+        return total
 
     def _passes(self, x: Tensor, signed: bool) -> list[tuple[Tensor, bool]]:
         if signed and self.array.dac_bits > 1:
@@ -195,14 +326,13 @@ class Programmed:
         return [(x, signed)]
 
     def _read(self, digits: Tensor, signed: bool) -> Tensor:
-        steps, converter = step_weights(self.array, signed).to(digits.device), self.converter
-        low = converter.low / converter.step if self.signed_sums else -converter.codes
+        steps, converter, limits = step_weights(self.array, signed).to(digits.device), self.converter, self.limits
         parts = []
         for sums in self._sums(digits):
             codes = sums[:, :-1]
             if not (converter.step == 1 and self.whole):
                 codes.div_(converter.step).round_()
-            codes.clamp_(low, low + converter.codes if self.signed_sums else converter.codes)
+            codes.clamp_(*limits)
             parts.append(self._combined(sums, steps))
         return torch.cat(parts, dim=1)
 

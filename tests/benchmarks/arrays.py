@@ -12,7 +12,7 @@ import torch
 import torchvision
 from torch.profiler import ProfilerActivity, profile
 
-from lib import crossbar, data, models, shapes, training
+from lib import crossbar, data, faults, models, shapes, training
 from lib.crossbar import Array, Mapping, Wires
 
 KINDS = {
@@ -42,7 +42,12 @@ def main(count: int) -> None:
             mapping=Mapping("two_column", 8, 2), adc_bits=8, analog_difference=True
         ),
     }
-    nets = {name: crossbar.on_arrays(net, a, images.train.x[:64]) for name, a in designs.items()}
+    designs |= {"two columns, 6 bits: coarse steps": Array(mapping=Mapping("two_column", 8, 2), adc_bits=6)}
+    devices = dict.fromkeys(designs, ())
+    for share in (0.01, 0.05):
+        designs[f"ISAAC, {share:.0%} of cells stuck"] = Array(adc_bits=8, flip=True)
+        devices[f"ISAAC, {share:.0%} of cells stuck"] = faults.StuckAt(share)
+    nets = {n: crossbar.on_arrays(net, a, images.train.x[:64], devices=devices[n]) for n, a in designs.items()}
     evaluate = {name: (lambda n=n: training.evaluate(n, images.test)) for name, n in nets.items()}
     plain = lambda: training.evaluate(net, images.test)  # noqa: E731
     plain()

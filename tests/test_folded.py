@@ -1,0 +1,148 @@
+"""Arrays whose converters read sums as they are: one product of whole numbers, bit for bit what goes bit by bit."""
+
+import random
+
+import pytest
+import torch
+from torch import nn
+
+from lib import faults
+from lib.crossbar import Array, Converter, CrossbarError, Mapping, Polarized, Programmed, on_arrays
+from lib.crossbar.inference import in_arrays
+
+
+def drawn(seed):
+    """A layer in an array of random layout, and inputs; None for what cannot be built."""
+    rnd, g = random.Random(seed), torch.Generator().manual_seed(seed)
+    scheme, fragment = rnd.choice(["offset", "two_column", "differential", "polarized"]), rnd.choice([4, 8])
+    cells = {"weight_bits": rnd.choice([4, 8]), "cell_bits": rnd.choice([1, 2, 4]), "on_off": rnd.choice([10.0, 1e9])}
+    if rnd.random() < 0.7:
+        del cells["on_off"]
+    bits, signed = rnd.choice([4, 8]), rnd.random() < 0.4
+    try:
+        array = Array(
+            mapping=Polarized(fragment=fragment, **cells) if scheme == "polarized" else Mapping(scheme, **cells),
+            rows=rnd.choice([8, 32, 128]),
+            adc_bits=rnd.choice([1, 2, 3, 4, 5, 6, 7, 8, None]),
+            flip=rnd.random() < 0.3,
+            dac_bits=rnd.choice([1, 1, 2]),
+            input_bits=bits,
+            analog_difference=rnd.random() < 0.3 and scheme in ("two_column", "differential"),
+            dummy=rnd.random() < 0.5,
+        )
+    except CrossbarError:
+        return None
+    groups, filters, rows = rnd.choice([1, 1, 2]), 2 * rnd.randint(1, 4), rnd.choice([5, 30, 150])
+    weight = torch.randn(filters, rows, generator=g)
+    if scheme == "polarized":
+        signs = torch.randint(0, 2, (filters, -(-rows // fragment)), generator=g) * 2.0 - 1
+        weight = weight.abs() * signs.repeat_interleave(fragment, 1)[:, :rows]
+
+    def stuck(cells):
+        draw = torch.rand(cells.shape, generator=torch.Generator().manual_seed(seed))
+        cells = torch.where(draw < 0.05, 1.0, cells)
+        return torch.where(draw > 0.95, array.mapping.g_min, cells)
+
+    layer = Programmed(weight, array, groups, stuck if rnd.random() < 0.5 else None)
+    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1)) if signed else (0, 2**bits)
+    x = torch.randint(low, high, (groups * rows, rnd.randint(1, 9)), generator=g).float()
+    x = torch.where(torch.rand(x.shape, generator=g) < rnd.choice([0.1, 0.5, 1.0]), x, 0.0)
+    kind = rnd.random()
+    if kind < 0.3:
+        layer.calibrate(x, signed=signed)
+    elif kind < 0.8:  # a range that many sums leave
+        codes = rnd.randint(1, 6)
+        layer.converter = Converter(codes, -(2.0 ** (codes - 1)) if layer.signed_sums else 0.0)
+    return layer, x, signed
+
+
+def test_one_product_is_what_goes_bit_by_bit():
+    folded = saturated = 0
+    for seed in range(700):
+        found = drawn(seed)
+        if found is None or not found[0].folds:
+            continue
+        layer, x, signed = found
+        assert torch.equal(layer(x, signed), layer.bit_by_bit(x, signed)), layer.array
+        lost = layer.lost(x, signed)
+        folded, saturated = folded + 1, saturated + (lost is not None and bool((lost != 0).any()))
+    assert folded > 200
+    assert saturated > 80
+
+
+LAYERS = {
+    "strided": nn.Conv2d(3, 8, 3, stride=2, padding=1),
+    "dilated, same": nn.Conv2d(3, 8, 4, dilation=2, padding="same"),
+    "grouped": nn.Conv2d(4, 8, 3, groups=2, bias=False),
+    "depthwise": nn.Conv2d(4, 4, 3, groups=4),
+    "of a sequence": nn.Conv1d(3, 8, 5, stride=2, padding=2),
+    "linear": nn.Linear(12, 5),
+    "linear of sequences": nn.Linear(12, 5, bias=False),
+    "double": nn.Linear(12, 5).double(),
+}
+ARRAYS = {
+    "flips": Array(adc_bits=8, flip=True),
+    "six bits": Array(adc_bits=6, rows=16),
+    "analog differences": Array(mapping=Mapping("two_column", 8, 2), adc_bits=5, rows=32, analog_difference=True),
+    "differential": Array(mapping=Mapping("differential", 8, 1), adc_bits=7),
+    "all bits": Array(),
+}
+
+
+@pytest.mark.parametrize("array", ARRAYS)
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("share", [0.0, 0.05])
+def test_layers_of_every_form(name, array, signed, share, monkeypatch):
+    torch.manual_seed(len(name))
+    layer, net = LAYERS[name], nn.Sequential(LAYERS[name])
+    shape = {"Conv2d": (9, 10), "Conv1d": (21,), "Linear": (12,)}[type(layer).__name__]
+    shape = (layer.in_channels, *shape) if hasattr(layer, "in_channels") else (*(7,) * ("seq" in name), *shape)
+    x = torch.randn(40, *shape, dtype=layer.weight.dtype)
+    x = x if signed else x.relu()
+    net = on_arrays(net, ARRAYS[array], x, devices=faults.StuckAt(share) if share else ())
+    placed = in_arrays(net)["0"][0].programmed
+    if placed.converter.step == 1:
+        assert placed.folds
+    one = net(x)
+    monkeypatch.setattr(Programmed, "folds", property(lambda self: False))
+    assert torch.equal(net(x), one)
+
+
+def test_a_narrow_range_saturates_and_only_some_images_are_looked_at(monkeypatch):
+    torch.manual_seed(0)
+    x = torch.rand(30, 64)
+    x[:20] *= torch.rand(20, 64) < 0.05
+    net = on_arrays(nn.Sequential(nn.Linear(64, 6)), Array(adc_bits=8), x)
+    layer = in_arrays(net)["0"][0]
+    layer.programmed.converter = Converter(5)
+    seen = layer._saturated(layer.whole(x))
+    assert 0 < len(seen) < 30
+    one = net(x)
+    monkeypatch.setattr(Programmed, "folds", property(lambda self: False))
+    assert torch.equal(net(x), one)
+
+
+def test_what_is_not_whole_goes_bit_by_bit():
+    weight = torch.randn(4, 30)
+    noisy = Programmed(weight, Array(adc_bits=9), change=lambda cells: cells * 1.01)
+    assert not noisy.folds
+    assert not Programmed(weight, Array(adc_bits=4)).folds  # steps of more than one
+    assert not Programmed(weight, Array(mapping=Mapping("offset", 8, 2, copies=3))).folds
+    assert Programmed(weight, Array(adc_bits=9)).folds
+
+
+def test_sums_beyond_what_numbers_hold_are_refused_and_large_ones_are_exact():
+    wide = Array(mapping=Mapping("offset", 16, 2), input_bits=16)
+    weight = torch.randn(2, 300)
+    layer = Programmed(weight, wide)
+    assert layer.folded.dtype == torch.float64
+    x = torch.randint(0, 2**16, (300, 3)).float()
+    whole = (weight.double() / layer.scale).round()
+    assert torch.equal(layer(x), whole @ x.double())
+    with pytest.raises(CrossbarError, match="16 bits hold 0 to 65535"):
+        layer(x.clamp(min=2**16))
+    layer = Programmed(weight, wide)
+    layer.cells *= 2.0**24
+    with pytest.raises(CrossbarError, match=r"float64 holds whole numbers up to 2\^53"):
+        layer(x - x.clamp(min=1))
