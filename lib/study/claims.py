@@ -143,6 +143,7 @@ def common_error(statistic: Callable[..., float], *trials: np.ndarray, times: in
         statistic: a number, of as many arrays of means as there are ``trials``.
         trials: arrays, say ``(networks, chips)``, whose last axis is the same trials in all of them.
 
+    >>> import numpy as np
     >>> from lib.study import common_error
     >>> chips = np.random.default_rng(0).normal(size=(1, 100))
     >>> networks = np.array([[80.0], [81.0], [82.0]]) + chips  # all suffer alike: the error of 100 chips, not of 300

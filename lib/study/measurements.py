@@ -40,8 +40,9 @@ class Store:
     >>> from lib.study.measurements import Store
     >>> def kept(seed, rate):
     ...     return {"kept": 1 / rate + seed}
-    >>> store = Store("09_mine")
-    >>> store.measure(kept, [{"seed": s, "rate": 4.0} for s in range(2)])["kept"].tolist()
+    >>> frame = Store("09_mine").measure(kept, [{"seed": s, "rate": 4.0} for s in range(2)])
+    {'text/plain': 'starting'}
+    >>> frame["kept"].tolist()
     [0.25, 1.25]
     """
 

@@ -91,7 +91,7 @@ def declared(study: str) -> dict[str, Parameter]:
 
     >>> from lib.study import declared
     >>> declared("01_lottery_ticket_vs_finetuning")["seeds"]
-    Parameter(name='seeds', type='int', default=..., help='independent repetitions...')
+    Parameter(name='seeds', type='int', default=..., help='independent networks...')
     """
     cells = [c for c in _cells(study) if "parameters" in c.metadata.get("tags", [])]
     if len(cells) != 1:
