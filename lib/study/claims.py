@@ -149,7 +149,7 @@ def common_error(statistic: Callable[..., float], *trials: np.ndarray, times: in
     >>> networks = np.array([[80.0], [81.0], [82.0]]) + chips  # all suffer alike: the error of 100 chips, not of 300
     >>> round(common_error(lambda mean: mean.mean(), networks), 2)
     0.09
-    >>> common_error(lambda one, other: (one - other).mean(), networks, networks - 1.0)  # paired: it cancels
+    >>> round(common_error(lambda one, other: (one - other).mean(), networks, networks - 1.0), 9)  # paired: it cancels
     0.0
     """
     count, random = trials[0].shape[-1], np.random.default_rng(0)
