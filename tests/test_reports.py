@@ -7,6 +7,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_output
 
 from lib import reproduce as room
 from lib import study
+from lib.reproduce.index import _place
 from lib.reproduce.page import folded
 
 
@@ -160,6 +161,29 @@ def test_every_claim_has_a_mark_that_leads_to_its_row(smoke, page):
         "all => all.map(e => e.getBoundingClientRect()).map(r => [r.left, r.right])"
     )
     assert all(left >= 0 and right <= 390 for left, right in places)
+
+
+@pytest.mark.parametrize(
+    ("row", "at", "number"),
+    [
+        ({"criterion": ">= 1 x, from 5 or more networks", "measured": 2.0, "low": 1.0, "high": 3.0}, 0.62, None),
+        ({"criterion": "<= 1, from 5 or more networks", "measured": 2.0, "low": 1.0, "high": 3.0}, 0.38, None),
+        (
+            {"criterion": "3 within 0.2 x; direction >= 1 x, from 5", "measured": 2.0, "low": 1.0, "high": 3.0},
+            0.62,
+            0.74,
+        ),
+        ({"criterion": ">= 1, from 5 or more networks", "measured": 99.0, "low": 98.0, "high": 100.0}, 0.98, None),
+        ({"criterion": ">= 1, from 5 or more networks", "measured": 2.0, "low": float("nan"), "high": 3.0}, 0.5, None),
+        (
+            {"criterion": "<= 0.01, arithmetic", "measured": 0.02, "low": 0.02, "high": 0.02, "kind": "arithmetic"},
+            0.02,
+            None,
+        ),
+    ],
+)
+def test_a_mark_lies_by_its_interval_on_its_side_of_the_criterion(row, at, number):
+    assert _place({"kind": "direction"} | row) == {"at": pytest.approx(at), "number": number and pytest.approx(number)}
 
 
 def test_a_claim_leads_to_its_row(smoke, page):

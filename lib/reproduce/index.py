@@ -51,7 +51,7 @@ def write_index(reports: Path, states: dict[str, str]) -> None:
         total=len(ledger),
         decided=decided,
         wrong=wrong,
-        few=int(((ledger["n"] > 1) & (ledger["n"] < NETWORKS)).sum()),
+        few=int(((ledger["kind"] != "arithmetic") & (ledger["n"] < NETWORKS)).sum()),
         networks=NETWORKS,
         choices={
             "verdict": [v for v in VERDICTS if v in {*ledger["verdict"]}],
@@ -114,17 +114,16 @@ def _place(row: dict[str, Any]) -> dict[str, Any]:
     """
     said = re.search(r"(>=|<=) ([^\s,]+)", row["criterion"].split("direction ")[-1])
     published = re.match(r"(\S+) within", row["criterion"])
-    nothing = {"at": 0.5, "number": None, "beyond": False}
+    nothing = {"at": 0.5, "number": None}
     if not said or not math.isfinite(row["measured"]):
         return nothing
     bound, sign = float(said[2]), 1 if said[1] == ">=" else -1
     half = (row["high"] - row["low"]) / 2 if math.isfinite(row["low"]) else math.nan
-    if not half > 0:  # no chance is in it, or nobody knows: all that can be told is the side
-        side = sign * (row["measured"] - bound)
-        return nothing | {"at": 0.98 if side >= -1e-9 else 0.02} if row["n"] == 1 or half == 0 else nothing
+    if not half > 0:  # no chance is in it, and all that can be told is the side; or nobody knows
+        side = 0.98 if sign * (row["measured"] - bound) >= -1e-9 else 0.02
+        return nothing | ({"at": side} if row["kind"] == "arithmetic" or half == 0 else {})
 
     def place(value: float) -> float:
         return 0.5 + 0.48 * max(-1.0, min(1.0, sign * (value - bound) / half / REACH))
 
-    number = place(float(published[1])) if published else None
-    return {"at": place(row["measured"]), "number": number, "beyond": abs(row["measured"] - bound) > REACH * half}
+    return {"at": place(row["measured"]), "number": place(float(published[1])) if published else None}
