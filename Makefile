@@ -5,7 +5,7 @@ JOBS   ?=
 RUN     = $(VENV)/bin/python -m
 # Without the last option, a test that kills its process is given to a new one, for ever.
 TEST    = $(RUN) pytest -n 2 --dist loadfile --max-worker-restart 0
-NUMERIC = $(addprefix tests/test_,$(addsuffix .py,strides every_recipe training arrays crossbar value_sets quantization \
+NUMERIC = $(addprefix tests/test_,$(addsuffix .py,strides every_recipe training arrays folded crossbar value_sets quantization \
           faults spent export))
 
 .PHONY: reports test test-avx2 lab benchmarks clean
