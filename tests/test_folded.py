@@ -109,13 +109,14 @@ def test_layers_of_every_form(name, array, signed, share, monkeypatch):
     assert torch.equal(net(x), one)
 
 
-def test_a_narrow_range_saturates_and_only_some_images_are_looked_at(monkeypatch):
+@pytest.mark.parametrize("bits", [5, 6])  # from far beyond the range to just beyond it
+def test_a_narrow_range_saturates_and_only_some_images_are_looked_at(bits, monkeypatch):
     torch.manual_seed(0)
     x = torch.rand(30, 64)
     x[:20] *= torch.rand(20, 64) < 0.05
     net = on_arrays(nn.Sequential(nn.Linear(64, 6)), Array(adc_bits=8), x)
     layer = in_arrays(net)["0"][0]
-    layer.programmed.converter = Converter(5)
+    layer.programmed.converter = Converter(bits)
     seen = layer._saturated(layer.whole(x))
     assert 0 < len(seen) < 30
     one = net(x)
