@@ -1,42 +1,22 @@
-"""What values hold, code among them: where it stands in files by their text, elsewhere by what is there."""
+"""What code says, with the values that it meets: where it stands in files by their text, elsewhere by what is there."""
 
 import ast
-import copyreg
-import hashlib
 import inspect
 import linecache
 import sys
 import time
 import types
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from enum import Enum
-from functools import cache, cached_property, partial
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pandas as pd
-import torch
 from torch import Tensor, nn
 
-from lib.data import Data, Split
-from lib.keys.source import FUNCTION, File, Walk, aside, installed, read
+from lib.keys.source import FUNCTION, File, aside, installed, read
+from lib.keys.values import KeysError, Values, name_of
 
 BORN = time.time_ns()
-PLAIN = (types.NoneType, bool, int, float, str)
-BARE = vars(nn.Module())
-
-
-class KeysError(TypeError):
-    """It cannot be told when two things are the same; the message says which, where it was met, and why.
-
-    >>> from lib.keys import content
-    >>> content({"rates": (rate / 10 for rate in range(3))})
-    Traceback (most recent call last):
-        ...
-    lib.keys.content.KeysError: cannot tell when two generator are the same (['rates']): cannot pickle ...
-    """
 
 
 def content(*values: Any, without: Sequence[str] = (), beside: Sequence[Tensor] = ()) -> str:
@@ -53,6 +33,7 @@ def content(*values: Any, without: Sequence[str] = (), beside: Sequence[Tensor] 
     Raises:
         KeysError: an object whose state is not known, such as an open file; code as in `code`.
 
+    >>> import torch
     >>> from lib.keys import content
     >>> content(0.5, [1, 2]) == content(0.5, (1, 2)), content(torch.zeros(2)) == content([0.0, 0.0])
     (True, False)
@@ -100,17 +81,11 @@ def apart(function: Callable, without: Sequence[str] = ()) -> tuple[str, dict[st
     return walk.digest([walk.value(function)]), walk.variables
 
 
-class _Live(Walk):
-    """A walk that begins at values of this process."""
+class _Live(Values):
+    """A walk that begins at values of this process, the code among them."""
 
     def __init__(self, without: Sequence[str], beside: Sequence[Tensor]) -> None:
-        super().__init__(without)
-        self.beside = {id(tensor) for tensor in beside}
-        self.alive: list[Any] = [*beside]  # so that nothing else gets their ids
-        self.open: dict[int, str] = {}
-        self.networks: dict[int, int] = {}
-        self.storages: dict[int, int] = {}
-        self.inside = 0  # of a network
+        super().__init__(without, beside)
         for module in sys.modules.keys() - _SAVED.keys():
             _saved(module)
 
@@ -122,123 +97,6 @@ class _Live(Walk):
             _, path, text = _saved(module)
             self.files[module] = path and _read(path, module, text, vars(sys.modules[module]))
         return self.files[module]
-
-    # --- values
-
-    def value(self, value: Any, name: str = "") -> Any:
-        """The form of a value, which was met under a name."""
-        if type(value) in PLAIN:
-            return value
-        if id(value) in self.open:
-            return ["up", [*self.open].index(id(value))]
-        self.open[id(value)] = name
-        try:
-            return self._say(value, type(value))
-        finally:
-            del self.open[id(value)]
-
-    def refusal(self, value: Any, why: object) -> KeysError:
-        """What to raise."""
-        where = "".join(self.open.values()).strip(".")
-        return KeysError(f"cannot tell when two {type(value).__name__} are the same{where and f' ({where})'}: {why}")
-
-    def _say(self, value: Any, kind: type) -> Any:
-        if kind in (list, tuple, torch.Size):
-            return ["list", *(self.value(v, f"[{i}]") for i, v in enumerate(value))]
-        if kind in (dict, OrderedDict, types.MappingProxyType):
-            return ["dict", *([self.value(k), self.value(v, f"[{k!r:.40}]")] for k, v in value.items())]
-        if kind in (set, frozenset):
-            return ["set", *map(self.value, sorted(value, key=lambda v: (type(v).__name__, _name(v) or repr(v))))]
-        if kind in (complex, bytes):
-            return [kind.__name__, repr(value) if kind is complex else _digest(value)]
-        if place := self.place(value):
-            return self.refer("", *place)
-        for kinds, say in (
-            (type, self._class),
-            (types.FunctionType, self._function),
-            (types.ModuleType, lambda m: self.refer("", m.__name__, [])),
-            (Tensor, self._tensor),
-            (nn.Module, self._network),
-            (Data, lambda d: ["data", d.checksum, d.classes, self.value(d.task, ".task")]),
-            (Split, lambda s: ["split", s.checksum, self.value(s.task, ".task")]),
-            (Enum, lambda e: ["enum", self.value(kind), e.name, self.value(e.value, ".value")]),
-            (np.generic, self._number),
-            (pd.DataFrame, lambda f: ["frame", self.value(f.to_dict("split"))]),
-            (Path, self._file),
-        ):
-            if isinstance(value, kinds):
-                return say(value)
-        return self._object(value, kind)
-
-    def _number(self, value: np.generic) -> Any:
-        item = value.item()
-        same = type(item) in (*PLAIN, complex) and np.asarray(item).dtype == value.dtype
-        return self.value(item) if same else ["number", str(value.dtype), value.tobytes().hex()]
-
-    def _file(self, path: Path) -> Any:
-        if not path.is_file():
-            raise self.refusal(path, f"{path} is no file, whose bytes would count")
-        return ["file", _digest(path.read_bytes())]
-
-    def _object(self, value: Any, kind: type) -> Any:
-        """By what it would be copied with."""
-        if aside(kind.__module__):
-            raise self.refusal(value, "it only presents results or keeps them")
-        try:
-            copied = copyreg.dispatch_table.get(kind, lambda v: v.__reduce_ex__(4))(value)
-        except Exception as error:
-            raise self.refusal(value, error) from None
-        if isinstance(copied, str):  # by its name; what functools.cache made has a function inside
-            return [_name(kind), copied, self.value(getattr(value, "__wrapped__", None))]
-        parts = [[*part] if isinstance(part, Iterator) else self._counted(kind, part) for part in copied]
-        return ["object", *map(self.value, parts)]
-
-    def _counted(self, kind: type, state: Any) -> Any:
-        """Attributes, without those that do not count and those that only save time."""
-        if not isinstance(state, dict):
-            return state
-        kept = {k for k in state if isinstance(inspect.getattr_static(kind, str(k), None), cached_property)}
-        return {k: v for k, v in state.items() if k not in kept and k not in self.without}
-
-    def _tensor(self, tensor: Tensor) -> Any:
-        if id(tensor) in self.beside:
-            return ["beside"]
-        try:
-            values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        except (RuntimeError, TypeError, ValueError) as error:
-            raise self.refusal(tensor, error) from None
-        form = ["tensor", str(tensor.dtype), [*tensor.shape], _digest(values), tensor.requires_grad]
-        hooks = [*(tensor._backward_hooks or {}).values(), *(tensor._post_accumulate_grad_hooks or {}).values()]
-        form += [self.value([hooks, vars(tensor)])] if hooks or vars(tensor) else []
-        storage = tensor.untyped_storage()
-        if self.inside and storage.nbytes():  # in a network, where tensors that share their values move together
-            self.alive.append(tensor)
-            tie = self.storages.setdefault(storage.data_ptr(), number := len(self.storages))
-            form += [] if tie == number else [tie, tensor.storage_offset()]
-        return form
-
-    def _network(self, network: nn.Module) -> Any:
-        if id(network) in self.networks:
-            return ["again", self.networks[id(network)]]
-        self.networks[id(network)] = len(self.networks)
-        self.alive.append(network)
-        try:
-            state = network.__getstate__()  # a class may leave out what it only holds between two calls
-        except RuntimeError:  # parametrized layers refuse
-            state = vars(network)
-        form = ["network", self.value(type(network))]
-        self.inside += 1
-        for name, value in sorted(self._counted(type(network), state).items()):
-            if name not in BARE or value != BARE[name]:
-                if name in BARE and "hooks" in name:
-                    value = [*value.values()]  # their keys count all hooks that ever were
-                elif name in ("_parameters", "_buffers"):
-                    value = dict(sorted(value.items()))  # who takes one away and puts it back changes nothing
-                form.append([name, self.value(value, f".{name}")])
-        self.inside -= 1
-        return form
-
-    # --- code
 
     def place(self, value: Any) -> tuple[str, list[str]] | None:
         """The module and name of a function or class that is what a file of ours says under that name."""
@@ -274,7 +132,7 @@ class _Live(Walk):
     def _function(self, function: types.FunctionType) -> Any:
         if _theirs(function):
             inner = getattr(function, "__wrapped__", None)
-            return [_name(function), self.value(inner) if inner else self._cells(function)]
+            return [name_of(function), self.value(inner) if inner else self._cells(function)]
         self.alive.append(function)
         return [self.number(("function", id(function)), partial(self._closure, function))]
 
@@ -288,7 +146,7 @@ class _Live(Walk):
 
     def _class(self, kind: type) -> Any:
         if _theirs(kind):
-            return [_name(kind), *(self.value(base) for base in kind.__mro__[1:] if not _theirs(base))]
+            return [name_of(kind), *(self.value(base) for base in kind.__mro__[1:] if not _theirs(base))]
         self.alive.append(kind)
         return [self.number(("class", id(kind)), partial(self._members, kind))]
 
@@ -358,15 +216,6 @@ def _read(path: Path, module: str, text: bytes, space: dict) -> File:
 
 
 _parsed = cache(ast.parse)
-
-
-def _digest(raw: Any) -> str:
-    return hashlib.sha256(raw).hexdigest()
-
-
-def _name(value: Any) -> str:
-    """Of something that is installed: its package, and its name there."""
-    return f"{(getattr(value, '__module__', None) or '').split('.')[0]} {getattr(value, '__qualname__', '')}".strip()
 
 
 def _theirs(value: types.FunctionType | type) -> bool:
