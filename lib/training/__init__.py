@@ -1,5 +1,6 @@
 """Training: one bare loop with hooks, a cache of finished runs, and a count of what they computed."""
 
+from lib.training.augment import CropAndFlip, crop_and_flip
 from lib.training.cache import cached
 from lib.training.loop import (
     Hook,
@@ -20,6 +21,7 @@ from lib.training.spent import charge, charge_all, metered, uncounted
 from lib.training.strides import StrideFirst
 
 __all__ = [
+    "CropAndFlip",
     "Hook",
     "Objective",
     "Progress",
@@ -30,6 +32,7 @@ __all__ = [
     "cached",
     "charge",
     "charge_all",
+    "crop_and_flip",
     "device",
     "evaluate",
     "fit",
