@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from lib.constraint import State, state_of
 from lib.files import write_whole
+from lib.models import ModelError, set_weights
 from lib.shapes import prunable
 
 __all__ = ["ExportError", "read", "restore", "save"]
@@ -164,10 +165,9 @@ def restore(model: nn.Module, path: str | Path) -> nn.Module:
         if first[name] in state and not torch.equal(state[name], state[first[name]]):
             raise ExportError(f"{unlike} {name} and {first[name]} are two tensors, in the model they are one")
     try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise ExportError(f"{unlike} {str(error).splitlines()[-1].strip()}") from None
-    return model
+        return set_weights(model, state)
+    except ModelError as error:
+        raise ExportError(f"{path} holds {error}") from None
 
 
 # --- numbers as bits --------------------------------------------------------------------------------------------------

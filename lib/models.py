@@ -1,12 +1,14 @@
 """Network builders by name, and the layers that constraints apply to."""
 
+import pickle
 import re
 from collections import OrderedDict
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 NAMES = ("lenet5", "lenet300", "resnet<6n+2>", "vgg", "any torchvision.models name")
 
@@ -96,22 +98,42 @@ def vgg(shape: tuple[int, int, int], classes: int, width: int = 16) -> nn.Module
     return nn.Sequential(OrderedDict(**stages) | head)
 
 
+class PaddedShortcut(nn.Module):
+    """A shortcut without weights (option A of He et al. 2016): every ``stride``-th pixel, zero channels on both sides.
+
+    >>> from lib.models import PaddedShortcut
+    >>> PaddedShortcut(2, 4, stride=2)(torch.ones(1, 2, 4, 4))[0, :, 0, 0].tolist()
+    [0.0, 1.0, 1.0, 0.0]
+    """
+
+    def __init__(self, c_in: int, c_out: int, stride: int) -> None:
+        super().__init__()
+        self.stride, self.before = stride, (c_out - c_in) // 2
+        self.after = c_out - c_in - self.before
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, c_in, H, W)`` -> ``(N, c_out, H/stride, W/stride)``."""
+        return pad(x[..., :: self.stride, :: self.stride], (0, 0, 0, 0, self.before, self.after))
+
+
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut: identity, or a strided 1x1 convolution where the shape changes.
+    """Two 3x3 convolutions and a shortcut: identity, or where the shape changes option A or B of `resnet`.
 
     >>> from lib.models import BasicBlock
     >>> tuple(BasicBlock(16, 32, stride=2)(torch.zeros(1, 16, 8, 8)).shape)
     (1, 32, 4, 4)
     """
 
-    def __init__(self, c_in: int, c_out: int, stride: int) -> None:
+    def __init__(self, c_in: int, c_out: int, stride: int, shortcut: Literal["A", "B"] = "B") -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(c_out)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(c_out)
         self.shortcut = nn.Identity()
-        if stride != 1 or c_in != c_out:
+        if (stride != 1 or c_in != c_out) and shortcut == "A":
+            self.shortcut = PaddedShortcut(c_in, c_out, stride)
+        elif stride != 1 or c_in != c_out:
             self.shortcut = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -120,17 +142,27 @@ class BasicBlock(nn.Module):
         return (y + self.shortcut(x)).relu()
 
 
-def resnet(shape: tuple[int, int, int], classes: int, depth: int = 20, width: int = 16) -> nn.Module:
+def resnet(
+    shape: tuple[int, int, int],
+    classes: int,
+    depth: int = 20,
+    width: int = 16,
+    shortcut: Literal["A", "B"] = "B",
+) -> nn.Module:
     """A CIFAR-style residual network (He et al. 2016, section 4.2): ``depth = 6n + 2`` layers, ``width``, 2x, 4x wide.
 
-    Shortcuts that change shape are 1x1 convolutions (option B of that paper).
+    Shortcuts that change shape are 1x1 convolutions (option B of that paper), or pad with zeros (option A).
 
     >>> from lib.shapes import prunable
     >>> from lib.models import resnet
     >>> layers = prunable(resnet((3, 32, 32), 10, depth=20))
     >>> len(layers), [name for name in layers if "shortcut" in name]
     (22, ['block2_1.shortcut.0', 'block3_1.shortcut.0'])
+    >>> len(prunable(resnet((3, 32, 32), 10, depth=20, shortcut="A")))
+    20
     """
+    if shortcut not in ("A", "B"):
+        raise ModelError(f"shortcut = {shortcut!r}: allowed are 'A' and 'B'")
     n, rest = divmod(depth - 2, 6)
     if rest or n < 1:
         raise ModelError(f"resnet depth = {depth}: allowed are 8, 14, 20, 26, ... (6n + 2)")
@@ -140,7 +172,7 @@ def resnet(shape: tuple[int, int, int], classes: int, depth: int = 20, width: in
     channels = width
     for stage, out in enumerate((width, 2 * width, 4 * width), start=1):
         for i in range(n):
-            layers[f"block{stage}_{i + 1}"] = BasicBlock(channels, out, 2 if stage > 1 and i == 0 else 1)
+            layers[f"block{stage}_{i + 1}"] = BasicBlock(channels, out, 2 if stage > 1 and i == 0 else 1, shortcut)
             channels = out
     head = OrderedDict(pool=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten(), fc=nn.Linear(channels, classes))
     return nn.Sequential(layers | head)
@@ -149,9 +181,12 @@ def resnet(shape: tuple[int, int, int], classes: int, depth: int = 20, width: in
 FAILS = (AssertionError, RuntimeError, ValueError)  # of torchvision, about sizes
 
 
-def _torchvision(name: str, shape: tuple[int, int, int], classes: int) -> nn.Module:
-    """A torchvision classifier without pretrained weights and auxiliary heads, fitted to the images."""
+def _torchvision(name: str, shape: tuple[int, int, int], classes: int, pretrained: bool = False) -> nn.Module:
+    """A torchvision classifier without auxiliary heads: fresh and fitted to the images, or as it was published."""
     import torchvision
+
+    if pretrained:
+        return _pretrained(name, shape, classes)
 
     def made(height: int, width: int) -> nn.Module:
         plain = {"aux_logits": False, "init_weights": True}
@@ -176,6 +211,35 @@ def _torchvision(name: str, shape: tuple[int, int, int], classes: int) -> nn.Mod
     raise ModelError(f"{name} takes no images of {height}x{width}{known}")
 
 
+def _pretrained(name: str, shape: tuple[int, int, int], classes: int) -> nn.Module:
+    """With torchvision's default weights, from the cache of ``torch.hub`` or downloaded there."""
+    from torchvision.models import get_model, get_model_weights
+
+    weights = get_model_weights(name).DEFAULT
+    known = len(weights.meta["categories"])
+    if shape[0] != 3 or classes != known:
+        raise ModelError(
+            f"{name} was trained on 3 channels and {known} classes, the data have {shape[0]} and {classes}"
+        )
+    try:
+        model = get_model(name, weights=weights)
+    except OSError as error:  # urllib's errors are of this kind
+        place = f"{torch.hub.get_dir()}/checkpoints"
+        raise ModelError(
+            f"no weights of {name}: {place} lacks {weights.url.rpartition('/')[2]}, and {weights.url} cannot be "
+            f"downloaded ({error}); put the file there"
+        ) from None
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        place, reason = (
+            f"{torch.hub.get_dir()}/checkpoints/{weights.url.rpartition('/')[2]}",
+            str(error).splitlines()[:1],
+        )
+        raise ModelError(f"{place} is damaged ({', '.join(reason)}); remove it, or get {weights.url} again") from None
+    if not _runs(model.eval(), torch.zeros(1, *shape)):
+        raise ModelError(f"{name} takes no images of {shape[1]}x{shape[2]}")
+    return model.train()
+
+
 @torch.no_grad()
 def _runs(function: Callable, *args: Any) -> bool:
     try:
@@ -194,6 +258,12 @@ def _fit_channels(model: nn.Module, channels: int) -> None:
         model.set_submodule(name, nn.Conv2d(channels, bias=conv.bias is not None, **options))
 
 
+def _of_torchvision(name: str) -> bool:
+    import torchvision
+
+    return name in torchvision.models.list_models(module=torchvision.models)
+
+
 def builder(name: str) -> Callable[..., nn.Module]:
     """The function ``(shape, classes, **options) -> model`` for a model name; its source is part of a cache key.
 
@@ -206,24 +276,30 @@ def builder(name: str) -> Callable[..., nn.Module]:
     """
     if name in ("lenet5", "lenet300", "vgg"):
         return {"lenet5": lenet5, "lenet300": lenet300, "vgg": vgg}[name]
-    import torchvision
-
-    if name in torchvision.models.list_models(module=torchvision.models):
-        return lambda shape, classes: _torchvision(name, shape, classes)
+    if _of_torchvision(name):
+        return lambda shape, classes, pretrained=False: _torchvision(name, shape, classes, pretrained)
     if depth := re.fullmatch(r"resnet(\d+)", name):
         n, rest = divmod(int(depth[1]) - 2, 6)
         if rest == 0 and n >= 1:
-            return lambda shape, classes, width=16: resnet(shape, classes, int(depth[1]), width)
+            return lambda shape, classes, width=16, shortcut="B": resnet(shape, classes, int(depth[1]), width, shortcut)
     raise ModelError(f"model {name!r} is unknown: allowed are {', '.join(NAMES)}")
 
 
-def build(name: str, shape: tuple[int, int, int], classes: int, seed: int = 0, **options) -> nn.Module:
-    """A freshly initialized model for images ``(C, H, W)``; the same ``seed`` gives the same weights, bit for bit.
+def build(
+    name: str, shape: tuple[int, int, int], classes: int, seed: int = 0, pretrained: bool = False, **options
+) -> nn.Module:
+    """A model for images ``(C, H, W)``, freshly initialized: the same ``seed`` gives the same weights, bit for bit.
 
     The global random state is left as it was.
 
+    Args:
+        pretrained: with the default weights of a torchvision model, where the machine has or may download them. It
+            expects pixels as ``torchvision.models.get_model_weights(name).DEFAULT.transforms()`` makes them (see
+            `Pixels`).
+        options: of the model, such as the ``width`` of ``vgg`` and of residual networks.
+
     Raises:
-        ModelError: as `builder`, or a network that takes no images of this size.
+        ModelError: as `builder`, or a network that takes no images of this size, or has no such weights.
 
     >>> from lib.models import build
     >>> from lib.shapes import prunable
@@ -234,6 +310,61 @@ def build(name: str, shape: tuple[int, int, int], classes: int, seed: int = 0, *
     True
     """
     make = builder(name)
+    if pretrained:
+        if name in ("lenet5", "lenet300", "vgg") or not _of_torchvision(name):
+            raise ModelError(f"pretrained = True: {name} is no torchvision model; lib.published reads other networks")
+        options["pretrained"] = True
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return make(shape, classes, **options).to(memory_format=torch.channels_last)
+
+
+class Pixels(nn.Module):
+    """The first layer of a network that takes bytes: ``(N, C, H, W)`` from 0 to 255 become ``(x - mean) / std``.
+
+    Images stay bytes in memory, a quarter of their size as floats, and are normalized a batch at a time.
+
+    Args:
+        mean, std: of each channel, in bytes, in the order that the network wants. bgr: it wants that of blue, green,
+            red.
+
+    >>> from lib.models import Pixels
+    >>> image = torch.tensor([255, 0, 51], dtype=torch.uint8).reshape(1, 3, 1, 1)
+    >>> Pixels([127.5] * 3, [127.5] * 3)(image).flatten().tolist()
+    [1.0, -1.0, -0.6000000238418579]
+    >>> model = torch.nn.Sequential(Pixels([0.0] * 3, [1.0] * 3, bgr=True), torch.nn.Flatten())
+    >>> model(image).tolist()
+    [[51.0, 0.0, 255.0]]
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], bgr: bool = False) -> None:
+        super().__init__()
+        self.bgr = bgr
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).reshape(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).reshape(-1, 1, 1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, C, H, W)`` of any type -> the same shape, float."""
+        return ((x.flip(1) if self.bgr else x) - self.mean) / self.std
+
+
+def set_weights(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+    """Set a network's ``state_dict``, in place. Returns the model. A count of batches that is missing does not matter.
+
+    Raises:
+        ModelError: weights of another architecture; the first entry that does not fit, with both shapes.
+
+    >>> from lib.models import lenet300, set_weights
+    >>> set_weights(lenet300((1, 28, 28), 10), lenet300((1, 32, 32), 10).state_dict())
+    Traceback (most recent call last):
+        ...
+    lib.models.ModelError: weights of another network: fc1.weight is (300, 1024), and (300, 784) in this one
+    """
+    own = model.state_dict()
+    shapes = [{n: tuple(t.shape) for n, t in each.items() if "num_batches" not in n} for each in (state, own)]
+    for name in dict.fromkeys([*shapes[1], *shapes[0]]):
+        there, here = (each.get(name, "missing") for each in shapes)
+        if there != here:
+            raise ModelError(f"weights of another network: {name} is {there}, and {here} in this one")
+    model.load_state_dict(state, strict=False)
+    return model

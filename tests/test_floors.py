@@ -15,7 +15,7 @@ FLOORS = (
     {"channels", "faults", "kernels"},
     {"costs", "layers"},
     {"recipes"},
-    {"study", "export"},
+    {"study", "export", "published"},
     {"plots"},
     {"reproduce"},
 )

@@ -1,5 +1,6 @@
 """Data sets by name or folder, as in-memory tensors in a fixed train / validation / test split, with their task."""
 
+from lib.data.as_bytes import pixels
 from lib.data.folders import fingerprint
 from lib.data.loading import check_name, load
 from lib.data.named import NAMES, SHIPPED_ROOT, data_root
@@ -20,4 +21,5 @@ __all__ = [
     "data_root",
     "fingerprint",
     "load",
+    "pixels",
 ]
