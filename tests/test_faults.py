@@ -573,6 +573,17 @@ def test_tolerated_rate_agrees_with_a_fine_grid(trained, images):
     assert 5 * found.trials <= len(rates) * 8
 
 
+def test_chips_are_spent_where_they_decide(trained, images):
+    options = {"lowest": 1e-4, "precision": 0.2}
+    for mapping, drop in (("differential", 3), ("two_column", 1), ("offset", 10)):
+        every = tolerated_rate(trained, mapping, drop, 12, images.test, **options)
+        few = tolerated_rate(trained, mapping, drop, 12, images.test, sure=4, **options)
+        assert few.trials < 0.9 * every.trials
+        assert every.low <= few.rate <= every.high
+        assert few.low < few.rate < few.high
+        assert np.log(few.high / few.low) == pytest.approx(np.log(every.high / every.low), rel=0.5)
+
+
 def test_a_tolerated_rate_is_right_on_average_over_sets_of_chips_but_one_set_is_not():
     random = torch.Generator().manual_seed(0)
     classes = torch.randn(6, 24, generator=random)

@@ -16,6 +16,9 @@ from lib.faults.stuck import StuckAt
 from lib.faults.trials import _Bench, accuracies, journal_of, numbers_of
 from lib.training import Progress
 
+FEW = 3
+"""Chips that a rate is first looked at with, where not all have to meet it."""
+
 
 class Tolerated(NamedTuple):
     """The rate at which the mean accuracy over chips has dropped by so many points, with its 95 % interval.
@@ -47,6 +50,7 @@ def tolerated_rate(
     lowest: float = 1e-5,
     highest: float = 0.5,
     precision: float = 0.1,
+    sure: float = inf,
     batch_size: int = 100,
     processes: int = 1,
     progress: Progress | None = None,
@@ -65,6 +69,9 @@ def tolerated_rate(
     Args:
         drop: points of accuracy. reference: accuracy in [0, 1]; by default that of the healthy mapped model.
         precision: half the width of the last bracket, as a share of the rate.
+        sure: a rate far from the one sought is left to the first `FEW` chips, twice as many, ..., whose mean lies this
+            many standard errors, and a quarter of the drop, from where it has to be. All chips meet the last bracket,
+            and rates beside it until the interval ends between two of them. By default all meet every rate.
 
     Raises:
         CrossbarError: as `sweep`; a drop that is not positive, a reference that is no number; bounds that are not
@@ -77,8 +84,9 @@ def tolerated_rate(
     >>> round(found.rate, 2), found.low < found.rate < found.high  # of 32 cells
     (0.08, True)
     """
-    if not (0 < drop < inf and 0 < lowest < highest <= 1 and 0 < precision < inf):
-        raise CrossbarError(f"{drop=}, {lowest=}, {highest=}, {precision=}: allowed are positive, and lowest < highest")
+    if not (0 < drop < inf and 0 < lowest < highest <= 1 and 0 < precision < inf and sure > 0):
+        values = f"{drop=}, {lowest=}, {highest=}, {precision=}, {sure=}"
+        raise CrossbarError(f"{values}: allowed are positive, and lowest < highest")
     if reference is not None and not isfinite(reference):
         raise CrossbarError(f"reference = {reference}: allowed is an accuracy")
     numbers = numbers_of(chips)
@@ -86,10 +94,18 @@ def tolerated_rate(
     journal = journal_of(bench)
     measured: dict[float, list[float]] = {}
 
-    def holds(rate: float) -> bool:
-        tasks = [(each(faults(rate)), chip) for chip in numbers]
+    def look(rate: float, count: int) -> list[float]:
+        """Accuracies of the first so many chips."""
+        known = measured.setdefault(rate, [])
+        tasks = [(each(faults(rate)), chip) for chip in numbers[len(known) : count]]
         found = {chip: accuracy for _, chip, accuracy in accuracies(bench, journal, tasks, processes)}
-        measured[rate] = [found[chip] for chip in numbers]
+        known += [found[chip] for _, chip in tasks]
+        return known
+
+    def holds(rate: float) -> bool:
+        count = len(numbers) if sure == inf else min(FEW, len(numbers))
+        while not _clear(look(rate, count), floor, sure, drop) and count < len(numbers):
+            count = min(2 * count, len(numbers))
         if progress:
             progress(len(measured) / (steps + 1), f"rate {rate:.3g}: {np.mean(measured[rate]):.1%}")
         return np.mean(measured[rate]) >= floor
@@ -101,14 +117,33 @@ def tolerated_rate(
         middle = sqrt(low * high)
         low, high = (middle, high) if holds(middle) else (low, middle)
     bound = ">" if high == highest and holds(highest) else "<" if low == lowest and not holds(lowest) else ""
-    rates = np.array(sorted(measured))
-    grid = np.array([measured[rate] for rate in rates])  # rates x chips
-    rate, ends = float(_crossing(rates, grid.mean(1), floor)), (nan, nan)
-    if len(numbers) > 1:
-        crossing = lambda index, axis=-1: _crossing(rates, grid[:, index].mean(-1), floor)  # noqa: E731
-        options = {"n_resamples": 2000, "method": "percentile", "vectorized": True, "rng": np.random.default_rng(0)}
-        ends = bootstrap((np.arange(len(numbers)),), crossing, **options).confidence_interval
-    return Tolerated(rate, float(ends[0]), float(ends[1]), len(rates) * len(numbers), bound)
+    wanted = [low, high]
+    while wanted:
+        for rate in wanted:
+            look(rate, len(numbers))
+        rates = np.array(sorted(rate for rate, found in measured.items() if len(found) == len(numbers)))
+        rate, ends = _with_interval(rates, np.array([measured[r] for r in rates]), floor)
+        below, above = ([r for r in measured if r < rates[0]], [r for r in measured if r > rates[-1]])
+        wanted = [max(below)] if below and ends[0] <= rates[0] else []
+        wanted += [min(above)] if above and ends[1] >= rates[-1] else []
+    return Tolerated(rate, *ends, sum(map(len, measured.values())), bound)
+
+
+def _clear(found: list[float], floor: float, sure: float, drop: float) -> bool:
+    """Whether the mean over a few chips says on which side of the floor that over all lies."""
+    gap = abs(np.mean(found) - floor)
+    return len(found) > 1 and gap > max(sure * np.std(found, ddof=1) / sqrt(len(found)), drop / 400)
+
+
+def _with_interval(rates: np.ndarray, grid: np.ndarray, floor: float) -> tuple[float, tuple[float, float]]:
+    """The crossing of the mean of ``grid`` ``(rates, chips)``, and its bootstrap interval over chips."""
+    rate, chips = float(_crossing(rates, grid.mean(1), floor)), grid.shape[1]
+    if chips == 1:
+        return rate, (nan, nan)
+    crossing = lambda index, axis=-1: _crossing(rates, grid[:, index].mean(-1), floor)  # noqa: E731
+    options = {"n_resamples": 2000, "method": "percentile", "vectorized": True, "rng": np.random.default_rng(0)}
+    low, high = bootstrap((np.arange(chips),), crossing, **options).confidence_interval
+    return rate, (float(low), float(high))
 
 
 def _crossing(rates: np.ndarray, accuracy: np.ndarray, floor: float) -> np.ndarray:
