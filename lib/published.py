@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lib import models
+from lib.data import data_root
 from lib.models import ModelError, Pixels, set_weights
 
 __all__ = ["IMAGES", "NAMES", "PublishedError", "Stored", "decoded", "load", "resnet", "squeezenet", "stored"]
@@ -48,26 +49,30 @@ class PublishedError(ValueError):
     """
 
 
-def load(name: str, folder: str | Path = "pretrained") -> nn.Module:
-    """A network of `NAMES`, in evaluation mode, its weights from ``folder`` (or, of EfficientNet, from its package).
+def load(name: str, root: str | Path | None = None) -> nn.Module:
+    """A network of `NAMES`, in evaluation mode: from ``root/pretrained``, EfficientNet-Lite0 from its package.
 
-    The folder holds ``cifar10_resnet{20,32,44,56}.safetensors`` and ``squeezenet_deep_compression.net``.
+    Args:
+        root: of data sets (see `lib.data.data_root`). Its folder ``pretrained`` holds
+            ``cifar10_resnet{20,32,44,56}.safetensors`` and ``squeezenet_deep_compression.net``.
 
     Raises:
         PublishedError: an unknown name; a file or package that is missing, damaged, or of another network.
+        DataError: the root is no folder.
 
+    >>> from tempfile import TemporaryDirectory
     >>> from lib import published
-    >>> published.load("resnet20", "/no/such/folder")
+    >>> published.load("resnet20", (folder := TemporaryDirectory()).name)
     Traceback (most recent call last):
         ...
-    lib.published.PublishedError: /no/such/folder/cifar10_resnet20.safetensors is missing: ...
+    lib.published.PublishedError: .../pretrained/cifar10_resnet20.safetensors is missing: README, ...
     """
     if name not in NAMES:
         raise PublishedError(f"network {name!r} is unknown: allowed are {', '.join(NAMES)}")
     if name == "efficientnet_lite0":
         return efficientnet_lite0()
     file = SQUEEZENET_FILE if name == "squeezenet" else f"cifar10_{name}.safetensors"
-    return (squeezenet if name == "squeezenet" else resnet)(Path(folder) / file)
+    return (squeezenet if name == "squeezenet" else resnet)(data_root(root) / "pretrained" / file)
 
 
 def from_bytes(net: nn.Module, **normal) -> nn.Module:
