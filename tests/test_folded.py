@@ -56,18 +56,19 @@ def drawn(seed):
     return layer, x, signed
 
 
-def test_one_product_is_what_goes_bit_by_bit():
-    folded = saturated = 0
+def test_what_is_computed_is_what_goes_bit_by_bit():
+    folded = saturated = counted = plain = 0
     for seed in range(700):
         found = drawn(seed)
-        if found is None or not found[0].folds:
+        if found is None:
             continue
         layer, x, signed = found
         assert torch.equal(layer(x, signed), layer.bit_by_bit(x, signed)), layer.array
-        lost = layer.lost(x, signed)
-        folded, saturated = folded + 1, saturated + (lost is not None and bool((lost != 0).any()))
-    assert folded > 200
-    assert saturated > 80
+        saturates = layer.folds and len(layer.risky) and bool((layer.lost(x, signed) != 0).any())
+        folded, saturated = folded + layer.folds, saturated + saturates
+        counted, plain = counted + (layer.counts and not layer.folds), plain + (not layer.counts and not layer.folds)
+    print(folded, saturated, counted, plain)
+    assert min(folded, counted) > 100
 
 
 LAYERS = {
@@ -106,21 +107,25 @@ def test_layers_of_every_form(name, array, signed, share, monkeypatch):
         assert placed.folds
     one = net(x)
     monkeypatch.setattr(Programmed, "folds", property(lambda self: False))
+    monkeypatch.setattr(Programmed, "__call__", Programmed.bit_by_bit)
     assert torch.equal(net(x), one)
 
 
-@pytest.mark.parametrize("bits", [5, 6])  # from far beyond the range to just beyond it
+@pytest.mark.parametrize("bits", [4, 5])  # from far beyond the range to just beyond it
 def test_a_narrow_range_saturates_and_only_some_images_are_looked_at(bits, monkeypatch):
     torch.manual_seed(0)
     x = torch.rand(30, 64)
     x[:20] *= torch.rand(20, 64) < 0.05
-    net = on_arrays(nn.Sequential(nn.Linear(64, 6)), Array(adc_bits=8), x)
+    net = nn.Sequential(nn.Linear(64, 12))
+    net[0].weight.data[1:] = 0  # one filter's columns can saturate
+    net = on_arrays(net, Array(mapping=Mapping("two_column", 8, 2), adc_bits=8), x)
     layer = in_arrays(net)["0"][0]
     layer.programmed.converter = Converter(bits)
     seen = layer._saturated(layer.whole(x))
     assert 0 < len(seen) < 30
     one = net(x)
     monkeypatch.setattr(Programmed, "folds", property(lambda self: False))
+    monkeypatch.setattr(Programmed, "__call__", Programmed.bit_by_bit)
     assert torch.equal(net(x), one)
 
 
@@ -143,7 +148,5 @@ def test_sums_beyond_what_numbers_hold_are_refused_and_large_ones_are_exact():
     assert torch.equal(layer(x), whole @ x.double())
     with pytest.raises(CrossbarError, match="16 bits hold 0 to 65535"):
         layer(x.clamp(min=2**16))
-    layer = Programmed(weight, wide)
-    layer.cells *= 2.0**24
-    with pytest.raises(CrossbarError, match=r"float64 holds whole numbers up to 2\^53"):
-        layer(x - x.clamp(min=1))
+    with pytest.raises(CrossbarError, match=r"up to 1.08e\+17: float64 holds whole numbers up to 2\^53"):
+        Programmed(weight, Array(mapping=Mapping("offset", 16, 2), input_bits=32))

@@ -44,7 +44,7 @@ class ArrayLayer:
         """Choose the range of inputs, then that of converters, by least squared error over the inputs of all uses."""
         values = torch.cat([_exact(part).flatten() for part in x])
         self.inputs = calibrated(values, self.programmed.array.input_bits, signed=bool((values < 0).any()))
-        self.programmed.calibrate(*map(self.whole, x), signed=self.inputs.low < 0, arrange=self.vectors)
+        self.programmed.calibrate(*(self.vectors(self.whole(part)) for part in x), signed=self.inputs.low < 0)
 
     def digital(self, x: Tensor) -> Tensor:
         """The layer's output without arrays."""
@@ -53,16 +53,15 @@ class ArrayLayer:
     def __call__(self, x: Tensor) -> Tensor:
         """The layer's output, by way of whole numbers."""
         whole, signed, programmed = self.whole(x), self.inputs.low < 0, self.programmed
+        few = max(1, CHUNK // (self._windows(whole) * self.layer.weight[0].numel()))  # images at a time
         if programmed.folds:
             y = self._product(whole.to(programmed.folded.dtype), programmed.folded, programmed.groups)
-            images = max(1, CHUNK // (self._windows(whole) * self.layer.weight[0].numel()))
-            for some in (part for part in self._saturated(whole).split(images) if len(part)):
+            for some in (part for part in self._saturated(whole).split(few) if len(part)):
                 y = y.double()
-                y[some] -= self._shaped(programmed.lost(whole[some], signed, self.vectors), whole[some])
+                y[some] -= self._shaped(programmed.lost(self.vectors(whole[some]), signed), whole[some])
         else:
-            numbers = max(programmed.conversions, self.layer.weight[0].numel()) * programmed.array.steps
-            few = whole.split(max(1, CHUNK // (self._windows(whole) * numbers)))
-            y = torch.cat([self._shaped(programmed.bit_by_bit(part, signed, self.vectors), part) for part in few])
+            parts = whole.split(few)
+            y = torch.cat([self._shaped(programmed(self.vectors(part), signed), part) for part in parts])
         y, scale = _exact(y.to(x.dtype)) if y.dtype != torch.float32 else y, self.inputs.step * programmed.scale
         if self.layer.bias is None:
             y = y * scale
@@ -73,9 +72,9 @@ class ArrayLayer:
         return y.squeeze(2) if self.sequence else y
 
     def _saturated(self, whole: Tensor) -> Tensor:
-        """The images with a column that may saturate, by number."""
-        if not self.programmed.risky:
-            return torch.arange(0)
+        """The images with a column that may saturate, by number; all where looking costs more than the product."""
+        if not 0 < self.programmed.risky.sum() <= len(self.layer.weight):
+            return torch.arange(len(whole) * len(self.programmed.risky[:1]))
         weight, limits = self.programmed.reach
         weight = weight if self.linear else weight.unflatten(1, (-1, *self.layer.weight.shape[2:]))
         sums = self._product((whole != 0).float(), weight, 1)
@@ -95,7 +94,9 @@ class ArrayLayer:
     def whole(self, x: Tensor) -> Tensor:
         """Activations as whole numbers: ``(N, C, H, W)`` of a convolution, as they are of a linear layer."""
         low, step = round(self.inputs.low / self.inputs.step), self.inputs.step
-        return _exact(x.unsqueeze(2) if self.sequence else x).div(step).round_().clamp_(low, low + self.inputs.codes)
+        x = _exact(x.double() if self.programmed.array.input_bits > 24 else x)  # float32 holds no more bits
+        x = x.unsqueeze(2) if self.sequence else x
+        return (x / step).round_().clamp_(low, low + self.inputs.codes)
 
     def _grid(self, x: Tensor) -> tuple[int, int]:
         """Output positions of a convolution, high and wide."""
@@ -111,17 +112,16 @@ class ArrayLayer:
         high, wide = self._grid(x)
         return high * wide
 
-    def vectors(self, digits: Tensor) -> Tensor:
-        """``(N, C, H, W, T)`` or ``(N, ..., inputs, T)`` as the vectors that meet the matrix, ``(G * rows, M, T)``."""
+    def vectors(self, x: Tensor) -> Tensor:
+        """``(N, C, H, W)`` or ``(N, ..., inputs)`` as the vectors that meet the matrix, ``(G * rows, M)``."""
         if self.linear:
-            return digits.flatten(0, -3).transpose(0, 1)
-        grid = self._grid(digits)
-        digits = pad(digits, (0, 0, *self.padding)).contiguous()
+            return x.flatten(0, -2).transpose(0, 1)
+        grid = self._grid(x)
+        x = pad(x, self.padding).contiguous()
         (kh, kw), (sh, sw), (dh, dw) = self.kernel, self.stride, self.dilation
-        n, c, h, w, _ = digits.stride()
-        strides = (c, dh * h, dw * w, n, sh * h, sw * w, 1)
-        windows = digits.as_strided((digits.shape[1], kh, kw, len(digits), *grid, digits.shape[-1]), strides)
-        return windows.reshape(-1, len(digits) * grid[0] * grid[1], digits.shape[-1])
+        n, c, h, w = x.stride()
+        windows = x.as_strided((x.shape[1], kh, kw, len(x), *grid), (c, dh * h, dw * w, n, sh * h, sw * w))
+        return windows.reshape(x.shape[1] * kh * kw, len(x) * grid[0] * grid[1])
 
     def _shaped(self, y: Tensor, x: Tensor) -> Tensor:
         """``(F, M)`` as the layer's output for ``x``."""

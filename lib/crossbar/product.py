@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lib.crossbar import compiled
 from lib.crossbar.converters import Converter, calibrated
 from lib.crossbar.mapping import CrossbarError, Polarized
 from lib.crossbar.tiling import Array
@@ -15,26 +17,14 @@ from lib.crossbar.tiling import Array
 Change = Callable[[Tensor], Tensor]
 """What happens to conductances in shares of G_max, ``(slices, columns, F, ...)``, after they were written."""
 
-Arrange = Callable[[Tensor], Tensor]
-"""How a layer's inputs become the vectors that meet its matrix."""
-
 CHUNK = 1 << 20
 """Sums at a time; as many as stay in the cache of a core."""
 
 
-def planes(x: Tensor, array: Array, signed: bool = False) -> Tensor:
-    """The numbers that whole numbers put on the rows step by step, lowest first: ``(*x.shape, T)`` in float32.
-
-    Signed numbers are two's complement: the last step counts negative (`step_weights`).
-
-    Raises:
-        CrossbarError: numbers that ``input_bits`` do not hold, or signed ones with more than one bit a step.
-    """
-    if signed and array.dac_bits > 1:
-        raise CrossbarError(f"signed inputs go bit by bit: dac_bits = {array.dac_bits}; apply both signs one by one")
-    check_inputs(x, array, signed)
-    shifts = array.dac_bits * torch.arange(array.steps, device=x.device, dtype=torch.int32)
-    return (x.int()[..., None] >> shifts).bitwise_and_(array.input_top).float()
+def planes(x: Tensor, array: Array) -> Tensor:
+    """What whole numbers ``(rows, M)`` put on the rows step by step, lowest first: ``(rows, T, M)`` in float32."""
+    shifts = array.dac_bits * torch.arange(array.steps, device=x.device)
+    return (x.long()[:, None] >> shifts[:, None]).bitwise_and_(array.input_top).float()
 
 
 def check_inputs(x: Tensor, array: Array, signed: bool = False) -> None:
@@ -64,7 +54,8 @@ class Programmed:
 
     With perfect cells and enough converter bits the sums are those of whole numbers, exactly. A converter that reads
     whole cells in steps of one loses nothing of a column's sum unless it saturates; then all steps, slices and tiles
-    are one product of whole numbers (`folded`), less what saturates (`lost`). Everything else goes bit by bit.
+    are one product of whole numbers (`folded`), less what saturates (`lost`). Everything else goes bit by bit,
+    compiled on a CPU: the sums of whole cells by counting bits that meet, those of others as products of floats.
 
     Attributes:
         scale: of a unit of weight: a weight is its whole number times this.
@@ -79,7 +70,11 @@ class Programmed:
     """
 
     def __init__(self, weight: Tensor, array: Array, groups: int = 1, change: Change | None = None) -> None:
-        """Write ``weight`` (F, ...) of a layer with ``groups`` into cells."""
+        """Write ``weight`` (F, ...) of a layer with ``groups`` into cells.
+
+        Raises:
+            CrossbarError: sums of products that float64 does not hold exactly.
+        """
         mapping = array.mapping
         if isinstance(mapping, Polarized):
             mapping = mapping.of(weight)
@@ -97,6 +92,11 @@ class Programmed:
         self.whole = bool(((whole - self.cells).abs() <= 1e-6 * max(1, self.array.cell_top)).all())
         if self.whole:
             self.cells = whole
+        full = self.cells.shape[2] * array.cell_top  # a column, under inputs of one
+        if full * array.input_top >= 2**24:  # float32 holds no larger sums exactly
+            self.cells = self.cells.double()
+        if (most := self.tiles * full * int(self.gains.sum()) * 2**array.input_bits) >= 2**53:
+            raise CrossbarError(f"sums of products up to {most:.3g}: float64 holds whole numbers up to 2^53")
         self.converter = self._full_range()
 
     def _tiled(self, cells: Tensor) -> Tensor:
@@ -137,8 +137,8 @@ class Programmed:
             levels = levels * self._tiled(mapping.signs[None, None])[..., :1]
         if self.flipped is not None:
             levels = levels * (1 - 2 * self.flipped.to(levels))
-        gains = 2.0 ** (self.array.cell_bits * torch.arange(mapping.digits, device=cells.device))
-        gains = (gains.repeat(mapping.copies) / mapping.copies).repeat_interleave(levels.shape[3])
+        digits = torch.arange(mapping.digits, dtype=torch.float64, device=cells.device)
+        gains = 2.0 ** (self.array.cell_bits * digits.repeat(mapping.copies).repeat_interleave(levels.shape[3]))
         ones = there[:, :, 0, 0, :1].to(levels)
         return torch.cat((levels.flatten(2, 4), ones), dim=2).flatten(0, 1).contiguous(), gains
 
@@ -150,7 +150,7 @@ class Programmed:
     @converter.setter
     def converter(self, converter: Converter) -> None:
         self._converter = converter
-        for name in ("risky", "reach"):  # follow from it
+        for name in ("risky", "reach", "_risky_bits"):  # follow from it
             vars(self).pop(name, None)
 
     @property
@@ -185,48 +185,35 @@ class Programmed:
         bits = self.array.adc_bits or max(1, self.largest.bit_length()) + self.signed_sums
         return Converter.up_to(self.largest, bits, self.signed_sums)
 
-    def calibrate(
-        self, *inputs: Tensor, signed: bool = False, arrange: Arrange = torch.as_tensor, most: int = 256
-    ) -> Converter:
+    def calibrate(self, *inputs: Tensor, signed: bool = False, most: int = 256) -> Converter:
         """Choose the converter's range that loses least of the columns' sums for inputs as in calls.
 
         Args:
             most: vectors of each that are looked at, evenly spread.
         """
         if not self.lossless:
-            found = []
-            for part, negative in (p for x in inputs for p in self._passes(x, signed)):
-                digits = arrange(planes(part, self.array, negative))
-                digits = digits[:, :: -(-digits.shape[1] // most)]
-                found += [sums[:, :-1].flatten() for sums in self._sums(digits)]
-            sums = torch.cat(found)
+            some = (x[:, :: -(-x.shape[1] // most)] for x in inputs)
+            parts = (part for x in some for part in self._parts(x, signed))
+            sums = torch.cat([sums[:, :-1].flatten() for part in parts for sums in self._sums(part)])
             self.converter = calibrated(sums if self.signed_sums else sums.abs(), self.array.adc_bits, self.signed_sums)
         return self.converter
 
-    def __call__(self, x: Tensor, signed: bool = False, arrange: Arrange = torch.as_tensor) -> Tensor:
-        """Sums of products ``(F, M)`` in float64, in units of weight and input, for whole numbers.
+    def __call__(self, x: Tensor, signed: bool = False) -> Tensor:
+        """Sums of products ``(F, M)`` in float64, in units of weight and input, for whole numbers ``(G * rows, M)``.
 
         Signed inputs are two's complement, bit by bit; with more bits a step both signs are applied one by one.
 
-        Args:
-            x: ``(G * rows, M)``, or what ``arrange`` makes ``(G * rows, M, T)`` of, with steps as last dimension.
-
         Raises:
-            CrossbarError: inputs that the bits do not hold, see `planes`.
+            CrossbarError: inputs that the bits do not hold.
         """
         if not self.folds:
-            return self.bit_by_bit(x, signed, arrange)
+            return self._passes(self._read, x, signed)
         check_inputs(x, self.array, signed)
-        rows = arrange(x[..., None])[..., 0].unflatten(0, (self.groups, -1))
-        weight = self.folded.double().flatten(1).unflatten(0, (self.groups, -1))
-        total = torch.bmm(weight, rows.double()).flatten(0, 1)
-        lost = self.lost(x, signed, arrange)
-        return total if lost is None else total - lost
+        return self._product(x) - self.lost(x, signed) if len(self.risky) else self._product(x)
 
-    def bit_by_bit(self, x: Tensor, signed: bool = False, arrange: Arrange = torch.as_tensor) -> Tensor:
+    def bit_by_bit(self, x: Tensor, signed: bool = False) -> Tensor:
         """The same as an array computes it: every column of every tile converted at every step."""
-        results = [self._read(arrange(planes(part, self.array, neg)), neg) for part, neg in self._passes(x, signed)]
-        return results[0] if len(results) == 1 else results[0] - results[1]
+        return self._passes(self._slowly, x, signed)
 
     @property
     def folds(self) -> bool:
@@ -238,13 +225,10 @@ class Programmed:
         """The whole numbers that the arrays multiply inputs with where nothing saturates, in the weight's shape.
 
         In float32 where every sum of products is exact in it, in float64 else.
-
-        Raises:
-            CrossbarError: sums that float64 does not hold exactly.
         """
         filters = self.shape[0] // self.groups
         cells = self.cells[:, :-1].unflatten(1, (-1, filters)).double()  # (B, slices, F/G, height)
-        weight = torch.einsum("bsfh,s->bfh", cells, self.gains.double()).unflatten(0, (self.groups, self.tiles))
+        weight = torch.einsum("bsfh,s->bfh", cells, self.gains).unflatten(0, (self.groups, self.tiles))
         there = self.cells[:, -1].double().unflatten(0, (self.groups, self.tiles))[:, :, None]
         if self.flipped is not None:
             weight = weight + self._full_columns()[..., None] * there
@@ -252,8 +236,6 @@ class Programmed:
             weight = weight - 2 ** (self.array.mapping.weight_bits - 1) * there
         weight = weight.transpose(1, 2).flatten(2)[..., : self.shape[1:].numel()].reshape(self.shape)
         largest = float(weight.flatten(1).abs().sum(1).max()) * 2**self.array.input_bits
-        if largest >= 2**53:
-            raise CrossbarError(f"sums of products up to {largest:.3g}: float64 holds whole numbers up to 2^53")
         return weight.float() if largest < 2**24 and not weight.is_cuda else weight
 
     @property
@@ -264,12 +246,12 @@ class Programmed:
         return low, low + codes if self.signed_sums else codes
 
     @cached_property
-    def risky(self) -> list[tuple[int, Tensor]]:
-        """Columns that can saturate at all, with every input at its largest, for each block of rows that has some."""
+    def risky(self) -> Tensor:
+        """Which columns can saturate at all, with every input at its largest: ``(B, columns)``, or ``(0, 0)``."""
         low, high = self.limits
         cells, top = self.cells[:, :-1], self.array.input_top
-        beyond = (cells.clamp(min=0).sum(-1) * top > high) | (cells.clamp(max=0).sum(-1) * top < low)
-        return [(b, own.nonzero()[:, 0]) for b, own in enumerate(beyond) if own.any()]
+        risky = (cells.clamp(min=0).sum(2) * top > high) | (cells.clamp(max=0).sum(2) * top < low)
+        return risky if risky.any() else risky[:0, :0]
 
     @cached_property
     def reach(self) -> tuple[Tensor, Tensor]:
@@ -279,9 +261,9 @@ class Programmed:
         """
         rows, height = self.shape[1:].numel(), self.cells.shape[-1]
         weights, limits = [], []
-        for b, columns in self.risky:
+        for b, risky in enumerate(self.risky):
             group, tile = divmod(b, self.tiles)
-            start, own = group * rows + tile * height, self.cells[b, columns][:, : rows - tile * height]
+            start, own = group * rows + tile * height, self.cells[b, :-1][risky, : rows - tile * height].float()
             for sign, limit in zip((1, -1), self.limits[::-1], strict=True):
                 weight = torch.zeros(len(own), self.groups * rows, device=own.device)
                 weight[:, start : start + own.shape[1]] = (sign * own).clamp(min=0) * self.array.input_top
@@ -290,66 +272,110 @@ class Programmed:
                 limits.append(torch.full((int(able.sum()),), sign * limit, device=own.device))
         return torch.cat(weights), torch.cat(limits)
 
-    def lost(self, x: Tensor, signed: bool = False, arrange: Arrange = torch.as_tensor) -> Tensor | None:
-        """What columns that saturate lose of their sums, ``(F, M)`` in float64; None where no column can.
+    def lost(self, x: Tensor, signed: bool = False) -> Tensor:
+        """What columns that saturate lose of their sums, ``(F, M)`` in float64, where the converter's steps are one."""
+        if self.counts and not x.is_cuda:
+            return self._passes(partial(self._count, bits=self._risky_bits, less=1), x, signed).flatten(0, 1)
+        return self._product(x) - self._passes(self._read, x, signed)
 
-        Only vectors with rows enough that are on at all are looked at bit by bit.
-        """
-        if not self.risky:
-            return None
-        low, high = self.limits
-        filters, total = self.shape[0] // self.groups, None
-        for sign, (part, negative) in zip((1, -1), self._passes(x, signed), strict=False):
-            rows = arrange(part[..., None])[..., 0].unflatten(0, (self.groups, -1))
-            steps = step_weights(self.array, negative).to(rows.device)
-            if total is None:
-                total = torch.zeros(self.shape[0], rows.shape[-1], dtype=torch.float64, device=rows.device)
-            for b, columns in self.risky:
-                group, tile = divmod(b, self.tiles)
-                own = rows[group, tile * self.cells.shape[-1] :][: self.cells.shape[-1]]
-                cells, on = self.cells[b, columns, : len(own)], (own != 0).to(self.cells)
-                up, down = (cells.clamp(**end) @ on * self.array.input_top for end in ({"min": 0}, {"max": 0}))
-                seen = ((up > high) | (down < low)).any(0).nonzero()[:, 0]
-                for some in seen.split(max(1, CHUNK // (len(columns) * self.array.steps))):
-                    sums = torch.einsum("ch,hmt->cmt", cells, planes(own[:, some], self.array, negative))
-                    over = (
-                        (sums - sums.clamp(low, high)).double() @ steps * self.gains[columns // filters, None].double()
-                    )
-                    at = torch.zeros(filters, len(some), dtype=torch.float64, device=x.device)
-                    at.index_add_(0, columns % filters, over)
-                    total[group * filters : (group + 1) * filters, some] += sign * at
-        return total
+    def _product(self, x: Tensor) -> Tensor:
+        """Of what is `folded` and whole numbers ``(G * rows, M)``: ``(F, M)``."""
+        weight = self.folded.double().flatten(1).unflatten(0, (self.groups, -1))
+        return torch.bmm(weight, x.unflatten(0, (self.groups, -1)).double()).flatten(0, 1)
 
-    def _passes(self, x: Tensor, signed: bool) -> list[tuple[Tensor, bool]]:
-        if signed and self.array.dac_bits > 1:
-            return [(x.clamp(min=0), False), ((-x).clamp(min=0), False)]
-        return [(x, signed)]
+    def _parts(self, x: Tensor, signed: bool) -> list[Tensor]:
+        """What goes on the rows: one sign after the other where more than one bit goes a step."""
+        check_inputs(x, self.array, signed)
+        return [x.clamp(min=0), (-x).clamp(min=0)] if signed and self.array.dac_bits > 1 else [x]
 
-    def _read(self, digits: Tensor, signed: bool) -> Tensor:
-        steps, converter, limits = step_weights(self.array, signed).to(digits.device), self.converter, self.limits
-        parts = []
-        for sums in self._sums(digits):
-            codes = sums[:, :-1]
-            if not (converter.step == 1 and self.whole):
-                codes.div_(converter.step).round_()
-            codes.clamp_(*limits)
-            parts.append(self._combined(sums, steps))
+    def _passes(self, read: Callable[[Tensor, bool], Tensor], x: Tensor, signed: bool) -> Tensor:
+        """What ``read`` finds for ``x``, told whether the last step counts down."""
+        parts = self._parts(x, signed)
+        return read(x, signed) if len(parts) == 1 else read(parts[0], False) - read(parts[1], False)
+
+    def _slowly(self, x: Tensor, signed: bool) -> Tensor:
+        """Shift and add over slices and sides, steps and tiles: ``(F, M)``."""
+        places, parts = step_weights(self.array, signed).to(x.device), []
+        for sums in self._sums(x):
+            codes = (sums[:, :-1] / self.converter.step).round_().clamp_(*self.limits).double()
+            codes = codes.unflatten(0, (self.groups, self.tiles)).unflatten(2, (len(self.gains), -1))
+            total = torch.einsum("gksftm,s,t->gfm", codes, self.gains, places)
+            ones = torch.einsum("btm,t->bm", sums[:, -1].double(), places).unflatten(0, (self.groups, self.tiles))
+            parts.append(self._weights_alone(total, ones))
         return torch.cat(parts, dim=1)
 
-    def _combined(self, sums: Tensor, steps: Tensor) -> Tensor:
-        """Shift and add over slices and sides, tiles and steps, ``(F, M')``; what is there beside the weights goes.
+    def _read(self, x: Tensor, signed: bool) -> Tensor:
+        """What `_slowly` computes, compiled."""
+        if x.is_cuda:
+            return self._slowly(x, signed)
+        rows = x.unflatten(0, (self.groups, -1))
+        if self.counts:
+            total = self._count(x, signed, self._bits)
+        else:
+            total = torch.zeros(self.groups, self.shape[0] // self.groups, x.shape[1], dtype=torch.float64)
+            gains, start = self.gains.repeat_interleave(total.shape[1]).numpy(), 0
+            for sums in self._sums(x):
+                compiled.convert_all(sums.flatten(2).numpy(), start, gains, *self._reading(signed), total.numpy())
+                start += sums.shape[-1]
+        ones = [part.sum(1, dtype=torch.float64) for part in rows.split(self.cells.shape[-1], 1)]
+        return self._weights_alone(total, torch.stack(ones, 1))
+
+    def _count(self, x: Tensor, signed: bool, bits: tuple[np.ndarray, ...], less: int = 0) -> Tensor:
+        """Codes, shifted and added, ``(G, F / G, M)``; or, with ``less = 1``, what is lost in them."""
+        total = torch.zeros(self.groups, self.shape[0] // self.groups, x.shape[1], dtype=torch.float64)
+        rows = x.unflatten(0, (self.groups, -1)).float().contiguous().numpy()
+        sizes = self.cells.shape[-1], self.array.dac_bits
+        compiled.count(rows, *sizes, *bits, *self._reading(signed), np.float32(less), total.numpy())
+        return -total if less else total
+
+    def _reading(self, signed: bool) -> tuple:
+        """What each step counts for, the converter's step and its limits, as `compiled` takes them."""
+        exact = self.converter.codes * 2**self.array.input_bits < 2**24  # as whole numbers of float32
+        places = step_weights(self.array, signed).to(torch.float32 if exact else torch.float64).numpy()
+        return places, *self.cells.new_tensor([self.converter.step, *self.limits]).numpy()
+
+    @property
+    def counts(self) -> bool:
+        """Whether the sums of columns are soonest found by counting bits that meet."""
+        array = self.array
+        return self.whole and array.dac_bits * (array.cell_bits + self.signed_sums) <= 4 and array.input_bits <= 24
+
+    @cached_property
+    def _bits(self) -> tuple[np.ndarray, ...]:
+        """Cells, rows, units and gains as `compiled.count` takes them.
+
+        A column whose levels are negative counts down; where both signs meet, they are in two's complement.
+        """
+        digit, bits, cells = self.array.dac_bits, self.array.cell_bits + self.signed_sums, self.cells[:, :-1].long()
+        gains = self.gains.repeat_interleave(self.shape[0] // self.groups).repeat(len(cells), 1)
+        units = 2 ** torch.arange(bits)
+        if self.signed_sums:
+            units[-1] *= -1
+        else:
+            gains[(cells < 0).any(2)] *= -1
+            cells = cells.abs()
+        cells = pad(cells, (0, -cells.shape[2] % 64)).unflatten(2, (-1, 64))  # (B, columns, words, 64)
+        words = torch.stack([((cells >> bit & 1) << torch.arange(64)).sum(3) for bit in range(bits)], 2)
+        count = words.shape[3]  # of (B, columns, bits, words)
+        words = words[:, :, :, None].expand(-1, -1, -1, digit, -1).flatten(2)  # terms: bits of cells, inputs, rows
+        units = (units[:, None, None] * 2 ** torch.arange(digit)[:, None]).expand(-1, -1, count).flatten()
+        rows = torch.arange(count * digit).view(count, digit).T.flatten().repeat(bits)
+        words, units, rows = (pad(t, (0, t.shape[-1] % 2)) for t in (words, units, rows))
+        return words.numpy().view(np.uint64), rows.numpy(), units.numpy().astype(np.uint32), gains.numpy()
+
+    @cached_property
+    def _risky_bits(self) -> tuple[np.ndarray, ...]:
+        """The same, of columns that can saturate."""
+        words, *others = self._bits
+        return words * self.risky.numpy()[:, :, None].astype(np.uint64), *others
+
+    def _weights_alone(self, total: Tensor, ones: Tensor) -> Tensor:
+        """Sums of products ``(F, M)`` from codes that were shifted and added, ``(G, F / G, M)``.
 
         Args:
-            sums: codes of ``(B, columns + 1, M', T)``; the last column is that of ones.
+            ones: sums of each tile's inputs, ``(G, tiles, M)``; what is there beside the weights goes with them.
         """
-        slices, filters = len(self.gains), self.shape[0] // self.groups
-        exact = self.tiles * self.converter.codes * float(self.gains.sum()) < 2**24  # as whole numbers of float32
-        codes, gains = sums[:, :-1].flatten(2), self.gains.expand(len(sums), 1, slices)
-        codes = codes.unflatten(1, (slices, filters)).flatten(2)
-        total = torch.bmm(gains, codes) if exact else torch.bmm(gains.double(), codes.double())
-        total = total.view(self.groups, self.tiles, filters, *sums.shape[2:]).sum(1).double() @ steps
-        total *= self.converter.step
-        ones = (sums[:, -1].double() @ steps).unflatten(0, (self.groups, self.tiles))  # (G, tiles, M')
+        total = total * self.converter.step / self.array.mapping.copies
         if self.flipped is not None:  # a flipped column counts down from what it would be when full
             total += torch.einsum("gkm,gkf->gfm", ones, self._full_columns())
         if self.array.mapping.scheme == "offset":
@@ -360,20 +386,18 @@ class Programmed:
         """What the flipped columns of each tile and filter would be with all cells full, for an input of one."""
         side = torch.ones(self.flipped.shape[2:4], dtype=torch.float64, device=self.flipped.device)
         side[:, 1:] = -1
-        gains = self.gains.double().view(side.shape) * side
+        gains = self.gains.view(side.shape) / self.array.mapping.copies * side
         signs = 1.0
         if isinstance(self.array.mapping, Polarized):
             signs = self._tiled(self.array.mapping.signs[None, None])[:, :, 0, 0, :, 0].double()
         full = torch.einsum("gkscf,sc->gkf", self.flipped[..., 0].double(), gains)
         return full * signs * self.array.cell_top
 
-    def _sums(self, digits: Tensor) -> Iterator[Tensor]:
-        """The columns' sums ``(B, columns + 1, M', T)``, for as many vectors at a time as stay in the cache."""
-        steps = digits.shape[-1]
-        digits = digits.unflatten(0, (self.groups, -1))
-        height = self.cells.shape[-1]
-        for part in digits.split(max(1, CHUNK // (self.conversions * steps)), dim=2):
-            if missing := self.tiles * height - part.shape[1]:
-                part = pad(part, (0, 0, 0, 0, 0, missing))
-            rows = part.flatten(2).reshape(len(self.cells), height, -1)
-            yield torch.bmm(self.cells, rows).unflatten(2, (-1, steps))
+    def _sums(self, x: Tensor) -> Iterator[Tensor]:
+        """The columns' sums ``(B, columns + 1, T, M')``, for as many vectors at a time as stay in the cache."""
+        blocks, height = len(self.cells), self.cells.shape[-1]
+        for part in x.split(max(1, CHUNK // (self.conversions * self.array.steps)), dim=1):
+            digits = planes(part, self.array).to(self.cells).unflatten(0, (self.groups, -1))
+            if missing := self.tiles * height - digits.shape[1]:
+                digits = pad(digits, (0, 0, 0, 0, 0, missing))
+            yield torch.bmm(self.cells, digits.reshape(blocks, height, -1)).unflatten(2, (self.array.steps, -1))

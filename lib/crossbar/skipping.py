@@ -49,7 +49,7 @@ def effective_cycles(model: nn.Module, images: Tensor, fragments: Sequence[int])
     def met(name: str, user: ArrayLayer):
         def hook(_, args):
             array, groups = user.programmed.array, user.programmed.groups
-            vectors = user.vectors(user.whole(args[0])[..., None])[..., 0]
+            vectors = user.vectors(user.whole(args[0]))
             for f in fragments:
                 for part in vectors.chunk(groups):
                     found = input_cycles(part, f, array.input_bits, array.dac_bits)

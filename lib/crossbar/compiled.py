@@ -1,0 +1,119 @@
+"""Conversions one by one, compiled: what PyTorch has no operation for.
+
+Loops over vectors are innermost, over contiguous numbers: the compiler makes vector instructions of them.
+"""
+
+import numpy as np
+from numba import njit
+from numba.extending import intrinsic
+
+LANES = 1024
+"""Sums at a time: they and the bits on their rows stay in a core's nearest cache."""
+
+
+def compiled(function):
+    """Compiled at its first call, and kept on disk for later processes where there is a place for it."""
+    try:
+        return njit(cache=True, nogil=True)(function)
+    except RuntimeError:  # neither beside this file nor among the user's own
+        return njit(nogil=True)(function)
+
+
+@intrinsic
+def ones(typing, word):
+    """How many bits of a word are set."""
+    return word(word), lambda context, builder, signature, args: builder.ctpop(args[0])
+
+
+@compiled
+def pack(x, first, start, words, digit, steps):
+    """Whole numbers on rows ``(rows, M)``, from row ``first`` and vector ``start`` on, as bits of 64 rows a word.
+
+    Row ``w * digit + q`` of ``words``, ``(ceil(height / 64) * digit, steps * vectors)``, gets bit ``q`` of every step's
+    digit, of rows ``64 w`` and on.
+    """
+    words[:] = 0
+    vectors = words.shape[1] // steps
+    last = min(len(x), first + words.shape[0] // digit * 64)
+    for r in range(first, last):
+        row = x[r, start : start + vectors]
+        by = np.uint64((r - first) % 64)
+        for bit in range(digit * steps):
+            begin = bit // digit * vectors
+            word = words[(r - first) // 64 * digit + bit % digit, begin : begin + vectors]
+            for m in range(vectors):
+                word[m] |= np.uint64(np.int32(row[m]) >> bit & 1) << by
+
+
+@compiled
+def convert(sums, gain, places, step, low, high, less, total, out):
+    """Add what a converter reads of a column's ``sums`` (T * M), ``less`` times these, to ``out`` (M).
+
+    Every step counts for one of ``places``, the column for ``gain``.
+    """
+    total[:] = 0
+    for t in range(len(places)):
+        own = sums[t * len(out) : (t + 1) * len(out)]
+        for m in range(len(out)):
+            there = own[m] / step
+            total[m] += places[t] * (max(low, min(np.rint(there), high)) - less * there)
+    for m in range(len(out)):
+        out[m] += gain * total[m]
+
+
+@compiled
+def convert_all(sums, start, gains, places, step, low, high, out):
+    """Add what converters read of ``sums`` (B, columns, T * m) to ``out`` (G, F / G, M), from vector ``start`` on."""
+    tiles, filters, vectors = len(sums) // len(out), out.shape[1], sums.shape[2] // len(places)
+    total = np.empty(vectors, places.dtype)
+    for b in range(len(sums)):
+        for k in range(len(gains)):
+            own = out[b // tiles, k % filters, start : start + vectors]
+            convert(sums[b, k], gains[k], places, step, low, high, np.float32(0), total, own)
+
+
+@compiled
+def count(x, height, digit, cells, words, units, gains, places, step, low, high, less, out):
+    """Whole cells under whole inputs: a column's sum is how often a bit of an input meets a bit of a cell.
+
+    Args:
+        x: (G, rows, M). height: rows that are read at once.
+        cells: bits of 64 cells a word, ``(B, columns, terms)``, an even number of terms; the ``n``-th meets row
+            ``words[n]`` of what `pack` makes of the inputs, and a bit that meets one counts ``units[n]`` modulo 2^32.
+        gains: (B, columns).
+        out: (G, F / G, M), to which is added; column ``k`` is of filter ``k % (F / G)``.
+    """
+    vectors = x.shape[2]
+    blocks, columns, terms = cells.shape
+    tiles, filters, steps = blocks // len(x), out.shape[1], len(places)
+    wide = max(1, LANES // steps)
+    for b in range(blocks):
+        if not cells[b].any():
+            continue
+        g, first = b // tiles, b % tiles * height
+        for start in range(0, vectors, wide):
+            stop = min(vectors, start + wide)
+            bits = np.empty(((height + 63) // 64 * digit, steps * (stop - start)), np.uint64)
+            pack(x[g], first, start, bits, digit, steps)
+            sums, total = np.empty(bits.shape[1], np.float32), np.empty(stop - start, places.dtype)
+            for k in range(columns):
+                own = cells[b, k]
+                if not own.any():
+                    continue
+                sums[:] = 0
+                n = 0
+                while n < terms:
+                    p, q, c, d = bits[words[n]], bits[words[n + 1]], own[n], own[n + 1]
+                    u, v = np.uint64(units[n]), np.uint64(units[n + 1])
+                    if n + 4 <= terms and u == v and units[n + 2] == units[n + 3]:
+                        r, s, e, f = bits[words[n + 2]], bits[words[n + 3]], own[n + 2], own[n + 3]
+                        v = np.uint64(units[n + 2])
+                        for m in range(len(sums)):
+                            found = (ones(p[m] & c) + ones(q[m] & d)) * u + (ones(r[m] & e) + ones(s[m] & f)) * v
+                            sums[m] += np.float32(np.int32(found))
+                        n += 4
+                    else:
+                        for m in range(len(sums)):
+                            sums[m] += np.float32(np.int32(ones(p[m] & c) * u + ones(q[m] & d) * v))
+                        n += 2
+                convert(sums, gains[b, k], places, step, low, high, less, total, out[g, k % filters, start:stop])
