@@ -62,14 +62,56 @@ def convert(sums, gain, places, step, low, high, less, total, out):
 
 
 @compiled
-def convert_all(sums, start, gains, places, step, low, high, out):
-    """Add what converters read of ``sums`` (B, columns, T * m) to ``out`` (G, F / G, M), from vector ``start`` on."""
-    tiles, filters, vectors = len(sums) // len(out), out.shape[1], sums.shape[2] // len(places)
-    total = np.empty(vectors, places.dtype)
-    for b in range(len(sums)):
-        for k in range(len(gains)):
-            own = out[b // tiles, k % filters, start : start + vectors]
-            convert(sums[b, k], gains[k], places, step, low, high, np.float32(0), total, own)
+def add(x, digit, cells, gains, places, step, low, high, out):
+    """Any cells under whole inputs: a column's sum is that of its cells on the rows that are on.
+
+    Few are: inputs have many zeros, and every nonzero bit is one at most.
+
+    Args:
+        x: (G, M, rows), integers. digit: bits that go a step.
+        cells: (B, height + 1, columns), the last row all zeros. gains: (columns).
+        out: (G, M, F / G), to which is added; column ``k`` is of filter ``k % (F / G)``.
+    """
+    blocks, height, columns = cells.shape
+    height -= 1
+    tiles, filters, steps = blocks // len(x), out.shape[2], len(places)
+    nonzero, many = np.empty(height + 1, np.uint64), np.empty(steps * digit, np.int64)
+    on = np.empty((steps * digit, height + 3), np.uint64)
+    for b in range(blocks):
+        g, first = b // tiles, b % tiles * height
+        for begin in range(0, columns, LANES):
+            end = min(columns, begin + LANES)
+            sums, total = np.empty(end - begin, cells.dtype), np.empty(end - begin, places.dtype)
+            for m in range(x.shape[1]):
+                row = x[g, m, first : first + height]
+                some = 0
+                for r in range(len(row)):
+                    nonzero[some] = r
+                    some += row[r] != 0
+                for bit in range(steps * digit):
+                    n = 0
+                    for i in range(some):
+                        on[bit, n] = nonzero[i]
+                        n += row[nonzero[i]] >> bit & 1
+                    on[bit, n : n + 3] = height  # where all is zero
+                    many[bit] = n
+                total[:] = 0
+                for t in range(steps):
+                    sums[:] = 0
+                    for bit in range(digit * (t + 1) - 1, digit * t - 1, -1):
+                        if digit > 1:
+                            sums *= 2
+                        for i in range(0, many[bit], 4):
+                            p, q = cells[b, on[bit, i], begin:end], cells[b, on[bit, i + 1], begin:end]
+                            r, s = cells[b, on[bit, i + 2], begin:end], cells[b, on[bit, i + 3], begin:end]
+                            for k in range(len(sums)):
+                                sums[k] += p[k] + q[k] + (r[k] + s[k])
+                    for k in range(len(sums)):
+                        total[k] += places[t] * max(low, min(np.rint(sums[k] / step), high))
+                f = begin % filters
+                for k in range(len(total)):
+                    out[g, m, f] += gains[begin + k] * total[k]
+                    f = f + 1 if f + 1 < filters else 0
 
 
 @compiled

@@ -55,7 +55,7 @@ class Programmed:
     With perfect cells and enough converter bits the sums are those of whole numbers, exactly. A converter that reads
     whole cells in steps of one loses nothing of a column's sum unless it saturates; then all steps, slices and tiles
     are one product of whole numbers (`folded`), less what saturates (`lost`). Everything else goes bit by bit,
-    compiled on a CPU: the sums of whole cells by counting bits that meet, those of others as products of floats.
+    compiled on a CPU: the sums of whole cells by counting bits that meet, others by adding what is on.
 
     Attributes:
         scale: of a unit of weight: a weight is its whole number times this.
@@ -312,11 +312,10 @@ class Programmed:
         if self.counts:
             total = self._count(x, signed, self._bits)
         else:
-            total = torch.zeros(self.groups, self.shape[0] // self.groups, x.shape[1], dtype=torch.float64)
-            gains, start = self.gains.repeat_interleave(total.shape[1]).numpy(), 0
-            for sums in self._sums(x):
-                compiled.convert_all(sums.flatten(2).numpy(), start, gains, *self._reading(signed), total.numpy())
-                start += sums.shape[-1]
+            total = torch.zeros(self.groups, x.shape[1], self.shape[0] // self.groups, dtype=torch.float64)
+            vectors = rows.transpose(1, 2).long().contiguous().numpy()
+            compiled.add(vectors, self.array.dac_bits, *self._rows, *self._reading(signed), total.numpy())
+            total = total.transpose(1, 2)
         ones = [part.sum(1, dtype=torch.float64) for part in rows.split(self.cells.shape[-1], 1)]
         return self._weights_alone(total, torch.stack(ones, 1))
 
@@ -368,6 +367,12 @@ class Programmed:
         """The same, of columns that can saturate."""
         words, *others = self._bits
         return words * self.risky.numpy()[:, :, None].astype(np.uint64), *others
+
+    @cached_property
+    def _rows(self) -> tuple[np.ndarray, np.ndarray]:
+        """Cells row by row and gains, as `compiled.add` takes them."""
+        gains = self.gains.repeat_interleave(self.shape[0] // self.groups)
+        return pad(self.cells[:, :-1].transpose(1, 2), (0, 0, 0, 1)).contiguous().numpy(), gains.numpy()
 
     def _weights_alone(self, total: Tensor, ones: Tensor) -> Tensor:
         """Sums of products ``(F, M)`` from codes that were shifted and added, ``(G, F / G, M)``.
