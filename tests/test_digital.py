@@ -1,0 +1,397 @@
+"""Digital chips: published and released figures to the digit, and counts against loops that are really run."""
+
+import itertools
+import random
+from collections import Counter
+from dataclasses import replace
+from math import inf, prod
+
+import numpy as np
+import pytest
+from torch import nn
+
+from lib import models
+from lib.costs import CostError
+from lib.costs.digital import (
+    DATAFLOWS,
+    Chip,
+    Loops,
+    Nest,
+    RowStationary,
+    Step,
+    Stored,
+    accesses,
+    check,
+    coarse,
+    explore,
+    eyeriss_units,
+    fine,
+    moved,
+    search,
+    splits,
+    systolic,
+    tiles,
+    with_stored,
+)
+from lib.costs.digital.loops import priced
+from lib.costs.digital.nests import LEVELS, RELEVANT, energy, latency, refreshes, volume
+from lib.costs.digital.row_stationary import cycles
+from lib.shapes import ShapeError, layer_shapes, loop_bounds
+from lib.technology import table
+
+EYERISS = Chip.read("eyeriss")
+SMALL = Loops(K=8, C=6, Yo=4, Xo=4, R=3, S=3)
+
+
+class TestLoops:
+    @pytest.mark.parametrize("name", ["lenet5", "resnet8", "mobilenet_v2"])
+    def test_the_work_is_that_of_the_shapes(self, name):
+        shape = (3, 64, 64) if name == "mobilenet_v2" else (1, 28, 28)
+        model = models.build(name, shape, 10)
+        layers = Loops.of(loop_bounds(model, shape))
+        assert sum(layer.groups * layer.macs for layer in layers) == layer_shapes(model, shape)["macs"].sum()
+
+    def test_linear_layers_take_tokens_and_convolutions_may_have_one_dimension(self):
+        net = nn.Sequential(nn.Conv1d(3, 8, 5, stride=2), nn.Linear(30, 4))
+        first, second = Loops.of(loop_bounds(net, (3, 63)))
+        assert (first.K, first.C, first.Yo, first.Xo, first.R, first.S, first.U) == (8, 3, 1, 30, 1, 5, 2)
+        assert (second.K, second.C, second.Xo, second.macs) == (4, 30, 8, 8 * 120)
+
+    def test_two_strides_are_refused(self):
+        with pytest.raises(ShapeError, match=r"layer 0 has the stride \(2, 1\)"):
+            loop_bounds(nn.Sequential(nn.Conv2d(1, 1, 3, stride=(2, 1))), (1, 9, 9))
+
+    def test_splits_are_all_there_and_none_twice(self):
+        found = {*map(tuple, splits(12, 3).tolist())}
+        assert found == {w for w in itertools.product(range(1, 13), repeat=3) if prod(w) == 12}
+        assert len(found) == len(splits(12, 3))
+
+
+class TestRowStationary:
+    @pytest.mark.parametrize(
+        ("layer", "t", "energy", "time", "levels"),
+        [
+            (
+                Loops(K=50, C=20, Yo=8, Xo=8, R=5, S=5),
+                {"K0": 10, "K1": 1, "K2": 1, "K3": 5, "C0": 2, "C1": 2, "C2": 5, "Yo1": 8, "Yo3": 1},
+                17_329_600,
+                20_000,
+                {"dram": 8_520_000, "buffer": 240_000, "fill": 105_600, "network": 784_000, "register": 6_080_000},
+            ),
+            (
+                Loops(K=64, C=64, Yo=8, Xo=8, R=3, S=3, Yi=8, Xi=8),
+                {"K0": 16, "K1": 1, "K2": 4, "K3": 1, "C0": 2, "C1": 2, "C2": 16, "Yo1": 8, "Yo3": 1},
+                22_249_472,
+                49_152,
+                {"dram": 9_011_200, "buffer": 835_584, "fill": 49_152, "network": 1_343_488, "register": 8_650_752},
+            ),
+        ],
+    )
+    def test_two_layers_by_hand(self, layer, t, energy, time, levels):
+        words, units = accesses(layer, t), eyeriss_units()
+        by_level = Counter()
+        for (level, _), count in words.items():
+            by_level[level] += units[level] * count
+        assert by_level == levels | {"mac": layer.macs}
+        assert (priced(words, units), cycles(layer, t)) == (energy, time)
+
+    @pytest.mark.parametrize(
+        ("kernel", "channels", "side", "mJ", "ms"),
+        [(3, 64, 8, 0.0201023, 0.098304), (3, 16, 32, 0.0196631, 0.098304), (1, 64, 8, 0.00172605, 0.016384)],
+    )
+    def test_figures_of_the_released_script(self, kernel, channels, side, mJ, ms):
+        layer = Loops(K=channels, C=channels, Yo=side, Xo=side, R=kernel, S=kernel, Yi=side, Xi=side)
+        found = RowStationary(released=True).search(layer)
+        assert found["energy"] / 1e9 == pytest.approx(mJ, rel=5e-6)
+        assert found["cycles"] / 250e3 == pytest.approx(ms)
+
+    def test_the_search_looks_at_every_tiling(self):
+        chip = RowStationary(processors=24, input_words=6, weight_words=32, sum_words=4, buffer_words=300)
+        names = ("K0", "K1", "K2", "K3", "C0", "C1", "C2", "Yo1", "Yo3")
+        best = {"energy": inf, "latency": inf}
+        count = 0
+        for k, c, y in itertools.product(splits(8, 4), splits(6, 3), splits(4, 2)):
+            t = dict(zip(names, map(int, (*k, *c, *y)), strict=True))
+            if all(needed <= there for needed, there in chip.needs(SMALL, t).values()):
+                count += 1
+                best["energy"] = min(best["energy"], priced(accesses(SMALL, t), chip.units))
+                best["latency"] = min(best["latency"], cycles(SMALL, t))
+        assert 0 < count == len(chip.tilings(SMALL))
+        assert chip.search(SMALL, "energy")["energy"] == best["energy"]
+        assert chip.search(SMALL, "latency")["cycles"] == best["latency"]
+
+    def test_groups_come_one_after_the_other(self):
+        one, four = RowStationary().search(SMALL), RowStationary().search(replace(SMALL, groups=4))
+        assert (four["energy"], four["cycles"]) == (4 * one["energy"], 4 * one["cycles"])
+
+    def test_a_bill_is_the_search_by_level(self):
+        bill = RowStationary().bill([SMALL, replace(SMALL, K=16, groups=2, layer="other")])
+        searched = [RowStationary().search(x) for x in (SMALL, replace(SMALL, K=16, groups=2))]
+        assert bill["energy"].sum() == pytest.approx(sum(s["energy"] for s in searched))
+        assert bill.groupby("layer")["cycles"].first().sum() == sum(s["cycles"] for s in searched)
+
+    def test_refusals(self):
+        t = {"K0": 8, "K1": 1, "K2": 1, "K3": 1, "C0": 6, "C1": 1, "C2": 1, "Yo1": 4, "Yo3": 1}
+        RowStationary(input_words=18).check(SMALL, t)
+        with pytest.raises(CostError, match="input_words = 12, but the tiling takes 18"):
+            RowStationary().check(SMALL, t)
+        with pytest.raises(CostError, match="tiles of C cover 3 of 6"):
+            RowStationary().check(SMALL, t | {"C0": 3})
+        with pytest.raises(CostError, match="input_words = 12 hold no row of 13 weights"):
+            RowStationary().search(Loops(K=2, C=2, R=1, S=13))
+        with pytest.raises(CostError, match=r"no tiling fits the chip \(.*buffer_words 10 of at least"):
+            RowStationary(buffer_words=10).search(SMALL)
+        with pytest.raises(CostError, match="objective = 'area': allowed are energy, latency, both"):
+            RowStationary().search(SMALL, "area")
+        with pytest.raises(CostError, match="processors = 0"):
+            RowStationary(processors=0)
+        with pytest.raises(CostError, match="unit energy of dram: -1"):
+            priced({("dram", "inputs"): 3}, {"dram": -1})
+        with pytest.raises(CostError, match="fc: K = 0"):
+            Loops(K=0, C=1, layer="fc")
+
+
+class TestNests:
+    @pytest.mark.parametrize("number", range(1, 6))
+    def test_energies_of_the_released_code(self, number):
+        row = table("nests").frame.loc[f"eyeriss_alexnet_{number}"]
+        layer = Loops(**{k: int(row[k]) for k in ("N", "K", "C", "Yo", "Xo", "R", "S", "U")})
+        nest = Nest.parse(row["loops"])
+        found = energy(layer, moved(layer, nest, EYERISS, released=True), EYERISS)
+        assert float(sum(found.values())) == pytest.approx(row["released_pJ"], rel=1e-12)
+        assert latency(layer, nest, released=True) == layer.macs
+
+    def test_what_the_released_code_lets_through(self):
+        """It compares numbers with bytes, and takes the array for one element."""
+        refusals = []
+        for _, row in table("nests").frame.filter(like="eyeriss", axis=0).iterrows():
+            layer = Loops(**{k: int(row[k]) for k in ("N", "K", "C", "Yo", "Xo", "R", "S", "U")})
+            try:
+                check(layer, Nest.parse(row["loops"]), EYERISS)
+            except CostError as error:
+                refusals.append(str(error))
+        assert len(refusals) == 4
+        assert "270 elements at once; eyeriss has 168" in refusals[0]
+        assert all("sram0 of eyeriss holds 131072 bytes, but takes 140592" in r for r in refusals[1:])
+
+    @pytest.mark.parametrize("seed", range(20))
+    def test_loads_and_volumes_against_loops_that_run(self, seed):
+        """Outside a memory's mark the loops run one by one, and a load is where other numbers are asked for."""
+        rng = random.Random(seed)
+        layer = Loops(K=4, C=4, Yo=4, Xo=4, R=2, S=2, U=rng.choice([1, 2]))
+        bounds = {"K": 4, "C": 4, "Yo": 4, "Xo": 4}
+        parts = {loop: [int(b) for b in rng.choice(splits(bound, 4))] for loop, bound in bounds.items()}
+        levels = {}
+        for i, level in enumerate(LEVELS):
+            loops = [(loop, parts[loop][i]) for loop in bounds] + ([("R", 2), ("S", 2)] if level == "rf" else [])
+            rng.shuffle(loops)
+            for mark in ("*I", "*O", "*W") if level in ("sram", "rf") else ():
+                loops.insert(rng.randint(0, len(loops)), (mark, 1))
+            levels[level] = (*loops,)
+        nest = Nest(levels)
+        inner = [x for level in ("noc", "rf") for x in nest.tiles(level).items()]
+        for data, relevant in RELEVANT.items():
+            above, below = nest.split("sram", data)
+            loads, held = 0, None
+            for index in itertools.product(*(range(bound) for _, bound in above)):
+                asked = tuple(i for i, (loop, _) in zip(index, above, strict=True) if loop in relevant)
+                loads, held = loads + (asked != held), asked
+            assert int(refreshes(above, data)) == loads
+            touched = set()
+            sizes = {loop: prod(b for name, b in below + inner if name == loop) for loop in (*bounds, "R", "S")}
+            for k, c, y, x, r, s in itertools.product(*(range(sizes[loop]) for loop in (*bounds, "R", "S"))):
+                pixel = (c, y * layer.U + r, x * layer.U + s)
+                touched.add({"inputs": pixel, "outputs": (k, y, x), "weights": (k, c, r, s)}[data])
+            whole = all(sizes[k] == 2 for k in ("R", "S"))
+            if data != "inputs" or layer.U == 1 or (whole and layer.U <= 2):
+                assert int(volume(layer, below + inner, data)) == len(touched)
+
+    def test_a_window_that_slides_loads_each_pixel_of_a_row_once(self):
+        layer = Loops(K=2, C=1, Yo=1, Xo=6, R=1, S=3, U=2)
+        nest = Nest.parse("dram K2; sram *I *O *W K1; noc K1; rf Xo6 *I *W S3 C1 *O")
+        row = 5 * 2 + 3
+        assert moved(layer, nest, EYERISS)["rf", "inputs"] == 2 * row * 2  # for either filter, of 2 bytes
+        apart = Nest.parse("dram K2; sram *I *O *W K1; noc K1; rf Xo6 S3 *I *W C1 *O")
+        assert moved(layer, apart, EYERISS)["rf", "inputs"] == 2 * 6 * 3 * 2  # each place's taps one by one
+
+    def test_neighbours_that_hand_inputs_on_spare_the_buffer_and_nothing_else(self):
+        layer = Loops(K=4, C=3, Yo=8, Xo=8, R=3, S=3)
+        nest = Nest.parse("dram K1; sram *W K4 *I Yo2 Xo2; noc Yo4 Xo4; rf *O C3 R3 S3")
+        alone = moved(layer, nest, replace(EYERISS, forwards=()))
+        together = moved(layer, nest, replace(EYERISS, forwards=("inputs",)))
+        assert together["sram", "inputs"] == 2 * 4 * 4 * 3 * 6 * 6  # filters, tiles, channels, windows of 6 x 6
+        assert together["sram", "inputs"] + together["forward", "inputs"] == together["rf", "inputs"]
+        changed = {key for key in alone if alone[key] != together[key]}
+        assert changed == {("sram", "inputs"), ("multicast", "inputs")}
+
+    @pytest.mark.parametrize("dataflow", DATAFLOWS)
+    def test_the_best_tiling_covers_fits_and_is_no_dearer_than_any(self, dataflow):
+        layer = Loops(K=4, C=4, Yo=4, Xo=4, R=3, S=3)
+        chip = replace(EYERISS, rows=4, columns=4, size={**EYERISS.size, "sram0": 2000})
+        found = search(layer, dataflow, chip)
+        text, best, count = DATAFLOWS[dataflow], inf, 0
+        words = [w for level in text.split(";") for w in level.split()[1:] if not w.startswith("*")]
+        ways = {loop: splits(getattr(layer, loop), words.count(loop)) for loop in dict.fromkeys(words)}
+        for choice in itertools.product(*ways.values()):
+            tile = {f"{loop}{i}": int(b) for loop, way in zip(ways, choice, strict=True) for i, b in enumerate(way)}
+            nest = Nest.parse(text, tile)
+            try:
+                check(layer, nest, chip)
+            except CostError:
+                continue
+            count += 1
+            best = min(best, float(sum(energy(layer, moved(layer, nest, chip), chip).values())))
+        assert (count, found["energy"].sum()) == (found["tilings"].iloc[0], pytest.approx(best, rel=1e-12))
+
+    def test_refusals(self):
+        with pytest.raises(CostError, match="tiles of C cover 3 of 6"):
+            check(SMALL, Nest.parse("dram K8; sram C3; noc Yo4; rf Xo4 R3 S3"), EYERISS)
+        with pytest.raises(CostError, match="'R3' at dram"):
+            Nest.parse("dram R3; sram; noc; rf")
+        with pytest.raises(CostError, match="'Q2' at rf"):
+            Nest.parse("dram; sram; noc; rf Q2")
+        with pytest.raises(CostError, match="levels dram, rf; expected dram, sram, noc, rf"):
+            Nest.parse("dram K2; rf S5")
+        with pytest.raises(CostError, match="dataflow = 'no local reuse': known are row stationary"):
+            search(SMALL, "no local reuse", EYERISS)
+        with pytest.raises(CostError, match="chip 'tpu': known are eyeriss, shidiannao"):
+            Chip.read("tpu")
+        with pytest.raises(CostError, match="unit energy dram = -1"):
+            replace(EYERISS, energy={**EYERISS.energy, "dram": -1})
+        tiny = replace(EYERISS, size={**EYERISS.size, "sram0": 1})
+        with pytest.raises(CostError, match="no row stationary tiling fits eyeriss"):
+            search(SMALL, "row stationary", tiny)
+
+
+def ticks(steps):
+    """Cycle by cycle: in each, steps in their order take a component that is free, or go on with theirs."""
+    left = {name: [list(use) for use in step.uses] for name, step in steps.items()}
+    done, holds, cycle = set(), {}, 0
+    while left:
+        free = {component for step in steps.values() for component, _ in step.uses} - {*holds.values()}
+        finished = []
+        for name in [n for n in steps if n in left]:
+            use = left[name][0]
+            if holds.get(name) != use[0]:
+                if use[0] not in free or not done.issuperset(steps[name].after):
+                    continue
+                free.discard(use[0])
+                holds[name] = use[0]
+            use[1] -= 1
+            if not use[1]:
+                finished.append(name)
+        for name in finished:
+            left[name].pop(0)
+            del holds[name]
+            if not left[name]:
+                del left[name]
+                done.add(name)
+        cycle += 1
+    return cycle
+
+
+class TestPipelines:
+    @pytest.mark.parametrize(
+        ("size", "width", "time", "joules"),
+        [(3, 1, 11, 4.05e-8), (6, 1, 20, 2.16e-7), (3, 2, 32, 2.88e-7), (8, 2, 82, 3.328e-6)],
+    )
+    def test_arrays_of_the_authors_logs(self, size, width, time, joules):
+        """Half a watt for every component is what their library has in the place of power."""
+        steps = systolic(size, width)
+        watts = {component: 0.5 for step in steps.values() for component, _ in step.uses}
+        found = fine(steps, watts, hertz=1e9)
+        assert found.cycles == time == (3 * size + 2 if width == 1 else 10 * size + 2)
+        assert found.joules == pytest.approx(joules, rel=1e-9)
+        assert coarse(steps, watts, hertz=1e9).joules == pytest.approx(joules, rel=1e-9)
+
+    @pytest.mark.parametrize("seed", range(30))
+    def test_events_are_what_ticks_are(self, seed):
+        rng = random.Random(seed)
+        steps = {}
+        for i in range(rng.randint(1, 12)):
+            uses = [(rng.choice("abc"), rng.randint(1, 4)) for _ in range(rng.randint(1, 3))]
+            uses = [u for k, u in enumerate(uses) if k == 0 or u[0] != uses[k - 1][0]]
+            steps[str(i)] = Step((*uses,), (*(n for n in steps if rng.random() < 0.3),))
+        watts = dict.fromkeys("abc", 1.0)
+        found, path = fine(steps, watts, 1.0), coarse(steps, watts, 1.0)
+        assert found.cycles == ticks(steps)
+        assert max(path.cycles, *found.busy.values()) <= found.cycles
+        assert found.joules == path.joules == sum(c for step in steps.values() for _, c in step.uses)
+
+    def test_refusals(self):
+        with pytest.raises(CostError, match="step a waits for 'b', which is not there"):
+            fine({"a": Step((("x", 1),), ("b",))}, {"x": 1}, 1)
+        with pytest.raises(CostError, match="steps wait for each other: "):
+            coarse({"a": Step((("x", 1),), ("b",)), "b": Step((("x", 1),), ("a",))}, {"x": 1}, 1)
+        with pytest.raises(CostError, match="power of x: -1 W"):
+            fine({"a": Step((("x", 1),))}, {"x": -1}, 1)
+        with pytest.raises(CostError, match="at least one component, for 1 cycle or more"):
+            fine({"a": Step((("x", 0),))}, {"x": 1}, 1)
+        with pytest.raises(CostError, match="size = 0"):
+            systolic(0)
+
+
+CHIPS = [
+    RowStationary(processors=p, buffer_words=b, weight_words=w)
+    for p in (42, 84, 168)
+    for b in (2048, 8192, 65536)
+    for w in (48, 192)
+]
+LAYERS = [Loops(K=16, C=8, Yo=12, Xo=12, R=3, S=3), Loops(K=32, C=16, Yo=6, Xo=6, R=3, S=3, groups=2)]
+
+
+class TestBuilder:
+    def test_two_stages_find_what_one_finds(self):
+        """With a margin for what stalls change the front is the same; without, fewer are simulated, none otherwise."""
+        found = {margin: explore(CHIPS, LAYERS, margin=margin) for margin in (0, 0.1, inf)}
+        points = {m: {*map(tuple, f[f["front"]][["energy", "cycles"]].to_numpy())} for m, f in found.items()}
+        assert points[0.1] == points[inf]
+        count = {m: (f["stage"] == "fine").sum() for m, f in found.items()}
+        assert 0 < count[0] < count[inf] == 3 * len(CHIPS)
+        fine = found[0].query("stage == 'fine'")
+        assert fine["cycles"].tolist() == found[inf].loc[fine.index, "cycles"].tolist()
+
+    def test_stalls_never_make_it_faster(self):
+        found = explore(CHIPS, LAYERS, margin=inf, words_per_cycle=0.5)
+        assert (found["cycles"] >= found["coarse_cycles"]).all()
+        wide = explore(CHIPS, LAYERS, margin=inf, words_per_cycle=1e9)
+        assert (wide["cycles"] <= found["cycles"]).all()
+
+    def test_limits(self):
+        areas = sorted({chip.area_mm2 for chip in CHIPS})
+        found = explore(CHIPS, LAYERS, area_mm2=areas[8])
+        assert found[found["front"]]["area_mm2"].max() <= areas[8]
+        assert (found["stage"] == "area").sum() == sum(chip.area_mm2 > areas[8] for chip in CHIPS)
+        with pytest.raises(CostError, match=r"none of 18 designs is within the limits: \{'area': 18\}"):
+            explore(CHIPS, LAYERS, area_mm2=0.01)
+        with pytest.raises(CostError, match="'cycles': "):
+            explore(CHIPS, LAYERS, cycles=10)
+
+    def test_one_buffer_waits_where_two_overlap(self):
+        best = RowStationary(buffer_words=1024).search(Loops(K=64, C=8, Yo=8, Xo=8, R=3, S=3), "energy").to_dict()
+        assert best["K3"] * best["Yo3"] > 1
+        layer = Loops(K=64, C=8, Yo=8, Xo=8, R=3, S=3)
+        one, two = (fine(tiles(layer, best, 4, n), {"dram": 0, "array": 0}, 1).cycles for n in (1, 2))
+        assert two < one
+
+
+class TestStored:
+    def test_weights_as_they_are_change_nothing(self):
+        words = RowStationary().search(SMALL).to_dict()
+        dense = accesses(SMALL, words)
+        same = with_stored(dense, Stored(bits=16))
+        assert {k: v for k, v in same.items() if k[0] != "rebuild"} == dense
+        assert same["rebuild", "weights"] == 0
+
+    def test_what_is_saved(self):
+        dense = accesses(SMALL, RowStationary().search(SMALL).to_dict())
+        found = with_stored(dense, Stored(bits=4, skipped=0.75, additions=3))
+        assert found["dram", "weights"] == dense["dram", "weights"] / 4
+        assert found["mac", "all"] == dense["mac", "all"] / 4
+        assert found["rebuild", "weights"] == 3 * dense["network", "weights"] / 4
+        assert all(found[k] == dense[k] for k in dense if k[0] in ("fill", "buffer") or k == ("dram", "inputs"))
+
+    @pytest.mark.parametrize("wrong", [{"bits": -1}, {"bits": 4, "skipped": 1.0}, {"bits": 4, "additions": np.nan}])
+    def test_refusals(self, wrong):
+        with pytest.raises(CostError, match="allowed"):
+            Stored(**wrong)
