@@ -1,4 +1,4 @@
-"""The loops of a layer, the ways to split them among the levels of a chip, and what a chip's designer may not ask."""
+"""The loops of a layer, and the ways to split them among the levels of a chip."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
