@@ -229,11 +229,11 @@ def test_a_file_that_is_edited_while_a_process_runs_is_that_of_its_import(write,
 
 
 def test_a_file_that_was_edited_before_anybody_looked_is_refused(write, tmp_path):
-    one = write(one="def top(): return 1\n")
-    (tmp_path / "one.py").write_text("def top(): return 2\n")
+    one = write(one="from torch import Tensor\ndef top(): return 1\n")
+    (tmp_path / "one.py").write_text("from torch import Tensor\ndef top(): return 2\n")
     with pytest.raises(KeysError, match=r"one.py was changed after it was imported: restart the kernel"):
         code(one.top)
-    (tmp_path / "one.py").write_text("def top(): return 1  # why\n")
+    (tmp_path / "one.py").write_text("from torch import Tensor\ndef top(): return 1  # why\n")
     assert code(importlib.reload(one).top)
 
 

@@ -209,7 +209,8 @@ def _read(path: Path, module: str, text: bytes, space: dict) -> File:
         for code in written:
             written += [c for c in code.co_consts if isinstance(c, types.CodeType)]
         members = [m for v in [*space.values()] for m in (v, *(vars(v).values() if isinstance(v, type) else ()))]
-        held = [inspect.unwrap(m).__code__ for m in members if isinstance(m, types.FunctionType)]
+        inner = [inspect.unwrap(m) for m in members if isinstance(m, types.FunctionType)]
+        held = [m.__code__ for m in inner if isinstance(m, types.FunctionType)]  # Tensor.__pow__ wraps one of C
         if not {code for code in held if code.co_filename == str(path)} <= {*written}:
             raise KeysError(f"{path.name} was changed after it was imported: restart the kernel")
     return read(path, module, text)
