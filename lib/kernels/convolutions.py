@@ -1,0 +1,204 @@
+"""Convolutions with few weights, computed from these alone.
+
+Every kept kernel is a place in the inputs and its weights. Where all kernels keep one of a few patterns (PatDNN, ASPLOS
+2020) there is a loop for each pattern, with its taps written out, and one index for a whole kernel; otherwise every
+weight is a kernel of one tap (direct sparse convolution; Park et al., ICLR 2017), and the index is as long as the
+weights. Sums of a strip of outputs stay in registers either way.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from math import ceil
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lib.constraint import Storage
+from lib.constraint.formats import index_width
+from lib.kernels.errors import KernelError
+from lib.kernels.strips import LANES, Pattern, convolution
+
+MOST_PATTERNS = 16
+ACCUMULATORS = 12
+"""Sums that fit into 16 vector registers, with room for a weight and inputs."""
+
+
+@dataclass(frozen=True, eq=False)
+class SparseConv:
+    """The kept weights of a convolution, by filter, in each by pattern, in each by channel: PatDNN's FKW arrays.
+
+    Filters are not reordered: one thread has no use for filters of equal length side by side.
+
+    Attributes:
+        shape: of the weight, ``(F, C, Kh, Kw)``, ``C`` of one group. patterns: kept taps.
+        channels: of every kernel that is kept, ``(kernels,)``. weights: ``(kernels, taps)``.
+        bounds: where each filter's kernels of each pattern begin, and end, ``(F, patterns + 1)``.
+
+    >>> from lib.kernels import SparseConv
+    >>> weight = torch.zeros(2, 3, 3, 3)
+    >>> weight[0, 1, 0, :2], weight[1, 2, 0, :2] = 1.0, 2.0
+    >>> kept = SparseConv.of(weight)
+    >>> kept.patterns, kept.channels.tolist(), kept.storage(bits=8).data
+    ((((0, 0), (0, 1)),), [1, 2], 32.0)
+    """
+
+    shape: tuple[int, ...]
+    patterns: tuple[Pattern, ...]
+    channels: np.ndarray
+    weights: np.ndarray
+    bounds: np.ndarray
+
+    @classmethod
+    def of(cls, weight: Tensor, patterns: bool = True) -> Self:
+        """From a weight ``(F, C, Kh, Kw)`` with zeros.
+
+        Args:
+            patterns: look for them; without, every weight stands alone.
+        """
+        w = weight.detach().cpu().float().numpy()
+        kept = w != 0
+        shapes, kind = np.unique(kept.reshape(-1, kept[0, 0].size), axis=0, return_inverse=True)
+        counts = {int(shape.sum()) for shape in shapes if shape.any()}
+        if patterns and len(counts) == 1 and min(counts) > 1 and len(shapes) <= MOST_PATTERNS + 1:
+            found = [i for i, shape in enumerate(shapes) if shape.any()]
+            taps = [np.argwhere(shapes[i].reshape(w.shape[2:])) for i in found]
+            kind = kind.reshape(w.shape[:2])
+            masks = [kind == i for i in found]
+        else:
+            taps = [np.array([[y, x]]) for y in range(w.shape[2]) for x in range(w.shape[3])]
+            masks = [kept[:, :, y, x] for ((y, x),) in (map(tuple, t) for t in taps)]
+        filters, channels, which = (
+            np.concatenate(part)
+            for part in zip(*((*np.nonzero(mask), np.full(mask.sum(), p)) for p, mask in enumerate(masks)), strict=True)
+        )
+        order = np.lexsort((channels, which, filters))
+        filters, channels, which = filters[order], channels[order], which[order]
+        weights = np.stack([w[filters, channels, *np.stack(taps)[which, t].T] for t in range(len(taps[0]))], axis=1)
+        begins = np.searchsorted(filters * len(taps) + which, np.arange(len(w) * len(taps)))
+        bounds = np.concatenate(
+            [begins.reshape(len(w), -1), np.searchsorted(filters, np.arange(len(w)), "right")[:, None]], 1
+        )
+        named = (*((*map(tuple, t.tolist()),) for t in taps),)
+        return cls((*w.shape,), named, channels.astype(np.int32), weights.astype(np.float32), bounds.astype(np.int64))
+
+    def storage(self, bits: int) -> Storage:
+        """Bits of weights, of their index, and of the patterns."""
+        _, channels, *kernel = self.shape
+        starts = self.bounds.size * index_width(len(self.channels) + 1)
+        table = len(self.patterns) * len(self.patterns[0]) * sum(index_width(k) for k in kernel)
+        index = len(self.channels) * index_width(channels) + starts
+        return Storage(float(self.weights.size * bits), float(index), float(table))
+
+
+class SparseConv2d(nn.Module):
+    """A convolution that computes with kept weights alone: inference on a CPU, in float32, on one thread.
+
+    Args:
+        layer: whose weights, bias, stride, padding, dilation and groups it takes. patterns: as of `SparseConv.of`.
+        share: as of `lib.kernels.strips.convolution`.
+
+    Raises:
+        KernelError: padding that is no number of zeros, or a layer without any weight.
+
+    >>> from lib.kernels import SparseConv2d
+    >>> layer = torch.nn.Conv2d(3, 4, 3, stride=2, padding=1)
+    >>> _ = torch.nn.init.sparse_(layer.weight.data.view(4, 27), 0.5)
+    >>> x = torch.rand(2, 3, 9, 9)
+    >>> torch.allclose(SparseConv2d(layer)(x), layer(x), atol=1e-6)
+    True
+    """
+
+    def __init__(self, layer: nn.Conv2d, patterns: bool = True, share: bool = True) -> None:
+        super().__init__()
+        if isinstance(layer.padding, str) or layer.padding_mode != "zeros":
+            raise KernelError(f"padding {layer.padding!r}, {layer.padding_mode}: numbers of zeros are known")
+        if not layer.weight.any():
+            raise KernelError("a convolution without any weight")
+        plain = layer.stride == (1, 1) and layer.dilation == (1, 1)
+        self.kept = SparseConv.of(layer.weight, patterns and plain)
+        self.bias = None if layer.bias is None else layer.bias.detach().float().numpy().copy()
+        self.stride, self.padding, self.dilation = layer.stride, layer.padding, layer.dilation
+        self.groups, self.inputs, self.share = layer.groups, layer.in_channels, share
+        self._plans: dict[tuple[int, int], tuple] = {}
+
+    @property
+    def format(self) -> str:
+        """``patterns`` or ``irregular``."""
+        return "patterns" if len(self.kept.patterns[0]) > 1 else "irregular"
+
+    def _plan(self, height: int, width: int) -> tuple:
+        """For images of a size: the compiled loop, where kernels begin, and the sizes of the padded arrays."""
+        kept, (sy, sx), (dy, dx) = self.kept, self.stride, self.dilation
+        reach = [(k - 1) * d for k, d in zip(kept.shape[2:], self.dilation, strict=True)]
+        out = [
+            (n + 2 * p - r - 1) // s + 1
+            for n, p, r, s in zip((height, width), self.padding, reach, self.stride, strict=True)
+        ]
+        if min(out) < 1:
+            raise KernelError(f"images of {height} x {width} are smaller than the kernel")
+        rows, vectors = _strip(*out)
+        high, wide = ceil(out[0] / rows) * rows, ceil(out[1] / (vectors * LANES)) * vectors * LANES
+        tall, line = high + reach[0] // sy + 1, wide + reach[1] // sx + 1
+        plane = tall * line
+        per = len(kept.shape) and kept.shape[0] // self.groups
+        group = np.repeat(np.arange(kept.shape[0]), np.diff(kept.bounds[:, [0, -1]], axis=1)[:, 0]) // per
+        places = (group * kept.shape[1] + kept.channels) * (sy * sx * plane)
+        patterns, bounds = kept.patterns, kept.bounds
+        if len(patterns[0]) == 1:  # a tap's own place is part of the index, and all are one pattern
+            taps = np.array([tap for (tap,) in patterns])
+            which = np.repeat(np.tile(np.arange(len(taps)), len(bounds)), np.diff(bounds, axis=1).ravel())
+            y, x = (taps * [dy, dx])[which].T
+            places = places + ((y % sy) * sx + x % sx) * plane + (y // sy) * line + x // sx
+            patterns, bounds = (((0, 0),),), bounds[:, [0, -1]]
+        loop = _compiled(patterns, rows, vectors, self.share)
+        bounds = np.ascontiguousarray(bounds).reshape(-1)
+        return loop, places.astype(np.int32), bounds, out, (high, wide), (tall, line)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Outputs of ``(N, C, H, W)``, without a gradient.
+
+        Raises:
+            KernelError: other inputs than float32 numbers of that shape on a CPU.
+        """
+        if x.ndim != 4 or x.shape[1] != self.inputs or x.dtype != torch.float32 or x.device.type != "cpu":
+            raise KernelError(
+                f"inputs {(*x.shape,)}, {x.dtype} on {x.device}: expected (N, {self.inputs}, H, W), float32, on a CPU"
+            )
+        size = (*x.shape[2:],)
+        if size not in self._plans:
+            self._plans[size] = self._plan(*size)
+        loop, places, bounds, (oh, ow), inside, (tall, line) = self._plans[size]
+        (sy, sx), (py, px) = self.stride, self.padding
+        images, count = x.detach().numpy(), self.inputs * sy * sx * tall * line
+        padded = np.zeros((self.inputs, tall * sy, line * sx), np.float32)
+        flat = np.zeros(count + (ACCUMULATORS + 1) * LANES, np.float32)
+        out = np.empty((len(x), self.kept.shape[0], *inside), np.float32)
+        out[:] = 0.0 if self.bias is None else self.bias[:, None, None]
+        high, wide = min(size[0], tall * sy - py), min(size[1], line * sx - px)
+        planes = padded.reshape(self.inputs, tall, sy, line, sx).transpose(0, 2, 4, 1, 3)
+        weights = self.kept.weights.reshape(-1)
+        for image, result in zip(images, out, strict=True):
+            padded[:, py : py + high, px : px + wide] = image[:, :high, :wide]
+            flat[:count].reshape(planes.shape)[:] = planes
+            loop(flat, places, weights, bounds, line, result)
+        return torch.from_numpy(out[:, :, :oh, :ow])
+
+
+@cache
+def _compiled(patterns: tuple[Pattern, ...], rows: int, vectors: int, share: bool):
+    return convolution(patterns, rows, vectors, share)
+
+
+def _strip(height: int, width: int) -> tuple[int, int]:
+    """Rows and vectors of a strip: few outputs beyond the image, few turns through the weights, then wide strips."""
+    sizes = [(r, v) for v in (1, 2, 3, 4) for r in (1, 2, 3, 4) if r * v <= ACCUMULATORS]
+
+    def cost(size: tuple[int, int]) -> tuple[float, int]:
+        rows, vectors = size
+        lanes = vectors * LANES
+        outputs = ceil(height / rows) * rows * ceil(width / lanes) * lanes
+        return outputs * (1 + 1 / (rows * vectors)), -vectors
+
+    return min(sizes, key=cost)

@@ -1,0 +1,153 @@
+"""Compiled kernels compute what dense layers do, to the rounding of float32, and say what they are made of."""
+
+import random
+
+import pytest
+import torch
+from torch import nn
+
+from lib import kernels, models, pruning
+from lib.constraint import harden
+from lib.kernels import CsrLinear, GroupedLinear, GroupedRows, KernelError, SparseConv, SparseConv2d
+from lib.kernels.convolutions import _strip
+
+
+def near(found, expected):
+    return torch.allclose(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()) + 1e-7)
+
+
+def thinned(layer, kept, seed):
+    """The layer with that share of its weights."""
+    mask = torch.rand(layer.weight.shape, generator=torch.Generator().manual_seed(seed)) < kept
+    mask.view(-1)[0] = True
+    layer.weight.data *= mask
+    return layer
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_convolutions_of_any_shape(seed):
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    groups = rng.choice([1, 1, 2, 3])
+    kernel = (rng.randint(1, 4), rng.randint(1, 4))
+    options = {
+        "stride": (rng.randint(1, 3), rng.randint(1, 3)),
+        "padding": (rng.randint(0, 2), rng.randint(0, 2)),
+        "dilation": (rng.randint(1, 2), rng.randint(1, 2)),
+        "groups": groups,
+        "bias": rng.random() < 0.5,
+    }
+    layer = thinned(nn.Conv2d(groups * rng.randint(1, 4), groups * rng.randint(1, 5), kernel, **options), 0.4, seed)
+    x = torch.randn(rng.randint(1, 3), layer.in_channels, rng.randint(8, 40), rng.randint(8, 40))
+    with torch.no_grad():
+        assert near(SparseConv2d(layer)(x), layer(x))
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("size", [5, 8, 28, 33])
+def test_patterns_share_an_index(share, size):
+    torch.manual_seed(size)
+    layer = nn.Conv2d(6, 10, 3, padding=1)
+    weight = layer.weight.data
+    for f in range(10):
+        for c in range(6):
+            taps = [(0, 1, 3, 4), (1, 2, 4, 5), (4, 5, 7, 8), ()][(f + c) % 4]
+            weight[f, c].view(-1)[[i for i in range(9) if i not in taps]] = 0
+    kernel = SparseConv2d(layer, share=share)
+    assert (kernel.format, len(kernel.kept.patterns)) == ("patterns", 3)
+    irregular = SparseConv2d(layer, patterns=False)
+    assert irregular.format == "irregular"
+    x = torch.randn(2, 6, size, size)
+    with torch.no_grad():
+        assert near(kernel(x), layer(x))
+        assert near(irregular(x), layer(x))
+    kept = int(weight.count_nonzero())
+    assert kernel.kept.storage(8).data == irregular.kept.storage(8).data == 8 * kept
+    assert len(irregular.kept.channels) == kept == 4 * len(kernel.kept.channels)
+    assert kernel.kept.storage(8).index < irregular.kept.storage(8).index
+
+
+def test_strips_fill_the_registers_and_waste_little():
+    assert _strip(28, 28) == (2, 4)
+    for height in range(1, 60):
+        rows, vectors = _strip(height, height)
+        assert rows * vectors <= 12
+        assert -(-height // rows) * rows <= height + 3
+
+
+@pytest.mark.parametrize("batch", [(), (1,), (7,), (2, 3)])
+@pytest.mark.parametrize("kind", [GroupedLinear, CsrLinear])
+def test_linear_layers(batch, kind):
+    torch.manual_seed(len(batch))
+    layer = nn.Linear(40, 24)
+    layer.weight.data[:8, ::2] = 0  # columns by groups of rows, a row without any
+    layer.weight.data[8:16, 5:] = 0
+    layer.weight.data[20] = 0
+    x = torch.randn(*batch, 40)
+    with torch.no_grad():
+        found = kind(layer)(x)
+        assert found.shape == (*batch, 24)
+        assert near(found, layer(x))
+
+
+def test_groups_of_rows_are_their_matrix():
+    weight = torch.zeros(12, 16)
+    weight[::3, 1:5], weight[1::3, [0, 7, 9]] = torch.randn(4, 4), torch.randn(4, 3)
+    kept = GroupedRows.of(weight)
+    assert (len(kept.offset), len(kept.reorder), len(kept.index), len(kept.values)) == (3, 8, 7, 28)
+    again, at = torch.zeros(12, 16), 0
+    for g in range(2):
+        rows = kept.reorder[kept.offset[g] : kept.offset[g + 1]]
+        columns = kept.index[kept.stride[g] : kept.stride[g + 1]]
+        for row in rows:
+            again[row, columns] = torch.from_numpy(kept.values[at : at + len(columns)])
+            at += len(columns)
+    assert torch.equal(again, weight)
+
+
+def test_a_network_is_the_same_and_says_what_it_chose():
+    torch.manual_seed(0)
+    net = models.build("vgg", (3, 32, 32), 10)
+    plan = pruning.uniform_plan(net, pruning.Unstructured(0.95))
+    net = harden(net, plan).eval()
+    x = torch.randn(2, 3, 32, 32)
+    fast = kernels.compile(net, x, repeats=3, gain=0.0)
+    chosen = fast.choices.set_index("layer")
+    assert [*chosen.index] == [*plan]
+    assert set(chosen["kernel"]) <= {"irregular", "patterns", "grouped rows", "compressed sparse rows"}
+    with torch.no_grad():
+        assert near(fast(x), net(x))
+        assert near(fast(x[:1]), net(x[:1]))  # another batch
+    dense = kernels.compile(models.build("vgg", (3, 32, 32), 10), x, repeats=3)
+    assert set(dense.choices["kernel"]) == {"dense"}
+    slow = kernels.compile(net, x, repeats=3, gain=1e9)
+    assert set(slow.choices["kernel"]) == {"dense"}
+
+
+def test_the_network_given_stays_as_it_was():
+    net = nn.Sequential(thinned(nn.Linear(30, 20), 0.1, 0))
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    kernels.compile(net, torch.randn(1, 30), gain=0.0)
+    assert isinstance(net[0], nn.Linear)
+    assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
+
+
+def test_refusals():
+    with pytest.raises(KernelError, match="without any weight"):
+        SparseConv2d(thinned(nn.Conv2d(1, 1, 1), 0.0, 0).apply(lambda layer: layer.weight.data.zero_()))
+    kernel = SparseConv2d(thinned(nn.Conv2d(2, 2, 3), 0.5, 0))
+    with pytest.raises(KernelError, match=r"inputs \(1, 3, 9, 9\), torch.float32 on cpu: expected \(N, 2, H, W\)"):
+        kernel(torch.zeros(1, 3, 9, 9))
+    with pytest.raises(KernelError, match=r"torch\.float64"):
+        kernel(torch.zeros(1, 2, 9, 9, dtype=torch.float64))
+    with pytest.raises(KernelError, match="images of 2 x 9 are smaller than the kernel"):
+        kernel(torch.zeros(1, 2, 2, 9))
+    with pytest.raises(KernelError, match=r"expected \(\.\.\., 8\)|\(\.\.\., 8\) of float32"):
+        GroupedLinear(nn.Linear(8, 2))(torch.zeros(3, 7))
+
+
+def test_storage_of_an_irregular_kernel_counts_every_weight():
+    weight = torch.zeros(4, 4, 3, 3)
+    weight[0, 0, 0, 0] = weight[1, 2, 1, 2] = weight[3, 3, 2, 0] = 1.0
+    kept = SparseConv.of(weight, patterns=False)
+    assert (kept.storage(16).data, len(kept.patterns)) == (48, 9)
