@@ -196,7 +196,8 @@ def sweep(
         chips: how many, or their numbers.
         faults: from a rate to what happens to the cells, e.g. ``partial(StuckAt, ratio=1 / 5.2)``, `Variation` (the
             rate is its sigma) or ``lambda r: (Variation(0.1), StuckAt(r))``.
-        batch_size: images at a time; it changes speed only.
+        batch_size: images at a time; it changes speed only, and from 100 to 500 by less than what one run differs
+            from the next, so that no probe chooses it.
         processes: trials at the same time on a CPU. A GPU runs several chips side by side instead.
 
     Returns:
