@@ -1,6 +1,6 @@
-"""Conversions one by one, compiled: what PyTorch has no operation for.
+"""Sums of columns and their conversion, one by one, compiled: what PyTorch has no operation for.
 
-Loops over vectors are innermost, over contiguous numbers: the compiler makes vector instructions of them.
+Innermost loops run over contiguous numbers: the compiler makes vector instructions of them.
 """
 
 import numpy as np
@@ -12,10 +12,13 @@ LANES = 1024
 
 
 def compiled(function):
-    """Compiled at its first call, and kept on disk for later processes where there is a place for it."""
+    """Compiled at its first call, in some seconds, and kept for later processes where there is a place for it.
+
+    That is beside this file, or where the user's caches are; ``NUMBA_CACHE_DIR`` names another.
+    """
     try:
         return njit(cache=True, nogil=True)(function)
-    except RuntimeError:  # neither beside this file nor among the user's own
+    except RuntimeError:  # nothing can be written
         return njit(nogil=True)(function)
 
 
@@ -26,16 +29,15 @@ def ones(typing, word):
 
 
 @compiled
-def pack(x, first, start, words, digit, steps):
-    """Whole numbers on rows ``(rows, M)``, from row ``first`` and vector ``start`` on, as bits of 64 rows a word.
+def pack(x, first, height, start, words, digit, steps):
+    """Whole numbers ``(rows, M)`` on ``height`` rows from ``first`` on, vectors from ``start`` on, 64 rows a word.
 
     Row ``w * digit + q`` of ``words``, ``(ceil(height / 64) * digit, steps * vectors)``, gets bit ``q`` of every step's
     digit, of rows ``64 w`` and on.
     """
     words[:] = 0
     vectors = words.shape[1] // steps
-    last = min(len(x), first + words.shape[0] // digit * 64)
-    for r in range(first, last):
+    for r in range(first, min(len(x), first + height)):
         row = x[r, start : start + vectors]
         by = np.uint64((r - first) % 64)
         for bit in range(digit * steps):
@@ -47,9 +49,9 @@ def pack(x, first, start, words, digit, steps):
 
 @compiled
 def convert(sums, gain, places, step, low, high, less, total, out):
-    """Add what a converter reads of a column's ``sums`` (T * M), ``less`` times these, to ``out`` (M).
+    """Add the codes of a column's ``sums`` (T * M), less ``less`` times these in steps, to ``out`` (M).
 
-    Every step counts for one of ``places``, the column for ``gain``.
+    A step in time counts for its number in ``places``, the column for ``gain``; ``total`` (M) is room to work in.
     """
     total[:] = 0
     for t in range(len(places)):
@@ -65,7 +67,7 @@ def convert(sums, gain, places, step, low, high, less, total, out):
 def add(x, digit, cells, gains, places, step, low, high, out):
     """Any cells under whole inputs: a column's sum is that of its cells on the rows that are on.
 
-    Few are: inputs have many zeros, and every nonzero bit is one at most.
+    Few are: many inputs are zero, and the others have about as many zeros as ones in them.
 
     Args:
         x: (G, M, rows), integers. digit: bits that go a step.
@@ -122,7 +124,7 @@ def count(x, height, digit, cells, words, units, gains, places, step, low, high,
         x: (G, rows, M). height: rows that are read at once.
         cells: bits of 64 cells a word, ``(B, columns, terms)``, an even number of terms; the ``n``-th meets row
             ``words[n]`` of what `pack` makes of the inputs, and a bit that meets one counts ``units[n]`` modulo 2^32.
-        gains: (B, columns).
+        gains: (B, columns). less: 0 for what converters read, 1 for that minus the sums.
         out: (G, F / G, M), to which is added; column ``k`` is of filter ``k % (F / G)``.
     """
     vectors = x.shape[2]
@@ -136,7 +138,7 @@ def count(x, height, digit, cells, words, units, gains, places, step, low, high,
         for start in range(0, vectors, wide):
             stop = min(vectors, start + wide)
             bits = np.empty(((height + 63) // 64 * digit, steps * (stop - start)), np.uint64)
-            pack(x[g], first, start, bits, digit, steps)
+            pack(x[g], first, height, start, bits, digit, steps)
             sums, total = np.empty(bits.shape[1], np.float32), np.empty(stop - start, places.dtype)
             for k in range(columns):
                 own = cells[b, k]
