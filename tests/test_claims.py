@@ -6,6 +6,7 @@ import pytest
 
 from lib.study import (
     CLAIM_COLUMNS,
+    JUDGED,
     OURS,
     Criterion,
     ParameterError,
@@ -39,9 +40,11 @@ def test_results_contract(tmp_path):
     ledger = pd.read_csv(tmp_path / "paper" / "claims" / f"{NAME}.csv", keep_default_na=False)
     assert ", ".join(ledger.columns) == (
         "study, paper, claim, kind, fixed, source, published, measured, low, high, n, criterion, condition, verdict, "
-        "setting, dataset, model, preset, commit"
+        "setting, dataset, model, preset, commit, sign, bound, value, within, cell"
     )
-    assert (*ledger.columns,) == CLAIM_COLUMNS
+    assert (*ledger.columns,) == (*CLAIM_COLUMNS, *JUDGED)
+    assert (*opened.ledger().columns,) == CLAIM_COLUMNS
+    assert ledger[["sign", "bound", "value"]].values.tolist() == [[">=", 0.0, ""]] * 2
     assert list(ledger["verdict"]) == ["reproduced", "inconclusive"]  # a claim without a measurement stays
     assert list(ledger["preset"]) == ["paper", "paper"]
     rows = pd.read_csv(tmp_path / "paper" / "results" / f"{NAME}.csv")

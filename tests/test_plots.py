@@ -8,9 +8,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from lib import plots
 from lib.plots.axes import dress
+from lib.plots.figures import legend, stack
 from lib.plots.rows import summary
 from lib.plots.style import OWN_LOOK, PALETTE, looks
 
@@ -191,3 +193,16 @@ def test_text_has_nine_pixels_on_a_page_for_desktops(panels):
         width = float(re.search(r'<svg[^>]* width="([\d.]+)pt"', svg)[1]) * 96 / 72
         smallest = min(float(size) for size in re.findall(r"font(?:-size)?: (?:\w+ )?([\d.]+)px", svg)) * 96 / 72
         assert smallest * min(1, 968 / width) >= 9
+
+
+def test_a_phone_sees_the_panels_one_under_another_each_with_its_numbers_and_label():
+    figure = plots.curves(RUNS, "step", {"rate": "times", "drop": "points"}, line="arm", sharey=True, columns=2)
+    legend(figure)
+    assert stack(figure)
+    figure.draw_without_rendering()
+    assert [ax.get_subplotspec().rowspan.start for ax in figure.axes] == [0, 1]
+    assert len(figure.legends) == 1
+    for ax in figure.axes:
+        assert ax.get_ylabel()
+        assert any(tick.label1.get_visible() for tick in ax.yaxis.get_major_ticks())
+    assert not stack(plots.pictures({"a": torch.eye(3)}, label="weight"))

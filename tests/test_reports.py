@@ -2,12 +2,15 @@
 
 import re
 
+import pandas as pd
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_output
 
 from lib import reproduce as room
 from lib import study
 from lib.reproduce.index import _place
+from lib.reproduce.links import experiments, link
 from lib.reproduce.page import folded
 
 
@@ -166,24 +169,18 @@ def test_every_claim_has_a_mark_that_leads_to_its_row(smoke, page):
 @pytest.mark.parametrize(
     ("row", "at", "number"),
     [
-        ({"criterion": ">= 1 x, from 5 or more networks", "measured": 2.0, "low": 1.0, "high": 3.0}, 0.62, None),
-        ({"criterion": "<= 1, from 5 or more networks", "measured": 2.0, "low": 1.0, "high": 3.0}, 0.38, None),
-        (
-            {"criterion": "3 within 0.2 x; direction >= 1 x, from 5", "measured": 2.0, "low": 1.0, "high": 3.0},
-            0.62,
-            0.74,
-        ),
-        ({"criterion": ">= 1, from 5 or more networks", "measured": 99.0, "low": 98.0, "high": 100.0}, 0.98, None),
-        ({"criterion": ">= 1, from 5 or more networks", "measured": 2.0, "low": float("nan"), "high": 3.0}, 0.5, None),
-        (
-            {"criterion": "<= 0.01, arithmetic", "measured": 0.02, "low": 0.02, "high": 0.02, "kind": "arithmetic"},
-            0.02,
-            None,
-        ),
+        ({"measured": 2.0, "low": 1.0, "high": 3.0}, 0.62, None),
+        ({"sign": "<=", "measured": 2.0, "low": 1.0, "high": 3.0}, 0.38, None),
+        ({"value": 3.0, "measured": 2.0, "low": 1.0, "high": 3.0}, 0.62, 0.74),
+        ({"measured": 99.0, "low": 98.0, "high": 100.0}, 0.98, None),
+        ({"measured": 2.0, "low": float("nan"), "high": 3.0}, 0.5, None),
+        ({"sign": "<=", "measured": 2.0, "low": 2.0, "high": 2.0, "kind": "arithmetic"}, 0.02, None),
+        ({"measured": float("nan"), "low": float("nan"), "high": float("nan")}, 0.5, None),
     ],
 )
 def test_a_mark_lies_by_its_interval_on_its_side_of_the_criterion(row, at, number):
-    assert _place({"kind": "direction"} | row) == {"at": pytest.approx(at), "number": number and pytest.approx(number)}
+    row = {"kind": "direction", "sign": ">=", "bound": 1.0, "value": float("nan")} | row
+    assert _place(row) == {"at": pytest.approx(at), "number": number and pytest.approx(number)}
 
 
 def test_a_claim_leads_to_its_row(smoke, page):
@@ -207,6 +204,79 @@ def test_a_report_begins_with_its_answer_and_ends_with_its_provenance(smoke, pag
         assert page.locator("details.code[open]").count() == 0
         drawn = study.parameters.python_of(name).count("plots.show(")  # a cell shows its last alone
         assert page.locator("figure").count() == page.locator("figure figcaption").count() >= drawn > 0
+
+
+def test_a_verdict_leads_to_a_figure_and_a_figure_to_its_rows(smoke, page):
+    for name in study.studies()[1:]:
+        page.goto((smoke / f"{name}.html").as_uri())
+        verdicts = page.locator(".claims td.verdict")
+        linked = verdicts.locator("a[href^='#figure-']").count()
+        assert linked > verdicts.count() / 2
+        rows = pd.read_csv(smoke / "results" / f"{name}.csv")
+        named = page.locator("figcaption a ~ code").all_inner_texts()
+        assert named
+        assert {*named} <= {*rows["experiment"]}
+
+
+def test_a_verdict_leads_to_the_first_figure_after_what_settled_it_in_its_section():
+    figure = [new_output("display_data", {"text/html": "<figure><figcaption></figcaption></figure>"})]
+    row = '<tr id="claim-{}"><td>said</td><td class="verdict inconclusive">inconclusive</td></tr>'
+    table = [new_output("display_data", {"text/html": "".join(map(row.format, range(1, 5)))})]
+    cells = [
+        new_markdown_cell("## One"),
+        new_code_cell("a = study.measure(made, [])", execution_count=1),
+        new_code_cell("plots.show(a)", execution_count=2, outputs=figure),
+        new_code_cell("b = 1", execution_count=3),
+        new_markdown_cell("## Two"),
+        new_code_cell("c = 2", execution_count=4),
+        new_code_cell("table", execution_count=5, outputs=table),
+    ]
+    link(cells, [1.0, 3.0, 4.0, float("nan")], "results/s.csv")
+    assert "Rows</a> of <code>made</code>" in cells[2].outputs[0].data["text/html"]
+    text = cells[-1].outputs[0].data["text/html"]
+    assert re.findall(r'claim-(\d)"><td>said</td><td class="[^"]+"><a href="#figure-(\d)"', text) == [
+        ("1", "1"),
+        ("2", "1"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        (["a = study.measure(made, [])", "def f():\n    return a", "f()"], ["made"]),
+        (["def ask(what):\n    return study.measure(what, [])", "a = ask(made)", "a"], ["made"]),
+        (["a = study.measure(made, [])", "b = {}\nb['x'] = a", "b"], ["made"]),
+        (["a = study.measure(made, [])", "for x in a:\n    y = x", "y"], ["made"]),
+        (["a = study.measure(made, [])", "c = [a for a in range(3)]", "c"], []),
+        (["a = study.measure(made, [])", "a = 1", "a"], []),
+        (["a = study.measure(made, [])", "b = study.measure(other, [{'x': a}])", "b"], ["other"]),
+        (["%time 1", "a = study.measure(made, [])", "a"], ["made"]),
+    ],
+)
+def test_rows_are_followed_through_names(code, expected):
+    cells = [new_code_cell(source, execution_count=i) for i, source in enumerate(code)]
+    assert experiments(cells)[2] == expected
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1400, "light"), (390, "dark")])
+def test_axe_finds_no_violation(smoke, page, width, scheme):
+    page.set_viewport_size({"width": width, "height": 844})
+    page.emulate_media(color_scheme=scheme)
+    for file in pages(smoke):
+        page.goto(file.as_uri())
+        found = Axe().run(page)
+        assert found.violations_count == 0, f"{file.name}: {found.generate_report()}"
+
+
+def test_a_phone_gets_a_figure_of_its_own(smoke, page):
+    page.goto((smoke / "03_fault_tolerance.html").as_uri())
+    image = page.locator("figure source + img").first
+    natural = "e => e.naturalWidth / e.naturalHeight"
+    wide = image.evaluate(natural)
+    page.set_viewport_size({"width": 390, "height": 844})
+    page.wait_for_function("e => e.currentSrc !== e.src", arg=image.element_handle())
+    page.wait_for_timeout(100)
+    assert image.evaluate(natural) < wide / 2  # two panels side by side, now one under the other
 
 
 def test_paper_shows_no_code_and_no_navigation(smoke, page):

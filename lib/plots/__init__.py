@@ -3,6 +3,7 @@
 from lib.plots.axes import panels
 from lib.plots.bars import bars
 from lib.plots.curves import curves, pareto, points
+from lib.plots.figures import show
 from lib.plots.pictures import pictures
 from lib.plots.rows import PlotError
 from lib.plots.style import (
@@ -13,7 +14,6 @@ from lib.plots.style import (
     house_style,
     ledger_table,
     looks,
-    show,
     table,
 )
 

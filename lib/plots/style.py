@@ -1,21 +1,18 @@
-"""The house style: colours, captions, bands, tables."""
+"""The house style: colours, markers, bands, tables."""
 
-import base64
 import hashlib
 import html
-import io
 from collections.abc import Callable, Iterable
 from itertools import cycle
-from typing import Any, Literal
+from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 from IPython.display import HTML
-from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
 
-from lib.study import NETWORKS, Shown, measured
+from lib.study import NETWORKS, measured
 
 # Told apart with every kind of colour vision (Wong, Nature Methods 2011, as seaborn has it); then darker, for the many.
 _SAFE = [
@@ -74,63 +71,6 @@ def house_style() -> None:
     }
 
 
-def show(figure: Figure, caption: str, *, alt: str, finding: str = "", kind: Literal["svg", "png"] = "svg") -> HTML:
-    """A figure with its caption, what it shows, and a description for who cannot see it, to be a cell's last value.
-
-    Args:
-        figure: closed here, so that the notebook does not show it twice.
-        caption: below the figure: what is drawn, over how many runs, what the bands are.
-        alt: what the figure shows, in a sentence.
-        finding: what a reader should take from it, in one or two sentences that the numbers fill.
-        kind: ``svg`` for curves, ``png`` for clouds of points.
-
-    >>> import matplotlib.pyplot as plt
-    >>> from lib.plots import show
-    >>> page = show(figure := plt.figure(), "Mean over 3 seeds.", alt="An empty figure").data
-    >>> 'alt="An empty figure"' in page, "Mean over 3 seeds.</figcaption>" in page, plt.fignum_exists(figure.number)
-    (True, True, False)
-    """
-    legend(figure)
-    raw = io.BytesIO()
-    metadata = {"Date": None} if kind == "svg" else None
-    figure.savefig(raw, format=kind, bbox_inches="tight", dpi=150, metadata=metadata)
-    plt.close(figure)
-    mime = {"svg": "image/svg+xml", "png": "image/png"}[kind]
-    source = f"data:{mime};base64,{base64.b64encode(raw.getvalue()).decode()}"
-    page = (
-        f'<figure style="margin:1em 0"><img src="{source}" alt="{html.escape(alt)}" style="max-width:100%">'
-        f'<figcaption style="color:#555;max-width:60em">{html.escape(caption)}</figcaption></figure>'
-    )
-    page += f'<p class="finding" style="max-width:46em">{html.escape(finding, quote=False)}</p>' if finding else ""
-    return Shown(page, figure=alt, svg=raw.getvalue().decode()) if kind == "svg" else HTML(page)
-
-
-def legend(figure: Figure) -> None:
-    """One legend for all panels: beside one or two, below more. None where panels have their own.
-
-    >>> from lib.plots import panels
-    >>> from lib.plots.style import legend
-    >>> figure, axes = panels(["a", "b"])
-    >>> lines = [ax.plot([0, 1], label="filter") for ax in axes]
-    >>> legend(figure)
-    >>> [text.get_text() for text in figure.legends[0].get_texts()]
-    ['filter']
-    """
-    entries: dict[str, Any] = {}
-    for ax in figure.axes:
-        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
-            entries.setdefault(label, handle)
-    if not entries or figure.legends or any(ax.get_legend() for ax in figure.axes):
-        return
-    spec, longest = figure.axes[0].get_subplotspec(), max(map(len, entries))
-    if spec is None or (spec.get_gridspec().ncols <= 2 and longest < 32):
-        figure.legend(entries.values(), entries.keys(), loc="outside right upper")
-        return
-    columns = max(1, min(len(entries), 110 // (longest + 6)))
-    figure.set_figheight(figure.get_figheight() + 0.25 * -(-len(entries) // columns))
-    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=columns)
-
-
 def looks(names: Iterable[Any]) -> dict[Any, Look]:
     """A colour and a marker for each name: its own wherever it appears, for others the next free; numbers take a scale.
 
@@ -166,21 +106,23 @@ def ledger_table(ledger: pd.DataFrame) -> HTML:
     >>> "0.20 [0.11, 0.29]</td>" in page, "reproduced</td>" in page, "&lt;= 0.5 points" in page
     (True, True, True)
     """
-    heads, left = ["claim", "published", "measured, 95 % interval", "networks", "verdict"], "text-align:left"
-    rows = "<tr>" + "".join(f'<th scope="col" style="{left}">{head}</th>' for head in heads) + "</tr>"
+    heads = ["claim", "published", "measured, 95 % interval", "networks", "verdict"]
+    rows = "".join(f'<th scope="col" style="text-align:left">{head}</th>' for head in heads)
+    rows = f"<thead><tr>{rows}</tr></thead>"
     for i, row in enumerate(ledger.to_dict("records"), 1):  # the index of all claims leads to a row by its number
         said = {key: html.escape(str(value)) for key, value in row.items()}
         of = "; ".join(filter(None, [said["paper"], said["source"], said["setting"]]))
         judged = f"Criterion ({said['kind']}, fixed {said['fixed']}): {said['criterion']}"
         judged += f"<br>Condition: {said['condition']}" if said["condition"] else ""
-        look = "display:inline-block;vertical-align:top;color:#777;margin-left:.6em"
-        more = f'<details style="{look}"><summary>criterion</summary>{judged}<br>{of}</details>'
+        more = f"<details><summary>criterion</summary>{judged}<br>{of}</details>"
         few = f"{row['n']} of {NETWORKS}" if row["n"] < NETWORKS else said["n"]
         cells = [said["claim"] + more, said["published"], measured(row), "" if row["kind"] == "arithmetic" else few]
-        rows += f'<tr id="claim-{i}">' + "".join(f'<td style="{left}">{cell}</td>' for cell in cells)
-        look = f"{left};font-weight:600;color:{VERDICT_COLOURS[row['verdict']]}"
-        rows += f'<td class="{row["verdict"].replace(" ", "-")}" style="{look}">{said["verdict"]}</td></tr>'
-    return HTML(f"<table>{rows}</table>")
+        told = zip(heads, cells, strict=False)
+        shown = "".join(f'<td data-label="{head}" style="text-align:left">{cell}</td>' for head, cell in told)
+        look = f"text-align:left;font-weight:600;color:{VERDICT_COLOURS[row['verdict']]}"
+        kind = row["verdict"].replace(" ", "-")
+        rows += f'<tr id="claim-{i}">{shown}<td class="verdict {kind}" style="{look}">{said["verdict"]}</td></tr>'
+    return HTML(f'<table class="claims">{rows}</table>')
 
 
 def table(frame: pd.DataFrame, *, fold: str = "", **styles: Callable[[Any], str]) -> HTML:

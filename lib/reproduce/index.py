@@ -2,7 +2,6 @@
 
 import base64
 import math
-import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import pandas as pd
 from lib.files import write_whole
 from lib.reproduce.page import VERDICTS, template
 from lib.reproduce.run import last_run
-from lib.study import CLAIM_COLUMNS, NETWORKS, OURS, chance_of_error, measured, papers
+from lib.study import CLAIM_COLUMNS, JUDGED, NETWORKS, OURS, chance_of_error, measured, papers
 
 REACH = 4.0
 """How many half-widths of the interval the plot of all claims shows on each side; what is further lies at its ends."""
@@ -35,11 +34,12 @@ def write_index(reports: Path, states: dict[str, str]) -> None:
     (['claims.csv', 'index.html'], True)
     """
     found = [pd.read_csv(path, keep_default_na=False) for path in sorted((reports / "claims").glob("*.csv"))]
-    found = [claims for claims in found if len(claims) and (*claims,) == CLAIM_COLUMNS]  # not an older version's
-    ledger = pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=[*CLAIM_COLUMNS])
-    for column in ("measured", "low", "high", "n"):
+    columns = [*CLAIM_COLUMNS, *JUDGED]
+    found = [claims for claims in found if len(claims) and [*claims] == columns]  # not an older version's
+    ledger = pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=columns)
+    for column in ("measured", "low", "high", "n", "bound", "value"):
         ledger[column] = pd.to_numeric(ledger[column])
-    write_whole(reports / "claims.csv", ledger.to_csv(index=False))
+    write_whole(reports / "claims.csv", ledger[[*CLAIM_COLUMNS]].to_csv(index=False))
     by_paper = _papers(ledger)
     decided, wrong = chance_of_error(ledger)
     page = template("index.html.j2").render(
@@ -112,18 +112,15 @@ def _place(row: dict[str, Any]) -> dict[str, Any]:
 
     Its place and that of a published number are shares of the plot's width; beyond its ends they lie at the ends.
     """
-    said = re.search(r"(>=|<=) ([^\s,]+)", row["criterion"].split("direction ")[-1])
-    published = re.match(r"(\S+) within", row["criterion"])
-    nothing = {"at": 0.5, "number": None}
-    if not said or not math.isfinite(row["measured"]):
+    nothing, sign = {"at": 0.5, "number": None}, 1 if row["sign"] == ">=" else -1
+    if not math.isfinite(row["measured"]):
         return nothing
-    bound, sign = float(said[2]), 1 if said[1] == ">=" else -1
     half = (row["high"] - row["low"]) / 2 if math.isfinite(row["low"]) else math.nan
     if not half > 0:  # no chance is in it, and all that can be told is the side; or nobody knows
-        side = 0.98 if sign * (row["measured"] - bound) >= -1e-9 else 0.02
+        side = 0.98 if sign * (row["measured"] - row["bound"]) >= -1e-9 else 0.02
         return nothing | ({"at": side} if row["kind"] == "arithmetic" or half == 0 else {})
 
     def place(value: float) -> float:
-        return 0.5 + 0.48 * max(-1.0, min(1.0, sign * (value - bound) / half / REACH))
+        return 0.5 + 0.48 * max(-1.0, min(1.0, sign * (value - row["bound"]) / half / REACH))
 
-    return {"at": place(row["measured"]), "number": place(float(published[1])) if published else None}
+    return {"at": place(row["measured"]), "number": place(row["value"]) if math.isfinite(row["value"]) else None}

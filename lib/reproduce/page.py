@@ -12,6 +12,7 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from nbformat import NotebookNode
 
+from lib.reproduce.links import link
 from lib.study import SAID
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
@@ -51,12 +52,14 @@ def render(
             if OUTER & said(output).keys():
                 cell.outputs.remove(output)
                 opened = output.data["text/html"] if OPENING in said(output) else opened
+    if ledger is not None:
+        link(notebook.cells, [*pd.to_numeric(ledger["cell"])], f"results/{executed.stem}.csv")
     cells = folded(notebook.cells)
     first = int(cells[:1] != [] and cells[0].source.startswith("# "))  # the title stands before the answer
     options = {"exclude_input_prompt": True, "exclude_output_prompt": True}
     exporter = HTMLExporter(template_name="report", extra_template_basedirs=[str(TEMPLATES)], **options)
     parts = (nbformat.from_dict({**notebook, "cells": part}) for part in (cells[:first], cells[first:]))
-    head, body = (exporter.from_notebook_node(part)[0] for part in parts)
+    head, body = (scrolling(exporter.from_notebook_node(part)[0]) for part in parts)
     counts = Counter(ledger["verdict"][ledger["kind"] != "ours"]) if ledger is not None else {}
     return template("report.html.j2").render(
         study=executed.stem,
@@ -92,6 +95,12 @@ def outline(executed: Path) -> dict[str, Any]:
     return {"title": html.escape(title)} | found
 
 
+def scrolling(page: str) -> str:
+    """Every table in a frame of its own, which scrolls where the table is wider than the page, by keys as well."""
+    frame = r'<div class="scroll" tabindex="0">\g<0></div>'
+    return re.sub(r"<table\b.*?</table>", frame, page, flags=re.DOTALL)
+
+
 def said(output: NotebookNode) -> dict[str, Any]:
     """What an output of a notebook says as data, see `lib.study.Shown`."""
     return output.get("data", {}).get(SAID, {})
@@ -116,7 +125,8 @@ def mathml(markdown: str) -> str:
     def drawn(match: re.Match) -> str:
         try:
             if match["display"]:
-                return convert(match["display"].strip(), display="block")
+                block = convert(match["display"].strip(), display="block")
+                return block.replace("<math ", '<math tabindex="0" ', 1)  # it scrolls where the page is narrow
             return convert(match["inline"]) if match["inline"] else match[0]
         except Exception:  # it raises errors of many types, and a formula as text is better than no report
             return match[0]

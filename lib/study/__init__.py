@@ -2,6 +2,7 @@
 
 from lib.study.claims import (
     CLAIM_COLUMNS,
+    JUDGED,
     NETWORKS,
     Claim,
     Criterion,
@@ -26,6 +27,7 @@ from lib.study.tables import MeasurementError
 
 __all__ = [
     "CLAIM_COLUMNS",
+    "JUDGED",
     "NETWORKS",
     "NOTEBOOKS",
     "OURS",

@@ -15,6 +15,9 @@ CLAIM_COLUMNS = (
     *("criterion", "condition", "verdict", "setting", "dataset", "model", "preset", "commit"),
 )
 
+JUDGED = ("sign", "bound", "value", "within", "cell")
+"""Beside them, in a study's own table: the criterion as numbers, and which cell, as executed, settled the claim."""
+
 Kind = Literal["number", "direction", "arithmetic", "ours"]
 """A quantity that the paper prints; what it says in words, or for another scale; sums without chance; a control."""
 

@@ -7,16 +7,17 @@ import platform
 import re
 import subprocess
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from IPython import get_ipython
 
 from lib.files import write_whole
-from lib.study.claims import CLAIM_COLUMNS, Claim, Criterion, interval, judged, measured
+from lib.study.claims import CLAIM_COLUMNS, JUDGED, Claim, Criterion, interval, judged, measured
 from lib.study.measurements import Store
 from lib.study.papers import OURS, check_paper
 from lib.study.parameters import PROJECT, check_parameters, declared, injected, require
@@ -136,6 +137,7 @@ class Study:
             "n": len(values),
             "condition": joint,
             "verdict": judged(claim, (low, high), len(values), bounds),
+            "cell": shell.execution_count if (shell := get_ipython()) else None,
         }
 
     def met(self, id: str) -> bool | None:
@@ -185,6 +187,10 @@ class Study:
 
     def ledger(self) -> pd.DataFrame:
         """One row per claim in the columns of the results contract; a claim without measurements is inconclusive."""
+        return self._judged()[[*CLAIM_COLUMNS]]
+
+    def _judged(self) -> pd.DataFrame:
+        """The ledger, and beside each claim what a page reads of it as numbers."""
         nothing = {"measured": np.nan, "low": np.nan, "high": np.nan, "n": 0, "verdict": "inconclusive"}
         shared = {
             "study": self.name,
@@ -193,6 +199,7 @@ class Study:
         }
         rows = [
             shared
+            | asdict(c.criterion)
             | {
                 "paper": c.paper,
                 "claim": f"{c.id} {c.statement}",
@@ -209,7 +216,7 @@ class Study:
             | self.verdicts.get(c.id, nothing)
             for c in self.claims.values()
         ]
-        return pd.DataFrame(rows, columns=[*CLAIM_COLUMNS])
+        return pd.DataFrame(rows, columns=[*CLAIM_COLUMNS, *JUDGED])
 
     def answer(self, sentence: str) -> Shown:
         """The study's answer in a sentence or two, to be a cell's last value; a report shows it on top.
@@ -241,7 +248,7 @@ class Study:
             if self.store.audits:
                 audit = pd.DataFrame(self.store.audits).to_csv(index=False)
                 write_whole(self.report_dir / "audits" / f"{self.name}.csv", audit)
-        write_whole(self.report_dir / "claims" / f"{self.name}.csv", self.ledger().to_csv(index=False))
+        write_whole(self.report_dir / "claims" / f"{self.name}.csv", self._judged().to_csv(index=False))
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
         def table(title: str, rows: dict[str, Any]) -> str:

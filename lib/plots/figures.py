@@ -1,0 +1,117 @@
+"""A figure as a page shows it: wide and as narrow as a phone, with its legend, its caption and what it shows."""
+
+import base64
+import html
+import io
+from textwrap import fill
+from typing import Any, Literal
+
+import matplotlib.pyplot as plt
+from IPython.display import HTML
+from matplotlib.figure import Figure
+
+from lib.study import Shown
+
+NARROW = 4.4
+"""Inches of a figure on a phone, which then shows its text at nearly its own size."""
+
+
+def show(figure: Figure, caption: str, *, alt: str, finding: str = "", kind: Literal["svg", "png"] = "svg") -> HTML:
+    """A figure with its caption, what it shows, and a description for who cannot see it, to be a cell's last value.
+
+    A phone gets a drawing of its own, with the panels one under another (`stack`).
+
+    Args:
+        figure: closed here, so that the notebook does not show it twice.
+        caption: below the figure: what is drawn, over how many runs, what the bands are.
+        alt: what the figure shows, in a sentence.
+        finding: what a reader should take from it, in one or two sentences that the numbers fill.
+        kind: ``svg`` for curves, ``png`` for clouds of points, which has no drawing for phones.
+
+    >>> import matplotlib.pyplot as plt
+    >>> from lib.plots import show
+    >>> page = show(figure := plt.figure(), "Mean over 3 seeds.", alt="An empty figure").data
+    >>> 'alt="An empty figure"' in page, "Mean over 3 seeds.</figcaption>" in page, plt.fignum_exists(figure.number)
+    (True, True, False)
+    """
+    legend(figure)
+    drawn, narrow = _saved(figure, kind), ""
+    if kind == "svg" and stack(figure):
+        narrow = f'<source media="(max-width: 40em)" srcset="{_url(_saved(figure, kind), kind)}">'
+    plt.close(figure)
+    image = f'<img src="{_url(drawn, kind)}" alt="{html.escape(alt)}" style="max-width:100%">'
+    caption = f'<figcaption style="max-width:60em">{html.escape(caption)}</figcaption>'
+    page = f'<figure style="margin:1em 0"><picture>{narrow}{image}</picture>{caption}</figure>'
+    page += f'<p class="finding" style="max-width:46em">{html.escape(finding, quote=False)}</p>' if finding else ""
+    return Shown(page, figure=alt, svg=drawn.decode()) if kind == "svg" else HTML(page)
+
+
+def _saved(figure: Figure, kind: str) -> bytes:
+    raw = io.BytesIO()
+    metadata = {"Date": None} if kind == "svg" else None
+    figure.savefig(raw, format=kind, bbox_inches="tight", dpi=150, metadata=metadata)
+    return raw.getvalue()
+
+
+def _url(drawn: bytes, kind: str) -> str:
+    mime = {"svg": "image/svg+xml", "png": "image/png"}[kind]
+    return f"data:{mime};base64,{base64.b64encode(drawn).decode()}"
+
+
+def stack(figure: Figure) -> bool:
+    """Put the panels of a drawn figure one under another, as narrow as a phone; False if it has other axes than panels.
+
+    >>> from lib.plots import panels
+    >>> from lib.plots.figures import stack
+    >>> figure, axes = panels(["a", "b", "c"])
+    >>> stack(figure), [ax.get_subplotspec().rowspan.start for ax in axes], figure.get_figwidth()
+    (True, [0, 1, 2], 4.4)
+    """
+    places = [ax.get_subplotspec() for ax in figure.axes]
+    if not places or None in places:  # a scale of colours has none
+        return False
+    order = list(dict.fromkeys(place.num1 for place in places))  # two axes of one panel share it
+    height = max(2.5, 0.75 * figure.get_figheight() / places[0].get_gridspec().nrows)
+    figure.set_size_inches(NARROW, height * len(order))
+    grid, first = figure.add_gridspec(len(order), 1), figure.axes[0]
+    for ax, place in zip(figure.axes, places, strict=True):
+        ax.set_subplotspec(grid[order.index(place.num1)])
+        ax.set_title(fill(ax.get_title(), 40))
+        if ax.get_shared_y_axes().joined(ax, first):  # whose label and numbers stood for all in its line
+            ax.tick_params(labelleft=True)
+            ax.set_ylabel(fill(first.get_ylabel(), 28))
+    for old in [*figure.legends]:
+        old.remove()
+    legend(figure, letters=44)
+    figure.draw_without_rendering()
+    for ax in figure.axes:
+        labels = [tick.get_text() for tick in ax.get_xticklabels()]
+        if sum(map(len, labels)) + len(labels) > 44:
+            ax.tick_params(axis="x", labelrotation=60)
+    return True
+
+
+def legend(figure: Figure, letters: int = 110) -> None:
+    """One legend for all panels: beside one or two, below more, so many letters wide. None where panels have their own.
+
+    >>> from lib.plots import panels
+    >>> from lib.plots.figures import legend
+    >>> figure, axes = panels(["a", "b"])
+    >>> lines = [ax.plot([0, 1], label="filter") for ax in axes]
+    >>> legend(figure)
+    >>> [text.get_text() for text in figure.legends[0].get_texts()]
+    ['filter']
+    """
+    entries: dict[str, Any] = {}
+    for ax in figure.axes:
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    if not entries or figure.legends or any(ax.get_legend() for ax in figure.axes):
+        return
+    spec, longest = figure.axes[0].get_subplotspec(), max(map(len, entries))
+    if spec is None or (figure.get_figwidth() > NARROW and spec.get_gridspec().ncols <= 2 and longest < 32):
+        figure.legend(entries.values(), entries.keys(), loc="outside right upper")
+        return
+    columns = max(1, min(len(entries), letters // (longest + 6)))
+    figure.set_figheight(figure.get_figheight() + 0.25 * -(-len(entries) // columns))
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=columns)

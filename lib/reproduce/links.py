@@ -1,0 +1,128 @@
+"""What leads where in a report: a verdict to the figure that shows it, a figure to the rows that it was drawn from."""
+
+import ast
+import re
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from nbformat import NotebookNode
+
+
+class Place(NamedTuple):
+    """A code cell that was executed: its number, its section, and the numbers of the figures in it."""
+
+    cell: int
+    section: int
+    figures: list[int]
+
+
+def link(cells: list[NotebookNode], settled: Sequence[float], table: str) -> None:
+    """Number the figures of an executed notebook, and put links into them and into its table of claims.
+
+    Args:
+        settled: for every claim the cell that settled it, or NaN. table: where the measurements lie, from the page.
+    """
+    rows, places, count, section = experiments(cells), [], 0, 0
+    for cell in cells:
+        section += cell.cell_type == "markdown" and bool(re.search(r"^## ", cell.source, re.MULTILINE))
+        place = Place(cell.get("execution_count"), section, [])
+        for output, page in _pages(cell):
+            if "<figure" in page:
+                place.figures.append(count := count + 1)
+                said = ", ".join(f"<code>{name}</code>" for name in rows.get(place.cell, ()))
+                of = f' <a href="{table}" download>Rows</a> of {said}.' if said else ""
+                page = page.replace("<figure", f'<figure id="figure-{count}"')
+                output.data["text/html"] = page.replace("</figcaption>", f"{of}</figcaption>")
+        places.append(place)
+    for output, page in (found for cell in cells for found in _pages(cell)):
+        for claim, cell in enumerate(settled, 1):
+            if figure := _shows(places, cell):
+                verdict = rf'(<tr id="claim-{claim}">.*?<td class="verdict [^>]*>)(.*?)</td>'
+                page = re.sub(verdict, rf'\1<a href="#figure-{figure}">\2</a></td>', page, count=1, flags=re.DOTALL)
+        output.data["text/html"] = page
+
+
+def _pages(cell: NotebookNode) -> Iterator[tuple[NotebookNode, str]]:
+    """The outputs of a cell that are HTML, each with it."""
+    for output in cell.get("outputs", []):
+        if page := output.get("data", {}).get("text/html"):
+            yield output, page
+
+
+def _shows(places: list[Place], cell: float) -> int | None:
+    """The figure that shows what a cell settled: the first from there on, else the last before, in its section."""
+    section = next((place.section for place in places if place.cell == cell), None)
+    here = [(place.cell, figure) for place in places if place.section == section for figure in place.figures]
+    after = [figure for at, figure in here if at >= cell]
+    return after[0] if after else here[-1][1] if here else None
+
+
+def experiments(cells: list[NotebookNode]) -> dict[int, list[str]]:
+    """By executed cell, the experiments whose rows its last statement uses, followed through the names in between.
+
+    >>> from lib.reproduce.links import experiments
+    >>> from nbformat.v4 import new_code_cell
+    >>> code = ["rows = study.measure(kept, [{}])", "means = rows.mean()", "other = 1", "plots.show(means)"]
+    >>> experiments([new_code_cell(source, execution_count=i) for i, source in enumerate(code, 1)])
+    {1: ['kept'], 2: ['kept'], 3: [], 4: ['kept']}
+    """
+    behind: dict[str, list[str]] = {}  # a name
+    found, measuring = {}, {"measure"}
+    for cell in cells:
+        if cell.cell_type != "code" or cell.get("execution_count") is None:
+            continue
+        used = []
+        for statement in _statements(cell.source):
+            asked, read, written = _names(statement, measuring)
+            if isinstance(statement, ast.FunctionDef) and {*asked} & {arg.arg for arg in statement.args.args}:
+                measuring.add(statement.name)  # a short form of its own
+                asked = []
+            used = [*dict.fromkeys([name for n in behind if n in read for name in behind[n]] + asked)]
+            behind |= dict.fromkeys(written, used)
+        found[cell.execution_count] = used
+    return found
+
+
+def _statements(source: str) -> Iterator[ast.stmt]:
+    """Those of a cell in their order; of a loop, what its names stand for and what is in it."""
+    try:
+        todo = ast.parse(source).body
+    except SyntaxError:  # IPython's own commands
+        return
+    while todo:
+        statement = todo.pop(0)
+        if isinstance(statement, ast.For):
+            todo = [ast.Assign([statement.target], statement.iter), *statement.body, *todo]
+        elif isinstance(statement, ast.If | ast.With):
+            todo = [*statement.body, *todo]
+        else:
+            yield statement
+
+
+def _names(statement: ast.stmt, measuring: set[str]) -> tuple[list[str], set[str], set[str]]:
+    """The experiments that a statement measures, the names that it reads, and those that it sets or changes a part of.
+
+    What an experiment is asked for is in its rows, and what is named inside of a function or comprehension stays there.
+    """
+    asked, inside, nodes, todo = [], set(), [], [statement]
+    while todo:
+        node = todo.pop()
+        nodes.append(node)
+        if isinstance(node, ast.Call) and node.args and ast.unparse(node.func).rpartition(".")[2] in measuring:
+            asked.insert(0, ast.unparse(node.args[0]))
+            continue
+        inside |= {node.arg} if isinstance(node, ast.arg) else set()
+        inside |= (
+            {n.id for n in ast.walk(node.target) if isinstance(n, ast.Name)}
+            if isinstance(node, ast.comprehension)
+            else set()
+        )
+        todo += ast.iter_child_nodes(node)
+    named = [node for node in nodes if isinstance(node, ast.Name)]
+    written = {node.id for node in named if isinstance(node.ctx, ast.Store)} - inside
+    parts = [node.value for node in nodes if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store)]
+    written |= {part.id for part in parts if isinstance(part, ast.Name)}
+    if isinstance(statement, ast.FunctionDef):
+        inside, written = inside | written, {statement.name}
+    read = {node.id for node in named if isinstance(node.ctx, ast.Load)} - inside
+    return asked, read | (written if isinstance(statement, ast.AugAssign) else set()), written
