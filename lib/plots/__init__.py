@@ -3,7 +3,8 @@
 from lib.plots.axes import panels
 from lib.plots.bars import bars
 from lib.plots.curves import curves, pareto, points
-from lib.plots.figures import show
+from lib.plots.dots import dots
+from lib.plots.figures import Played, show
 from lib.plots.pictures import pictures
 from lib.plots.rows import PlotError
 from lib.plots.style import (
@@ -22,9 +23,11 @@ __all__ = [
     "BLUE",
     "GREY",
     "VERDICT_COLOURS",
+    "Played",
     "PlotError",
     "bars",
     "curves",
+    "dots",
     "house_style",
     "ledger_table",
     "looks",

@@ -21,9 +21,7 @@ def bars(
     panel: str = "",
     stacked: bool = False,
     horizontal: bool = False,
-    dots: bool = False,
     interval: Interval = "range",
-    geometric: bool = False,
     text: str = "",
     marks: pd.DataFrame | None = None,
     **look: Any,
@@ -31,9 +29,8 @@ def bars(
     """Means over runs as bars, a group for each value of ``by``, a bar in it for each of ``colour``, with their ends.
 
     Args:
-        rows, panel, look: as in `curves`. interval, geometric: as `lib.plots.rows.summary` has them.
+        rows, panel, look: as in `curves`. interval: as `lib.plots.rows.summary` has it.
         stacked: bars of a group stand on one another and have no ends.
-        dots: a point for each bar, as a logarithmic axis asks for: it has no zero that a bar could begin at.
         text: written at the end of a bar: a format of its mean, as ``{:.2g}x``, or a column.
         marks: published values, columns ``by``, ``value``, ``colour`` and perhaps ``panel``, as crosses; not for
             horizontal bars.
@@ -43,13 +40,10 @@ def bars(
 
     >>> import pandas as pd
     >>> from lib.plots import bars
-    >>> gains = pd.DataFrame({"network": ["hardened", "hardened", "pruned"], "gain": [10.0, 40.0, 0.9]})
-    >>> ax = bars(gains, "gain", "network", interval="range", geometric=True, text="{:.2g}x", yscale="log").axes[0]
-    >>> [round(float(bar.get_height()), 3) for bar in ax.patches], [times.get_text() for times in ax.texts]
-    ([20.0, 0.9], ['20x', '0.9x'])
-    >>> ax = bars(gains, "gain", "network", geometric=True, dots=True, horizontal=True, xscale="log").axes[0]
-    >>> len(ax.patches), ax.lines[0].get_xdata().round(3).tolist()
-    (0, [20.0, 0.9])
+    >>> stored = pd.DataFrame({"network": ["dense", "dense", "pruned"], "kilobytes": [10.0, 40.0, 0.9]})
+    >>> ax = bars(stored, "kilobytes", "network", text="{:.2g} kB").axes[0]
+    >>> [round(float(bar.get_height()), 3) for bar in ax.patches], [said.get_text() for said in ax.texts]
+    ([25.0, 0.9], ['25 kB', '0.9 kB'])
     """
     written = text if "{" not in text else ""
     found, names = named(parts(rows, value, panel, by, colour, written), _by=by, _colour=colour)
@@ -63,20 +57,17 @@ def bars(
     def draw_part(ax: Axes, part: Part) -> pd.DataFrame:
         base, drawn = pd.Series(0.0, index=order), [pd.DataFrame({"place": [], "mean": [], "high": [], "text": []})]
         for name, shown in part.rows.groupby("_colour", sort=False):
-            means = summary(shown, "_by", part.y, None if stacked else interval, geometric)
+            means = summary(shown, "_by", part.y, None if stacked else interval)
             means["place"] = means.index.map(order.index) + shift[name]
             style = {"color": own[name][0], "label": called(colour, name)}
             below = base[means.index] if stacked else 0
-            at = (means["mean"], means["place"]) if horizontal else (means["place"], means["mean"])
-            if dots:
-                ax.plot(*at, own[name][1], ms=6, **style)
-            else:
-                (ax.barh if horizontal else ax.bar)(means["place"], means["mean"], 0.95 * thick, below, **style)
-            if interval and not stacked:
-                ax.errorbar(*at, **{"xerr" if horizontal else "yerr": ends(means)}, color="0.25", lw=0.9, ls="")
+            (ax.barh if horizontal else ax.bar)(means["place"], means["mean"], 0.95 * thick, below, **style)
             if stacked:
                 base[means.index] += means["mean"]
                 means["mean"] = means["high"] = base[means.index]
+            elif interval:
+                at = (means["mean"], means["place"]) if horizontal else (means["place"], means["mean"])
+                ax.errorbar(*at, **{"xerr" if horizontal else "yerr": ends(means)}, color="0.25", lw=0.9, ls="")
             said = shown.groupby("_by")[written].first() if written else means["mean"].map(text.format)
             drawn.append(means.assign(text=said))
         tops = pd.concat(drawn).drop_duplicates("place", keep="last")  # of a stack: all of it
@@ -84,8 +75,7 @@ def bars(
         _name(ax, order, horizontal)
         publish(ax, marks, part, "_place", panel, "", {})
         ax.margins(**{"x" if horizontal else "y": 0.15 if text else 0.05})
-        place, length = tops["place"], tops["mean"]
-        return pd.DataFrame({"x": length, "y": place} if horizontal else {"x": place, "y": length})
+        return tops.rename(columns={"mean": "x", "place": "y"} if horizontal else {"place": "x", "mean": "y"})
 
     many = len(order) * (1 if stacked else len(own))
     size = {"width": 10.4} if many > 16 else {}

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from lib.plots.axes import draw, publish
 from lib.plots.rows import Interval, Part, Rows, ends, named, parts, placed, reached, summary
-from lib.plots.style import DASHES, GREY, MARKERS, called, looks
+from lib.plots.style import DASHES, GREY, MARKERS, Look, called, looks
 
 
 def curves(
@@ -61,15 +61,9 @@ def curves(
         drawn = [pd.DataFrame({"x": runs[x], "y": runs[part.y]}).head(0)]
         for (name, kind), shown in runs.groupby(["_line", "_dash"], sort=False):
             means = summary(shown, by or x, part.y, interval, geometric).sort_index()
-            at, (colour, marker) = shown.groupby(by or x)[x].mean() if by else means.index, own[name]
-            face = colour if dashes[kind] == "-" else "white"
-            style = {"color": colour, "marker": marker, "ms": 5, "mfc": face, "lw": 1.5, "ls": dashes[kind]}
-            style |= {"marker": ""} if len(means) > 40 else {}  # a line as it is computed, not measured
-            ax.plot(at, means["mean"], label=called(line, name), **style)
-            if interval == "ci" or (interval == "range" and not by):
-                ax.fill_between(at, means["low"], means["high"], color=colour, alpha=0.15, lw=0)
-            elif interval:
-                ax.errorbar(at, means["mean"], ends(means), color=colour, ls="", elinewidth=0.8)
+            at = shown.groupby(by)[x].mean() if by else means.index
+            band = interval == "ci" or (interval == "range" and not by)
+            _join(ax, at, means, own[name], dashes[kind], called(line, name), band, bool(interval))
             drawn.append(reached(at, means))
         for kind, style in dashes.items():
             ax.plot([], [], color=GREY, ls=style, label=called(dash, kind))
@@ -81,6 +75,19 @@ def curves(
     return draw(found, draw_part, **look)
 
 
+def _join(
+    ax: Axes, at: pd.Index, means: pd.DataFrame, look: Look, dash: str, label: str, band: bool, tips: bool
+) -> None:
+    """One line through its means, with a band or bars to their ends."""
+    colour, marker = look
+    face, marker = colour if dash == "-" else "white", marker if len(means) <= 40 else ""  # more are computed, no runs
+    ax.plot(at, means["mean"], label=label, color=colour, marker=marker, ms=5, mfc=face, lw=1.5, ls=dash)
+    if band:
+        ax.fill_between(at, means["low"], means["high"], color=colour, alpha=0.15, lw=0)
+    elif tips:
+        ax.errorbar(at, means["mean"], ends(means), color=colour, ls="", elinewidth=0.8)
+
+
 def points(
     rows: Rows,
     x: str,
@@ -90,6 +97,7 @@ def points(
     marker: str = "",
     by: str = "",
     filled: str = "",
+    text: str = "",
     panel: str = "",
     **look: Any,
 ) -> Figure:
@@ -100,6 +108,7 @@ def points(
         line: the column whose values get a colour each. marker: a column whose values get a marker each; that of the
             colour by default. by: the column that divides the runs of one line into several points.
         filled: a column that says whose points are filled, those of the Pareto front for one; all by default.
+        text: a column of what is written over each point.
 
     Raises:
         PlotError: a column that the rows do not have, or lines without a name.
@@ -112,7 +121,7 @@ def points(
     >>> [drawn[0].get_markerfacecolor() for drawn in ax.containers]
     ['0.45', 'white']
     """
-    columns = (x, line, marker, by, filled)
+    columns = (x, line, marker, by, filled, text)
     found, names = named(parts(rows, y, panel, *columns), _line=line, _marker=marker, _by=by, _filled=filled)
     own, shapes = looks(names["_line"]), dict(zip(names["_marker"], cycle(MARKERS), strict=False))
 
@@ -125,6 +134,9 @@ def points(
             style["mfc"] = colour if not filled or runs["_filled"].iloc[0] else "white"
             label = "" if marker else called(line, name)
             ax.errorbar(across["mean"], up["mean"], ends(up), ends(across), ls="", label=label, **style)
+            if text:
+                at = (across["mean"], up["mean"])
+                ax.annotate(runs[text].iloc[0], at, (0, 6), textcoords="offset points", fontsize="small", ha="center")
             drawn.append(reached([across["mean"]], up.to_frame().T))
         if marker:  # colour and marker each have a meaning of their own
             for name, (colour, _) in own.items():

@@ -3,20 +3,22 @@
 import base64
 import html
 import io
+from collections.abc import Callable
 from textwrap import fill
 from typing import Any, Literal
 
 import matplotlib.pyplot as plt
-from IPython.display import HTML
+from ipywidgets import interactive
 from matplotlib.figure import Figure
 
+from lib.plots.rows import PlotError
 from lib.study import Shown
 
 NARROW = 4.4
 """Inches of a figure on a phone, which then shows its text at nearly its own size."""
 
 
-def show(figure: Figure, caption: str, *, alt: str, finding: str = "", kind: Literal["svg", "png"] = "svg") -> HTML:
+def show(figure: Figure, caption: str, *, alt: str, finding: str = "", kind: Literal["svg", "png"] = "svg") -> Shown:
     """A figure with its caption, what it shows, and a description for who cannot see it, to be a cell's last value.
 
     A phone gets a drawing of its own, with the panels one under another (`stack`).
@@ -43,7 +45,33 @@ def show(figure: Figure, caption: str, *, alt: str, finding: str = "", kind: Lit
     caption = f'<figcaption style="max-width:60em">{html.escape(caption)}</figcaption>'
     page = f'<figure style="margin:1em 0"><picture>{narrow}{image}</picture>{caption}</figure>'
     page += f'<p class="finding" style="max-width:46em">{html.escape(finding, quote=False)}</p>' if finding else ""
-    return Shown(page, figure=alt, svg=drawn.decode()) if kind == "svg" else HTML(page)
+    return Shown(page, **{"figure": alt, "svg": drawn.decode()} if kind == "svg" else {})
+
+
+class Played:
+    """A figure with controls, to be a cell's last value; where nothing answers to these, as in a report, as it began.
+
+    Args:
+        draw: returns a figure (`show`) for values of its arguments. controls: each one's, as `ipywidgets` takes them: a
+            range ``(lowest, highest, step)``, or a list to choose from. They begin at the defaults of ``draw``.
+
+    Raises:
+        PlotError: there is no figure for the defaults.
+
+    >>> from lib.plots import Played, panels, show
+    >>> def empty(share=0.5):
+    ...     return show(panels([f"{share:.0%}"])[0], "Nothing.", alt="An empty panel")
+    >>> sorted(Played(empty, share=(0.0, 1.0, 0.1))._repr_mimebundle_())[:2]
+    ['application/vnd.jupyter.widget-view+json', 'application/vnd.workbook+json']
+    """
+
+    def __init__(self, draw: Callable[..., Shown], **controls: Any) -> None:
+        self.live = interactive(draw, {"auto_display": True}, **controls)
+        if self.live.result is None:
+            raise PlotError(f"{draw.__name__} shows nothing for {self.live.kwargs}")
+
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:  # IPython's own protocol for several forms of an output
+        return self.live._repr_mimebundle_() | self.live.result._repr_mimebundle_()
 
 
 def _saved(figure: Figure, kind: str) -> bytes:

@@ -16,6 +16,7 @@ from lib.reproduce.links import link
 from lib.study import SAID
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
+WIDGET = "application/vnd.jupyter.widget-view+json"
 VERDICTS = ("reproduced", "direction only", "not reproduced", "inconclusive")
 OPENING, OUTER = "provenance", {"provenance", "answer"}  # outputs that say these have places of their own in a page
 FORMULA = re.compile(
@@ -45,10 +46,12 @@ def render(
     from nbconvert import HTMLExporter
 
     notebook, opened = nbformat.read(executed, 4), ""
+    notebook.metadata.pop("widgets", None)  # a page has no kernel that would answer
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             cell.source = mathml(cell.source)
         for output in list(cell.get("outputs", [])):
+            output.get("data", {}).pop(WIDGET, None)
             if OUTER & said(output).keys():
                 cell.outputs.remove(output)
                 opened = output.data["text/html"] if OPENING in said(output) else opened
