@@ -99,7 +99,7 @@ def stack(figure: Figure) -> bool:
     if not places or None in places:  # a scale of colours has none
         return False
     order = list(dict.fromkeys(place.num1 for place in places))  # two axes of one panel share it
-    height = max(2.5, 0.75 * figure.get_figheight() / places[0].get_gridspec().nrows)
+    height = max(2.2, 0.7 * figure.get_figheight() / places[0].get_gridspec().nrows)
     figure.set_size_inches(NARROW, height * len(order))
     grid, first = figure.add_gridspec(len(order), 1), figure.axes[0]
     for ax, place in zip(figure.axes, places, strict=True):
@@ -110,7 +110,7 @@ def stack(figure: Figure) -> bool:
             ax.set_ylabel(fill(first.get_ylabel(), 28))
     for old in [*figure.legends]:
         old.remove()
-    legend(figure, letters=44)
+    legend(figure, letters=52)
     figure.draw_without_rendering()
     for ax in figure.axes:
         labels = [tick.get_text() for tick in ax.get_xticklabels()]
