@@ -15,6 +15,7 @@ from lib.plots.axes import dress
 from lib.plots.figures import legend, stack
 from lib.plots.rows import summary
 from lib.plots.style import OWN_LOOK, PALETTE, looks
+from lib.study import Shown
 
 
 @pytest.fixture(autouse=True)
@@ -206,3 +207,11 @@ def test_a_phone_sees_the_panels_one_under_another_each_with_its_numbers_and_lab
         assert ax.get_ylabel()
         assert any(tick.label1.get_visible() for tick in ax.yaxis.get_major_ticks())
     assert not stack(plots.pictures({"a": torch.eye(3)}, label="weight"))
+
+
+def test_a_figure_that_is_played_with_is_drawn_again_and_a_report_has_the_first():
+    played = plots.Played(lambda share=0.5: Shown(f"<p>{share:g}</p>"), share=(0.0, 1.0, 0.1))
+    slider, page = played.live.children
+    slider.value = 0.3
+    assert page.value == "<p>0.3</p>"
+    assert played._repr_mimebundle_()["text/html"] == "<p>0.5</p>"

@@ -42,7 +42,7 @@ def dots(
     >>> from lib.plots import dots
     >>> gains = pd.DataFrame({"network": ["trained", "trained", "pruned"], "gain": [10.0, 40.0, 0.9]})
     >>> ax = dots(gains, "gain", "network", geometric=True, text="{:.2g}x", xscale="log").axes[0]
-    >>> ax.lines[0].get_xdata().round(3).tolist(), [tick.get_text() for tick in ax.get_yticklabels()]
+    >>> [round(float(x), 3) for x in ax.lines[0].get_xdata()], [tick.get_text() for tick in ax.get_yticklabels()]
     ([20.0, 0.9], ['trained', 'pruned'])
     """
     written = text if "{" not in text else ""

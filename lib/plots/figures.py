@@ -4,14 +4,15 @@ import base64
 import html
 import io
 from collections.abc import Callable
+from inspect import signature
 from textwrap import fill
 from typing import Any, Literal
 
+import ipywidgets as widgets
 import matplotlib.pyplot as plt
 from ipywidgets import interactive
 from matplotlib.figure import Figure
 
-from lib.plots.rows import PlotError
 from lib.study import Shown
 
 NARROW = 4.4
@@ -52,11 +53,8 @@ class Played:
     """A figure with controls, to be a cell's last value; where nothing answers to these, as in a report, as it began.
 
     Args:
-        draw: returns a figure (`show`) for values of its arguments. controls: each one's, as `ipywidgets` takes them: a
-            range ``(lowest, highest, step)``, or a list to choose from. They begin at the defaults of ``draw``.
-
-    Raises:
-        PlotError: there is no figure for the defaults.
+        draw: returns a figure (`show`) for values of its arguments, by default the first that is seen.
+        controls: of an argument each, as `ipywidgets` has them for short: ``(lowest, highest, step)``, or a list.
 
     >>> from lib.plots import Played, panels, show
     >>> def empty(share=0.5):
@@ -66,12 +64,21 @@ class Played:
     """
 
     def __init__(self, draw: Callable[..., Shown], **controls: Any) -> None:
-        self.live = interactive(draw, {"auto_display": True}, **controls)
-        if self.live.result is None:
-            raise PlotError(f"{draw.__name__} shows nothing for {self.live.kwargs}")
+        self.first = draw()
+        asked = {name: signature(draw).parameters[name].default for name in controls}
+        chosen = {name: interactive.widget_from_abbrev(controls[name], value) for name, value in asked.items()}
+        page = widgets.HTML(self.first.data)
+
+        def again(_: Any) -> None:
+            page.value = draw(**{name: control.value for name, control in chosen.items()}).data
+
+        for name, control in chosen.items():
+            control.description = name
+            control.observe(again, "value")
+        self.live = widgets.VBox([*chosen.values(), page])
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:  # IPython's own protocol for several forms of an output
-        return self.live._repr_mimebundle_() | self.live.result._repr_mimebundle_()
+        return self.live._repr_mimebundle_() | self.first._repr_mimebundle_()
 
 
 def _saved(figure: Figure, kind: str) -> bytes:
@@ -92,7 +99,7 @@ def stack(figure: Figure) -> bool:
     >>> from lib.plots import panels
     >>> from lib.plots.figures import stack
     >>> figure, axes = panels(["a", "b", "c"])
-    >>> stack(figure), [ax.get_subplotspec().rowspan.start for ax in axes], figure.get_figwidth()
+    >>> stack(figure), [ax.get_subplotspec().rowspan.start for ax in axes], float(figure.get_figwidth())
     (True, [0, 1, 2], 4.4)
     """
     places = [ax.get_subplotspec() for ax in figure.axes]
