@@ -221,7 +221,8 @@ def test_a_verdict_leads_to_a_figure_and_a_figure_to_its_rows(smoke, page):
 def test_a_verdict_leads_to_the_first_figure_after_what_settled_it_in_its_section():
     figure = [new_output("display_data", {"text/html": "<figure><figcaption></figcaption></figure>"})]
     row = '<tr id="claim-{}"><td>said</td><td class="verdict inconclusive">inconclusive</td></tr>'
-    table = [new_output("display_data", {"text/html": "".join(map(row.format, range(1, 5)))})]
+    rows = "".join(map(row.format, range(1, 5)))
+    table = [new_output("display_data", {"text/html": f'<table class="claims">{rows}</table>'})]
     cells = [
         new_markdown_cell("## One"),
         new_code_cell("a = study.measure(made, [])", execution_count=1),

@@ -97,7 +97,6 @@ def points(
     marker: str = "",
     by: str = "",
     filled: str = "",
-    text: str = "",
     panel: str = "",
     **look: Any,
 ) -> Figure:
@@ -108,7 +107,6 @@ def points(
         line: the column whose values get a colour each. marker: a column whose values get a marker each; that of the
             colour by default. by: the column that divides the runs of one line into several points.
         filled: a column that says whose points are filled, those of the Pareto front for one; all by default.
-        text: a column of what is written over each point.
 
     Raises:
         PlotError: a column that the rows do not have, or lines without a name.
@@ -121,7 +119,7 @@ def points(
     >>> [drawn[0].get_markerfacecolor() for drawn in ax.containers]
     ['0.45', 'white']
     """
-    columns = (x, line, marker, by, filled, text)
+    columns = (x, line, marker, by, filled)
     found, names = named(parts(rows, y, panel, *columns), _line=line, _marker=marker, _by=by, _filled=filled)
     own, shapes = looks(names["_line"]), dict(zip(names["_marker"], cycle(MARKERS), strict=False))
 
@@ -134,9 +132,6 @@ def points(
             style["mfc"] = colour if not filled or runs["_filled"].iloc[0] else "white"
             label = "" if marker else called(line, name)
             ax.errorbar(across["mean"], up["mean"], ends(up), ends(across), ls="", label=label, **style)
-            if text:
-                at = (across["mean"], up["mean"])
-                ax.annotate(runs[text].iloc[0], at, (0, 6), textcoords="offset points", fontsize="small", ha="center")
             drawn.append(reached([across["mean"]], up.to_frame().T))
         if marker:  # colour and marker each have a meaning of their own
             for name, (colour, _) in own.items():

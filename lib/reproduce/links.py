@@ -34,9 +34,9 @@ def link(cells: list[NotebookNode], settled: Sequence[float], table: str) -> Non
                 page = page.replace("<figure", f'<figure id="figure-{count}"')
                 output.data["text/html"] = page.replace("</figcaption>", f"{of}</figcaption>")
         places.append(place)
-    for output, page in (found for cell in cells for found in _pages(cell)):
-        for claim, cell in enumerate(settled, 1):
-            if figure := _shows(places, cell):
+    for output, page in (found for cell in cells for found in _pages(cell) if 'class="claims"' in found[1]):
+        for claim, at in enumerate(settled, 1):
+            if figure := _shows(places, at):
                 verdict = rf'(<tr id="claim-{claim}">.*?<td class="verdict [^>]*>)(.*?)</td>'
                 page = re.sub(verdict, rf'\1<a href="#figure-{figure}">\2</a></td>', page, count=1, flags=re.DOTALL)
         output.data["text/html"] = page
