@@ -99,9 +99,9 @@ def outline(executed: Path) -> dict[str, Any]:
 
 
 def scrolling(page: str) -> str:
-    """Every table in a frame of its own, which scrolls where the table is wider than the page, by keys as well."""
+    """Every table in a frame of its own, which scrolls where the table is wider than the page; text too, by keys."""
     frame = r'<div class="scroll" tabindex="0">\g<0></div>'
-    return re.sub(r"<table\b.*?</table>", frame, page, flags=re.DOTALL)
+    return re.sub(r"<table\b.*?</table>", frame, page.replace("<pre>", '<pre tabindex="0">'), flags=re.DOTALL)
 
 
 def said(output: NotebookNode) -> dict[str, Any]:
