@@ -2,18 +2,21 @@
 
 import ast
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from nbformat import NotebookNode
 
+CLAIMS = '<table class="claims"'
+
 
 class Place(NamedTuple):
-    """A code cell that was executed: its number, its section, and the numbers of the figures in it."""
+    """A code cell that was executed: its number, its section, and the anchors of its figures and tables."""
 
     cell: int
     section: int
-    figures: list[int]
+    anchors: list[str]
 
 
 def link(cells: list[NotebookNode], settled: Sequence[float], table: str) -> None:
@@ -22,23 +25,25 @@ def link(cells: list[NotebookNode], settled: Sequence[float], table: str) -> Non
     Args:
         settled: for every claim the cell that settled it, or NaN. table: where the measurements lie, from the page.
     """
-    rows, places, count, section = experiments(cells), [], 0, 0
+    rows, places, counts, section = experiments(cells), [], Counter(), 0
     for cell in cells:
         section += cell.cell_type == "markdown" and bool(re.search(r"^## ", cell.source, re.MULTILINE))
         place = Place(cell.get("execution_count"), section, [])
         for output, page in _pages(cell):
-            if "<figure" in page:
-                place.figures.append(count := count + 1)
+            kind = "figure" if "<figure" in page else "table" if "<table" in page and CLAIMS not in page else ""
+            if kind:
+                counts[kind] += 1
+                place.anchors.append(f"{kind}-{counts[kind]}")
                 said = ", ".join(f"<code>{name}</code>" for name in rows.get(place.cell, ()))
                 of = f' <a href="{table}" download>Rows</a> of {said}.' if said else ""
-                page = page.replace("<figure", f'<figure id="figure-{count}"')
-                output.data["text/html"] = page.replace("</figcaption>", f"{of}</figcaption>")
+                page = page.replace("</figcaption>", f"{of}</figcaption>")
+                output.data["text/html"] = f'<div id="{place.anchors[-1]}">{page}</div>'
         places.append(place)
-    for output, page in (found for cell in cells for found in _pages(cell) if 'class="claims"' in found[1]):
+    for output, page in (found for cell in cells for found in _pages(cell) if CLAIMS in found[1]):
         for claim, at in enumerate(settled, 1):
-            if figure := _shows(places, at):
+            if anchor := _shows(places, at):
                 verdict = rf'(<tr id="claim-{claim}">.*?<td class="verdict [^>]*>)(.*?)</td>'
-                page = re.sub(verdict, rf'\1<a href="#figure-{figure}">\2</a></td>', page, count=1, flags=re.DOTALL)
+                page = re.sub(verdict, rf'\1<a href="#{anchor}">\2</a></td>', page, count=1, flags=re.DOTALL)
         output.data["text/html"] = page
 
 
@@ -49,12 +54,15 @@ def _pages(cell: NotebookNode) -> Iterator[tuple[NotebookNode, str]]:
             yield output, page
 
 
-def _shows(places: list[Place], cell: float) -> int | None:
-    """The figure that shows what a cell settled: the first from there on, else the last before, in its section."""
+def _shows(places: list[Place], cell: float) -> str | None:
+    """What shows what a cell settled: the first figure of its section from there on, else the last, else a table."""
     section = next((place.section for place in places if place.cell == cell), None)
-    here = [(place.cell, figure) for place in places if place.section == section for figure in place.figures]
-    after = [figure for at, figure in here if at >= cell]
-    return after[0] if after else here[-1][1] if here else None
+    here = [(place.cell, anchor) for place in places if place.section == section for anchor in place.anchors]
+    for kind in ("figure", "table"):
+        own = [(at, anchor) for at, anchor in here if anchor.startswith(kind)]
+        if own:
+            return next((anchor for at, anchor in own if at >= cell), own[-1][1])
+    return None
 
 
 def experiments(cells: list[NotebookNode]) -> dict[int, list[str]]:
