@@ -253,6 +253,21 @@ def test_a_notebook_that_stopped_half_way_is_no_success(tmp_path):
 # --- whose results ----------------------------------------------------------------------------------------------------
 
 
+def test_what_was_never_measured_is_left_out_of_pages_from_measurements(small, monkeypatch, capsys):
+    folder, reports = small
+    for name in ("01_measured", "02_not"):
+        write_study(folder, name, "pass")
+    monkeypatch.setenv("WORKBOOK_CLOSED", "")
+    assert run_batch(reports, "--render") == 2
+    assert "has no measurements" in capsys.readouterr().err
+    (reports / "results").mkdir(parents=True)
+    (reports / "results" / "01_measured.csv").write_text("0")
+    assert run_batch(reports, "--render") == 0
+    assert "left out, as nothing was measured: 02_not" in capsys.readouterr().err
+    assert last_run("02_not", reports) is None
+    assert last_run("01_measured", reports)
+
+
 def test_a_number_that_two_studies_have_is_asked_back(small, capsys):
     folder, reports = small
     for name in ("01_one", "01_other"):

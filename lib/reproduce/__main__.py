@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
@@ -53,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SHARE",
         help="measure this share of each experiment again (default: 0.05), the quickest first, and compare",
     )
-    parser.add_argument("--render", action="store_true", help="make pages from measurements alone, and measure nothing")
+    parser.add_argument("--render", action="store_true", help="make pages of what was measured, and measure nothing")
     parser.add_argument("--merge", type=Path, metavar="DIR", help="add the measurements of another report folder")
     parser.add_argument("--list", action="store_true", help="say how every study stands, and run none")
     parser.add_argument("--dry-run", action="store_true", help="say what would run and for how long, and run none")
@@ -85,6 +86,7 @@ def _answer(options: argparse.Namespace) -> int:
         return 0
     if options.render:
         os.environ["WORKBOOK_CLOSED"] = "1"  # for the kernels of this batch
+        options.studies = options.studies or _measured(values, reports)
     errors = reproduce(
         options.preset,
         only=options.studies,
@@ -99,6 +101,16 @@ def _answer(options: argparse.Namespace) -> int:
     shown = reports.relative_to(Path.cwd()) if reports.is_relative_to(Path.cwd()) else reports
     sys.stderr.write(f"open {shown / 'index.html'}\n")
     return 1 if any(errors.values()) else 0
+
+
+def _measured(names: Iterable[str], reports: Path) -> list[str]:
+    """Those of which there are measurements; the others are named."""
+    left = [name for name in names if not (reports / "results" / f"{name}.csv").is_file()]
+    if not (found := [name for name in names if name not in left]):
+        raise ParameterError(f"{reports} has no measurements, results/*.csv, that a page could be made of")
+    if left:
+        sys.stderr.write(f"left out, as nothing was measured: {', '.join(left)}\n")
+    return found
 
 
 def _processes() -> int:
