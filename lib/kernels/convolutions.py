@@ -57,31 +57,27 @@ class SparseConv:
         Args:
             patterns: look for them; without, every weight stands alone.
         """
-        w = weight.detach().cpu().float().numpy()
+        filters, channels, height, width = weight.shape
+        w = weight.detach().cpu().float().numpy().reshape(filters, channels, -1)
         kept = w != 0
-        shapes, kind = np.unique(kept.reshape(-1, kept[0, 0].size), axis=0, return_inverse=True)
-        counts = {int(shape.sum()) for shape in shapes if shape.any()}
-        if patterns and len(counts) == 1 and min(counts) > 1 and len(shapes) <= MOST_PATTERNS + 1:
-            found = [i for i, shape in enumerate(shapes) if shape.any()]
-            taps = [np.argwhere(shapes[i].reshape(w.shape[2:])) for i in found]
-            kind = kind.reshape(w.shape[:2])
-            masks = [kind == i for i in found]
-        else:
-            taps = [np.array([[y, x]]) for y in range(w.shape[2]) for x in range(w.shape[3])]
-            masks = [kept[:, :, y, x] for ((y, x),) in (map(tuple, t) for t in taps)]
-        filters, channels, which = (
-            np.concatenate(part)
-            for part in zip(*((*np.nonzero(mask), np.full(mask.sum(), p)) for p, mask in enumerate(masks)), strict=True)
+        found = np.unique(kept.reshape(-1, height * width), axis=0)
+        found = found[found.any(1)]
+        sizes = found.sum(1)
+        if patterns and 1 < sizes.min() == sizes.max() and len(found) <= MOST_PATTERNS:
+            shown = (kept == found[:, None, None]).all(-1)
+        else:  # every place of a kernel is a pattern of its own
+            found, shown = np.eye(height * width, dtype=bool), kept.transpose(2, 0, 1)
+        taps = np.stack([np.flatnonzero(one) for one in found])
+        filter_, which, channel = np.nonzero(shown.transpose(1, 0, 2))
+        ends = shown.sum(2).T.cumsum().reshape(filters, -1)
+        starts = np.append(0, ends.ravel()[:-1]).reshape(ends.shape)
+        return cls(
+            (*weight.shape,),
+            (*((*((int(t) // width, int(t) % width) for t in one),) for one in taps),),
+            channel.astype(np.int32),
+            w[filter_[:, None], channel[:, None], taps[which]],
+            np.hstack([starts, ends[:, -1:]]),
         )
-        order = np.lexsort((channels, which, filters))
-        filters, channels, which = filters[order], channels[order], which[order]
-        weights = np.stack([w[filters, channels, *np.stack(taps)[which, t].T] for t in range(len(taps[0]))], axis=1)
-        begins = np.searchsorted(filters * len(taps) + which, np.arange(len(w) * len(taps)))
-        bounds = np.concatenate(
-            [begins.reshape(len(w), -1), np.searchsorted(filters, np.arange(len(w)), "right")[:, None]], 1
-        )
-        named = (*((*map(tuple, t.tolist()),) for t in taps),)
-        return cls((*w.shape,), named, channels.astype(np.int32), weights.astype(np.float32), bounds.astype(np.int64))
 
     def storage(self, bits: int) -> Storage:
         """Bits of weights, of their index, and of the patterns."""
@@ -142,8 +138,8 @@ class SparseConv2d(nn.Module):
         high, wide = ceil(out[0] / rows) * rows, ceil(out[1] / (vectors * LANES)) * vectors * LANES
         tall, line = high + reach[0] // sy + 1, wide + reach[1] // sx + 1
         plane = tall * line
-        per = len(kept.shape) and kept.shape[0] // self.groups
-        group = np.repeat(np.arange(kept.shape[0]), np.diff(kept.bounds[:, [0, -1]], axis=1)[:, 0]) // per
+        in_filter = np.diff(kept.bounds[:, [0, -1]], axis=1)[:, 0]
+        group = np.repeat(np.arange(kept.shape[0]), in_filter) // (kept.shape[0] // self.groups)
         places = (group * kept.shape[1] + kept.channels) * (sy * sx * plane)
         patterns, bounds = kept.patterns, kept.bounds
         if len(patterns[0]) == 1:  # a tap's own place is part of the index, and all are one pattern
