@@ -114,7 +114,9 @@ class SparseConv2d(nn.Module):
             raise KernelError("a convolution without any weight")
         plain = layer.stride == (1, 1) and layer.dilation == (1, 1)
         self.kept = SparseConv.of(layer.weight, patterns and plain)
-        self.bias = None if layer.bias is None else layer.bias.detach().float().numpy().copy()
+        self.bias = np.zeros(len(layer.weight), np.float32)
+        if layer.bias is not None:
+            self.bias += layer.bias.detach().float().numpy()
         self.stride, self.padding, self.dilation = layer.stride, layer.padding, layer.dilation
         self.groups, self.inputs, self.share = layer.groups, layer.in_channels, share
         self._plans: dict[tuple[int, int], tuple] = {}
@@ -167,19 +169,21 @@ class SparseConv2d(nn.Module):
             self._plans[size] = self._plan(*size)
         loop, places, bounds, (oh, ow), inside, (tall, line) = self._plans[size]
         (sy, sx), (py, px) = self.stride, self.padding
-        images, count = x.detach().numpy(), self.inputs * sy * sx * tall * line
-        padded = np.zeros((self.inputs, tall * sy, line * sx), np.float32)
+        count = self.inputs * sy * sx * tall * line
         flat = np.zeros(count + (ACCUMULATORS + 1) * LANES, np.float32)
+        planes = flat[:count].reshape(self.inputs, sy, sx, tall, line)  # every stride's pixels side by side
         out = np.empty((len(x), self.kept.shape[0], *inside), np.float32)
-        out[:] = 0.0 if self.bias is None else self.bias[:, None, None]
-        high, wide = min(size[0], tall * sy - py), min(size[1], line * sx - px)
-        planes = padded.reshape(self.inputs, tall, sy, line, sx).transpose(0, 2, 4, 1, 3)
         weights = self.kept.weights.reshape(-1)
-        for image, result in zip(images, out, strict=True):
-            padded[:, py : py + high, px : px + wide] = image[:, :high, :wide]
-            flat[:count].reshape(planes.shape)[:] = planes
-            loop(flat, places, weights, bounds, line, result)
-        return torch.from_numpy(out[:, :, :oh, :ow])
+        for image, result in zip(x.detach().numpy(), out, strict=True):
+            for a in range(sy):
+                for b in range(sx):
+                    y, u = (a - py) % sy, (b - px) % sx  # the first pixels of the image that lie in this plane
+                    part = image[:, y::sy, u::sx]
+                    top, left = (y + py) // sy, (u + px) // sx
+                    part = part[:, : tall - top, : line - left]
+                    planes[:, a, b, top : top + part.shape[1], left : left + part.shape[2]] = part
+            loop(flat, places, weights, bounds, self.bias, line, result)
+        return torch.from_numpy(np.ascontiguousarray(out[:, :, :oh, :ow]))
 
 
 @cache

@@ -67,15 +67,17 @@ def _one(x, reorder, offset, stride, index, values, gathered, out):
     """One vector: its numbers gathered once a group, then a product of contiguous numbers for each row."""
     at = 0
     for g in range(len(offset) - 1):
-        begin, count = stride[g], stride[g + 1] - stride[g]
-        for i in range(count):
-            gathered[i] = x[index[begin + i]]
+        own = index[stride[g] : stride[g + 1]]
+        got = gathered[: len(own)]
+        for i in range(len(own)):
+            got[i] = x[own[i]]
         for r in range(offset[g], offset[g + 1]):
+            row = values[at : at + len(own)]  # a slice: only then are these loops of vectors
             total = np.float32(0)
-            for i in range(count):
-                total += values[at + i] * gathered[i]
+            for i in range(len(own)):
+                total += row[i] * got[i]
             out[reorder[r]] += total
-            at += count
+            at += len(own)
 
 
 class GroupedLinear(nn.Module):

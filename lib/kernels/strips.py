@@ -27,8 +27,8 @@ def convolution(patterns: tuple[Pattern, ...], rows: int, vectors: int, share: b
 
     It takes the inputs of one image, padded, as one line of numbers (with some to spare at the end); for each kernel
     that is kept where its channel begins there, sorted by filter and pattern; the kernels' weights; for each filter
-    where its patterns begin; the width of a row of inputs; and the outputs ``(filters, rows, columns)``, which hold
-    the biases.
+    where its patterns begin; the biases; the width of a row of inputs; and where the outputs go, ``(filters, rows,
+    columns)``.
 
     Args:
         patterns: all with as many taps. share: an input that several taps of a pattern use, in this row or the next,
@@ -38,14 +38,26 @@ def convolution(patterns: tuple[Pattern, ...], rows: int, vectors: int, share: b
     count = len(patterns)
 
     @njit(nogil=True)
-    def all_strips(x, places, weights, bounds, width, out):
+    def all_strips(x, places, weights, bounds, biases, width, out):
         filters, height, columns = out.shape
         flat = out.reshape(-1)
         for y in range(0, height, rows):
             for left in range(0, columns, vectors * LANES):
                 for f in range(filters):
                     at = (f * height + y) * columns + left
-                    strip(x, places, weights, bounds, f * (count + 1), y * width + left, width, flat, at, columns)
+                    strip(
+                        x,
+                        places,
+                        weights,
+                        bounds,
+                        f * (count + 1),
+                        biases[f],
+                        y * width + left,
+                        width,
+                        flat,
+                        at,
+                        columns,
+                    )
 
     return all_strips
 
@@ -55,8 +67,8 @@ def _strip(patterns: tuple[Pattern, ...], rows: int, vectors: int, share: bool):
     taps = len(patterns[0])
 
     @intrinsic
-    def strip(typing, x, places, weights, bounds, first, base, width, out, at, columns):
-        signature = types.void(x, places, weights, bounds, first, base, width, out, at, columns)
+    def strip(typing, x, places, weights, bounds, first, bias, base, width, out, at, columns):
+        signature = types.void(x, places, weights, bounds, first, bias, base, width, out, at, columns)
 
         def generate(context, b, signature, arguments):
             def data(i):
@@ -70,20 +82,15 @@ def _strip(patterns: tuple[Pattern, ...], rows: int, vectors: int, share: bool):
                 zeros = ir.Constant(ir.VectorType(INT, LANES), [INT(0)] * LANES)
                 return b.shuffle_vector(one, ir.Constant(VECTOR, ir.Undefined), zeros)
 
-            inputs, starts, values, limits, outputs = (data(i) for i in (0, 1, 2, 3, 7))
-            first, base, width, at, columns = (
-                b.sext(arguments[i], LONG) if arguments[i].type != LONG else arguments[i] for i in (4, 5, 6, 8, 9)
-            )
+            inputs, starts, values, limits, outputs = (data(i) for i in (0, 1, 2, 3, 8))
+            first, base, width, at, columns = (b.sext(arguments[i], LONG) for i in (4, 6, 7, 9, 10))
             fma = cgutils.get_or_insert_function(
                 b.module, ir.FunctionType(VECTOR, [VECTOR] * 3), f"llvm.fma.v{LANES}f32"
             )
             ends = [
                 b.add(b.add(at, b.mul(columns, LONG(r))), LONG(v * LANES)) for r in range(rows) for v in range(vectors)
             ]
-            sums = []
-            for end in ends:
-                sums.append(b.load(vector_at(outputs, end)))
-                sums[-1].align = 4
+            sums = [spread(arguments[5])] * len(ends)
             for p, pattern in enumerate(patterns):
                 begin, stop = (b.load(b.gep(limits, [b.add(first, LONG(p + i))])) for i in (0, 1))
                 before, loop, after = b.block, b.append_basic_block(), b.append_basic_block()
