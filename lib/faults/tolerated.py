@@ -132,7 +132,9 @@ def tolerated_rate(
 def _clear(found: list[float], floor: float, sure: float, drop: float) -> bool:
     """Whether the mean over a few chips says on which side of the floor that over all lies."""
     gap = abs(np.mean(found) - floor)
-    return len(found) > 1 and gap > max(sure * np.std(found, ddof=1) / sqrt(len(found)), drop / 400)
+    if len(found) < 2 or sure == inf:
+        return False
+    return gap > max(sure * np.std(found, ddof=1) / sqrt(len(found)), drop / 400)
 
 
 def _with_interval(rates: np.ndarray, grid: np.ndarray, floor: float) -> tuple[float, tuple[float, float]]:
