@@ -162,6 +162,16 @@ class TestEveryConstraint:
             mask = c.select(torch.randn(weight.shape, generator=generator))
             assert distance <= (weight - torch.where(mask, weight, 0)).square().sum() + 1e-5
 
+    def test_a_member_with_a_weight_near_zero_is_one(self, case):
+        """Its square is below the rounding of a sum in single precision, and must decide all the same."""
+        c, weight = case
+        z = c.project(weight)
+        small = z.flatten()
+        for i in small.nonzero().flatten().tolist()[:40]:
+            near = small.clone()
+            near[i] = 2e-5 * z.abs().max()
+            assert c.member(near.view_as(z), 1e-6 * float(z.abs().max())) or not c.exact
+
     def test_cone(self, case):
         c, weight = case
         assert torch.allclose(c.project(2.5 * weight), 2.5 * c.project(weight))

@@ -220,7 +220,7 @@ class SharedShapes(SupportConstraint):
 
     def _segments(self, weight: Tensor) -> Tensor:
         """Energies ``(groups, F, rows)``."""
-        energy = blocks(gemm(wide(weight.detach())).square(), (1, self.rows))  # (F, groups, 1, rows)
+        energy = blocks(gemm(weight.detach()).double().square(), (1, self.rows))  # (F, groups, 1, rows)
         return energy.squeeze(2).transpose(0, 1)  # (groups, F, rows)
 
     def _voted(self, weight: Tensor) -> tuple[tuple[int, ...], ...]:

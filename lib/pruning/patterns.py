@@ -123,7 +123,8 @@ class Patterns(SupportConstraint):
         flat = kernels(wide(weight))
         if max(self.library) >> flat.shape[1]:
             raise ConstraintError(f"the library is for larger kernels than those of a {tuple(weight.shape)} weight")
-        return tuple((flat.square() @ table(self.library, flat.shape[1], flat).T).max(1))
+        energy = flat.double().square()  # in single precision a small weight beside large ones would not count
+        return tuple((energy @ table(self.library, flat.shape[1], energy).T).max(1))
 
     def select(self, weight: Tensor) -> Tensor:
         """Mask of each kernel's best pattern."""
