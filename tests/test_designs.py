@@ -1,5 +1,7 @@
 """Technology tables, and what designs make of them, against published totals and arithmetic done elsewhere."""
 
+from dataclasses import replace
+
 import pandas as pd
 import pytest
 import torch
@@ -110,6 +112,11 @@ class TestIsaac:
             more, less = designs.converter(many), designs.converter(few)
             assert more[0] / less[0] == pytest.approx(energy, abs=0.01)
             assert more[1] / less[1] == pytest.approx(area, abs=0.005)
+
+    @pytest.mark.parametrize("design", [Isaac(), Forms(), Timely()], ids=lambda d: d.name)
+    def test_a_cell_holds_no_more_bits_than_a_weight(self, design):
+        assert at_bits(design, 2, 8).array.mapping.slices == 1
+        assert at_bits(design, 8, 8).array.mapping == replace(design.array.mapping, weight_bits=8)
 
     @pytest.mark.parametrize(("bits", "count", "area", "latency"), [(16, 246, 1.0513, 1027.2), (8, 125, 0.6396, 513.6)])
     def test_lenet(self, shapes, bits, count, area, latency):

@@ -308,6 +308,8 @@ UNPRICED = ("array_256x256", "unit_latency")
 
 
 def at_bits(design: Design, weight_bits: int, input_bits: int) -> Design:
-    """The design for numbers of other widths."""
-    mapping = replace(design.array.mapping, weight_bits=weight_bits)
+    """The design for numbers of other widths; cells that hold more bits than a weight has hold those."""
+    mapping = design.array.mapping
+    cell_bits = mapping.cell_bits and min(mapping.cell_bits, weight_bits)
+    mapping = replace(mapping, weight_bits=weight_bits, cell_bits=cell_bits)
     return replace(design, array=replace(design.array, mapping=mapping, input_bits=input_bits))
