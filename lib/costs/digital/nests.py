@@ -140,15 +140,18 @@ class Chip:
         return cls(name, int(row["pe_rows"]), int(row["pe_columns"]), energy, memory, size, *kinds)
 
 
-def refreshes(loops: list[tuple[str, Any]], data: str, released: bool = False) -> Any:
+def refreshes(loops: list[tuple[str, Any]], data: str, released: bool = False, of: str = "") -> Any:
     """How often data are loaded: all turns of the loops outside, down to the innermost that asks for other numbers.
 
     A loop of one turn asks for nothing; the released code counts it by its name.
+
+    Args:
+        of: count the turns of this loop alone: of outputs, how many partial sums come back where it is ``C``.
     """
     met, count = False, 1
     for loop, bound in reversed(loops):
         met = met | ((loop in RELEVANT[data]) & (released | (np.asarray(bound) > 1)))
-        count = count * np.where(met, bound, 1)
+        count = count * np.where(met & (loop == (of or loop)), bound, 1)
     return count
 
 
@@ -159,15 +162,6 @@ def volume(layer: Loops, loops: list[tuple[str, Any]], data: str) -> Any:
         return prod(bounds.values())
     rows, columns = ((bounds[o] - 1) * layer.U + bounds[k] for o, k in (("Yo", "R"), ("Xo", "S")))
     return bounds["N"] * bounds["C"] * rows * columns
-
-
-def _reductions(loops: list[tuple[str, Any]], released: bool) -> Any:
-    """How many partial sums of each output come back: the turns of loops over channels among those that count."""
-    met, count = False, 1
-    for loop, bound in reversed(loops):
-        met = met | ((loop in RELEVANT["outputs"]) & (released | (np.asarray(bound) > 1)))
-        count = count * np.where(met & (loop == "C"), bound, 1)
-    return count
 
 
 def _slid(layer: Loops, above: list[tuple[str, Any]], below: list[tuple[str, Any]], nest: Nest, released: bool) -> Any:
@@ -184,6 +178,42 @@ def _slid(layer: Loops, above: list[tuple[str, Any]], below: list[tuple[str, Any
     if released:  # divides by the innermost loop at DRAM, and counts one new place
         return count // nest.levels["dram"][-1][1] * (first + new)
     return count / turns * (first + (turns - 1) * new)
+
+
+def _bytes(bits: Mapping[str, int] | None) -> dict[str, float]:
+    return {k: b / 8 for k, b in ({"inputs": 16, "sums": 24, "weights": 16} | dict(bits or {})).items()}
+
+
+def _side(nest: Nest, data: str) -> tuple[Any, Any]:
+    """Elements side by side that take other numbers of a kind, and those that take the same."""
+    array = nest.tiles("noc").items()
+    return (prod(b for loop, b in array if (loop in RELEVANT[data]) == relevant) for relevant in (True, False))
+
+
+def _inside(layer: Loops, nest: Nest, data: str) -> Any:
+    """Numbers of a kind that the buffer holds at a time."""
+    loops = [*nest.split("sram", data)[1], *nest.tiles("noc").items(), *nest.tiles("rf").items()]
+    return volume(layer, loops, data)
+
+
+def _outputs(layer: Loops, nest: Nest, size: Mapping[str, float], released: bool) -> dict[tuple[str, str], Any]:
+    """Outputs: written once where sums are whole; else partial sums, which come back and go on to neighbours."""
+    above, _ = nest.split("sram", "outputs")
+    sums, whole = refreshes(above, "outputs", released, of="C"), size["inputs"]
+    dram = _inside(layer, nest, "outputs") * refreshes(above, "outputs", released) / sums
+    dram = dram * np.where(sums > 1, whole + (2 * sums - 1) * size["sums"], whole)
+    above, below = nest.split("rf", "outputs")
+    side, same = _side(nest, "outputs")
+    sums = refreshes(above, "outputs", released, of="C")
+    each = refreshes(above, "outputs", released) / sums * side * volume(layer, below, "outputs")
+    added = (sums > 1) | (same > 1)
+    return {
+        ("dram", "outputs"): dram,
+        ("sram", "outputs"): each * np.where(sums > 1, (2 * sums - 1) * size["sums"], whole),
+        ("unicast", "outputs"): each * np.where(sums > 1, sums * size["sums"], whole),
+        ("forward", "outputs"): each * sums * (same - 1) * size["sums"],
+        ("rf", "outputs"): each * np.where(added, (2 * sums * same - 1) * size["sums"], whole),
+    }
 
 
 def moved(
@@ -205,38 +235,20 @@ def moved(
     >>> float(moved(layer, Nest.parse(text), Chip.read("eyeriss"))["dram", "weights"])
     2230272.0
     """
-    size = {k: b / 8 for k, b in ({"inputs": 16, "sums": 24, "weights": 16} | dict(bits or {})).items()}
-    found: dict[tuple[str, str], Any] = {}
-    array = [*nest.tiles("noc").items()]
-    elements = [*nest.tiles("rf").items()]
-    for data in RELEVANT:
-        above, below = nest.split("sram", data)
-        count, inside = refreshes(above, data, released), below + array + elements
-        numbers = volume(layer, inside, data)
-        side = prod(bound for loop, bound in array if loop in RELEVANT[data])
-        same = prod(bound for loop, bound in array if loop not in RELEVANT[data])
-        if data == "outputs":
-            sums = _reductions(above, released)
-            count = count / sums
-            whole, parts = size["inputs"], size["inputs"] + (2 * sums - 1) * size["sums"]
-            found["dram", data] = numbers * count * np.where(sums > 1, parts, whole)
-            above, below = nest.split("rf", data)
-            numbers, sums = volume(layer, below, data), _reductions(above, released)
-            each = refreshes(above, data, released) / sums * side * numbers
-            found["sram", data] = each * np.where(sums > 1, (2 * sums - 1) * size["sums"], whole)
-            found["unicast", data] = each * np.where(sums > 1, sums * size["sums"], whole)
-            found["forward", data] = each * sums * (same - 1) * size["sums"]
-            added = (sums > 1) | (same > 1)
-            found["rf", data] = each * np.where(added, (2 * sums * same - 1) * size["sums"], whole)
-            continue
-        found["dram", data] = count * numbers * size[data]
+    size = _bytes(bits)
+    found = _outputs(layer, nest, size, released)
+    for data in ("inputs", "weights"):
+        above, _ = nest.split("sram", data)
+        side, same = _side(nest, data)
+        found["dram", data] = refreshes(above, data, released) * _inside(layer, nest, data) * size[data]
         above, below = nest.split("rf", data)
         one = volume(layer, below, data) * refreshes(above, data, released)
         one = _slid(layer, above, below, nest, released) if data == "inputs" else one
         loaded, written = one * side * size[data], one * side * same * size[data]
         if data == "inputs" and data in chip.forwards:  # each pixel enters the array once, and goes on from there
             taps = prod(bound for loop, bound in above if loop in ("R", "S"))
-            once = volume(layer, array + below + [("R", layer.R), ("S", layer.S)], data) / volume(layer, below, data)
+            window = [*nest.tiles("noc").items(), *below, ("R", layer.R), ("S", layer.S)]
+            once = volume(layer, window, data) / volume(layer, below, data)
             loaded = np.minimum(one / taps * once * size[data], written)
             found["forward", data] = written - loaded
         read = loaded if data in chip.multicasts else written
@@ -248,12 +260,11 @@ def moved(
 
 def held(layer: Loops, nest: Nest, chip: Chip, bits: Mapping[str, int] | None = None) -> dict[str, Any]:
     """Bytes that each memory has to hold: ``sram0``, ``sram1`` and the registers ``rf_inputs``, ``rf_outputs``, ..."""
-    size = {k: b / 8 for k, b in ({"inputs": 16, "sums": 24, "weights": 16} | dict(bits or {})).items()}
+    size = _bytes(bits)
     size["outputs"] = size["sums"]
     needs: dict[str, Any] = {}
     for data in RELEVANT:
-        inner = [x for level in ("noc", "rf") for x in nest.tiles(level).items()]
-        whole = volume(layer, nest.split("sram", data)[1] + inner, data) * size[data]
+        whole = _inside(layer, nest, data) * size[data]
         needs[chip.memory[data]] = needs.get(chip.memory[data], 0) + whole
         needs[f"rf_{data}"] = volume(layer, nest.split("rf", data)[1], data) * size[data]
     return needs
