@@ -7,11 +7,12 @@ from dataclasses import replace
 from math import inf, prod
 
 import numpy as np
+import pandas as pd
 import pytest
 from torch import nn
 
-from lib import models
-from lib.costs import CostError
+from lib import crossbar, models
+from lib.costs import CostError, crossbar_bill, designs, digital_bill, training_bill, training_energy
 from lib.costs.digital import (
     DATAFLOWS,
     Chip,
@@ -395,3 +396,79 @@ class TestStored:
     def test_refusals(self, wrong):
         with pytest.raises(CostError, match="allowed"):
             Stored(**wrong)
+
+
+class TestChip:
+    """What Eyeriss was measured to take, by the counts at the mappings that it used."""
+
+    ROWS = table("eyeriss_chip").frame
+
+    def layer(self, row):
+        return Loops(**{k: int(row[k]) for k in ("N", "K", "C", "Yo", "Xo", "R", "S", "U")})
+
+    def test_transcribed_columns_add_up_to_the_printed_totals(self):
+        sums = self.ROWS.groupby("network")[["total_ms", "processing_ms", "buffer_MB", "dram_MB"]].sum()
+        assert sums.loc["alexnet"].to_numpy() == pytest.approx([115.3, 103.5, 208.5, 15.4], abs=0.11)
+        assert sums.loc["vgg16"].to_numpy() == pytest.approx([4309.5, 3755.2, 11035.8, 321.1], abs=0.21)
+
+    def test_mappings_cover_their_layers_take_the_printed_elements_and_fit(self):
+        for _, row in self.ROWS[self.ROWS["network"] == "alexnet"].iterrows():
+            layer, t = (
+                self.layer(row),
+                {k: int(row[k]) for k in ("K0", "K1", "K2", "K3", "C0", "C1", "C2", "Yo1", "Yo3")},
+            )
+            RowStationary().check(layer, t)
+            assert RowStationary().needs(layer, t)["processors"][0] == row["active"]
+
+    def test_macs_are_those_of_vgg16(self):
+        layers = Loops.of(loop_bounds(models.build("vgg16", (3, 224, 224), 10), (3, 224, 224)))
+        ours = [self.layer(row).macs for _, row in self.ROWS[self.ROWS["network"] == "vgg16"].iterrows()]
+        assert ours == [3 * layer.macs for layer in layers if layer.R == 3]
+
+
+class TestBill:
+    NET = models.build("lenet5", (1, 28, 28), 10)
+    LAYERS = Loops.of(loop_bounds(NET, (1, 28, 28)))
+
+    @pytest.mark.parametrize("design", [designs.Isaac(), designs.Forms(), designs.Timely()], ids=lambda d: d.name)
+    def test_arrays_add_up_to_what_the_design_says(self, design):
+        tiles = crossbar.occupied(self.NET, (1, 28, 28), design.array)
+        bill, summary = crossbar_bill(design, tiles), design.summary(tiles)
+        assert bill["energy_pJ"].sum() / 1000 == pytest.approx(summary["energy_nJ"])
+        assert bill["area_mm2"].sum() == pytest.approx(summary["area_mm2"])
+        assert bill["cycles"].sum() * design.read_ns / 1000 == pytest.approx(summary["latency_us"])
+
+    def test_a_design_without_prices_is_refused(self):
+        with pytest.raises(CostError, match="PRIME prints no absolute energy"):
+            crossbar_bill(designs.Prime(), crossbar.occupied(self.NET, (1, 28, 28), designs.Prime().array))
+
+    def test_a_digital_chip_adds_up_to_its_own_bill(self):
+        chip = RowStationary()
+        bill, own = digital_bill(chip, self.LAYERS), chip.bill(self.LAYERS)
+        assert bill["energy_pJ"].sum() == pytest.approx(own["energy"].sum())
+        assert bill["cycles"].sum() == own.groupby("layer")["cycles"].first().sum()
+        assert bill["area_mm2"].sum() == chip.area_mm2
+
+    def test_products_that_are_skipped_take_no_time_and_no_arithmetic(self):
+        dense, kept = (digital_bill(RowStationary(), self.LAYERS, s) for s in ({}, {"fc1": Stored(4, skipped=0.75)}))
+        one, other = (b[b["layer"] == "fc1"].set_index("component") for b in (dense, kept))
+        assert other.loc["time", "cycles"] == one.loc["time", "cycles"] / 4
+        assert other.loc["mac", "energy_pJ"] == one.loc["mac", "energy_pJ"] / 4
+        with pytest.raises(CostError, match="no layer fc9; there are conv1, conv2, fc1, fc2"):
+            digital_bill(RowStationary(), self.LAYERS, {"fc9": Stored(8)})
+
+    def test_training_by_hand(self):
+        layer = Loops(K=3, C=2, Yo=4, Xo=4, R=3, S=3, Yi=4, Xi=4, groups=2, layer="conv")
+        macs = 10 * layer.groups * layer.macs
+        spent = [("conv", p, a, b, macs) for p, a, b in (("forward", 8, 8), ("weight_gradient", 8, 16))]
+        spent = pd.DataFrame(spent, columns=["layer", "product", "bits_a", "bits_b", "macs"])
+        bill = training_bill(spent, [layer], batch=5).groupby("component")["energy_pJ"].sum()
+        x, w, y = 2 * 16, 3 * 2 * 9 / 5, 3 * 16
+        assert bill["forward, DRAM"] == pytest.approx(10 * 2 * 100 * (x + w + y))
+        assert bill["weight gradient, DRAM"] == pytest.approx(10 * 2 * 100 * (x + 2 * y + 2 * w))
+        arithmetic = bill[[c for c in bill.index if c.endswith("arithmetic")]].sum()
+        assert arithmetic == pytest.approx(1e12 * training_energy(spent)["energy_J"].sum())
+        with pytest.raises(CostError, match="no layer conv; there are fc"):
+            training_bill(spent, [replace(layer, layer="fc")])
+        with pytest.raises(CostError, match="batch = 0"):
+            training_bill(spent, [layer], batch=0)

@@ -1,5 +1,6 @@
-"""What a compressed network costs: bits of storage, multiply-accumulates, measured time, and energy of training."""
+"""What a compressed network costs: bits, multiply-accumulates, measured time, energy of training, one bill of all."""
 
+from lib.costs.bill import crossbar_bill, digital_bill, training_bill
 from lib.costs.compute import break_even, latency_ratio, product_times, sparse_speedup
 from lib.costs.energy import CostError, mac_pj, training_energy
 from lib.costs.storage import compression, network_storage
@@ -8,10 +9,13 @@ __all__ = [
     "CostError",
     "break_even",
     "compression",
+    "crossbar_bill",
+    "digital_bill",
     "latency_ratio",
     "mac_pj",
     "network_storage",
     "product_times",
     "sparse_speedup",
+    "training_bill",
     "training_energy",
 ]
