@@ -39,7 +39,9 @@ class Progress:
     def done(self) -> None:
         """Leave a last line that says what was done and how long it took."""
         minutes = (time.monotonic() - self.started) / 60
-        counted = "" if self.finished == self.expected else f", {self.expected} were expected"
+        counted = "" if self.finished <= self.expected else f", {self.expected} were expected"
+        if self.finished < self.expected:
+            counted = f", {self.expected - self.finished} in another process"
         self._write(f"{self.finished} parts done in {minutes:.1f} min{counted}")
 
     def _show(self, fraction: float, text: str, force: bool) -> None:
