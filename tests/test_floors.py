@@ -15,7 +15,7 @@ FLOORS = (
     {"channels", "faults", "kernels"},
     {"costs", "layers"},
     {"recipes"},
-    {"study", "export", "published"},
+    {"study", "export", "language", "published"},
     {"plots"},
     {"reproduce"},
 )

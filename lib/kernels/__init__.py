@@ -1,8 +1,9 @@
 """Sparse products that are really faster: compiled kernels, and the formats that they run on."""
 
+from lib.kernels.attention import ordered_attention
 from lib.kernels.convolutions import SparseConv, SparseConv2d
 from lib.kernels.errors import KernelError
-from lib.kernels.network import CsrLinear, compile
+from lib.kernels.network import CsrLinear, compile, in_turns
 from lib.kernels.rows import GroupedLinear, GroupedRows
 
 __all__ = [
@@ -13,4 +14,6 @@ __all__ = [
     "SparseConv",
     "SparseConv2d",
     "compile",
+    "in_turns",
+    "ordered_attention",
 ]

@@ -1,6 +1,6 @@
 """A network with kernels where they are faster: measured on its own inputs, layer by layer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import median
 from time import thread_time
 
@@ -110,7 +110,7 @@ def _choose(model: nn.Module, name: str, layer: nn.Module, x: Tensor, repeats: i
         error = float((kernel(x) - expected).abs().max())
         if not error <= 1e-3 * float(expected.abs().max()) + 1e-6:
             raise KernelError(f"{name}: {kernel.format} differs from the dense layer by {error:g}")
-    times = _in_turns([*dense, *(lambda kernel=kernel: kernel(x) for kernel in found)], repeats)
+    times = in_turns([*dense, *(lambda kernel=kernel: kernel(x) for kernel in found)], repeats)
     base, own = min(times[: len(dense)]), times[len(dense) :]
     best = min(range(len(found)), key=own.__getitem__)
     if base < gain * own[best]:
@@ -120,8 +120,15 @@ def _choose(model: nn.Module, name: str, layer: nn.Module, x: Tensor, repeats: i
     return name, density, found[best].format, base / own[best]
 
 
-def _in_turns(calls: list[Callable], repeats: int) -> list[float]:
-    """Median CPU seconds of each call, in turns, after a first one that compiles; what interrupts it does not count."""
+def in_turns(calls: Sequence[Callable[[], object]], repeats: int) -> list[float]:
+    """Median CPU seconds of each call, in turns, after a first one that compiles; what interrupts it does not count.
+
+    >>> from lib.kernels import in_turns
+    >>> short, long = torch.rand(8, 8), torch.rand(800, 800)
+    >>> times = in_turns([lambda: short @ short, lambda: long @ long], repeats=3)
+    >>> times[0] < times[1]
+    True
+    """
     for call in calls:
         call()
     times: list[list[float]] = [[] for _ in calls]

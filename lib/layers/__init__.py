@@ -1,5 +1,6 @@
-"""What replaces a layer or a block: sums of branches, gates that skip."""
+"""What replaces a layer or a block: sums of branches, gates that skip, attention that stops."""
 
+from lib.layers.attention import SparseAttention, dense_attention
 from lib.layers.branches import Branches, branched
 from lib.layers.gates import LayerError, RecurrentGate, SkippedBlock, gate_of, skippable
 
@@ -8,7 +9,9 @@ __all__ = [
     "LayerError",
     "RecurrentGate",
     "SkippedBlock",
+    "SparseAttention",
     "branched",
+    "dense_attention",
     "gate_of",
     "skippable",
 ]
