@@ -50,8 +50,9 @@ class Parametrization(nn.Module):
 def prunable(model: nn.Module) -> dict[str, nn.Module]:
     """The layers by name, in the order of their definition: what a plan may constrain.
 
-    Layers of other kinds (transposed, recurrent, attention with a joint projection, embeddings) are not among them:
-    whoever speaks of a whole network asks `all_layers`, which says so.
+    Layers of other kinds (transposed, torch's own recurrent ones, attention with a joint projection, embeddings) are
+    not among them: whoever speaks of a whole network asks `all_layers`, which says so. Of a recurrent layer
+    `lib.models.by_gate` makes one layer for each gate.
 
     Raises:
         ShapeError: a model inside a wrapper, whose hooks would never run or whose names have a prefix.
@@ -164,12 +165,14 @@ def all_layers(model: nn.Module, what: str, skip: bool = False) -> dict[str, nn.
     >>> all_layers(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.GRU(4, 4)), "storage")
     Traceback (most recent call last):
         ...
-    lib.shapes.ShapeError: storage: convolutions and linear layers are known; the model also has 1 (GRU)
+    lib.shapes.ShapeError: storage: convolutions and linear layers are known; the model also has 1 (GRU), ...
     """
     layers = prunable(model)
     if not layers:
         raise ShapeError(f"{what}: the model has no convolution and no linear layer")
     if left_out := ", ".join(others(model)):
+        if "GRU)" in left_out or "LSTM)" in left_out:
+            left_out += ", of which lib.models.by_gate makes layers"
         if not skip:
             raise ShapeError(f"{what}: convolutions and linear layers are known; the model also has {left_out}")
         warnings.warn(f"{what}: left out, as only convolutions and linear layers are known: {left_out}", stacklevel=3)

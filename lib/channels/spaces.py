@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lib.constraint import ConstraintError, plain
+from lib.models import Recurrent
 from lib.shapes import KINDS, prunable
 
 # Operations that hand channels on; a space with any other (a layer norm, attention, a bare parameter) is left alone.
@@ -78,8 +79,10 @@ def trace(model: nn.Module, example: Tensor) -> tp.DependencyGraph:
     """torch-pruning's dependency graph of an ordinary copy of the model.
 
     Raises:
-        ConstraintError: two modules share a tensor, or torch-pruning cannot trace the model.
+        ConstraintError: two modules share a tensor, a layer is recurrent, or torch-pruning cannot trace the model.
     """
+    if recurrent := [name or "the model" for name, m in model.named_modules() if isinstance(m, Recurrent)]:
+        raise ConstraintError(f"{', '.join(recurrent)}: channels of recurrent layers cannot be followed")
     bare = plain(model).requires_grad_(True)
     owners: dict[Tensor, str] = {}
     for name, module in bare.named_modules():

@@ -2,6 +2,7 @@
 
 from lib.data.as_bytes import pixels
 from lib.data.folders import fingerprint
+from lib.data.frames import SEQUENCES, log_mel, sequences
 from lib.data.loading import check_name, load
 from lib.data.named import NAMES, SHIPPED_ROOT, data_root
 from lib.data.splits import Data, DataError, Split
@@ -10,6 +11,7 @@ from lib.data.task import PADDING, Task, accuracy, classification
 __all__ = [
     "NAMES",
     "PADDING",
+    "SEQUENCES",
     "SHIPPED_ROOT",
     "Data",
     "DataError",
@@ -21,5 +23,7 @@ __all__ = [
     "data_root",
     "fingerprint",
     "load",
+    "log_mel",
     "pixels",
+    "sequences",
 ]

@@ -1,4 +1,4 @@
-"""Network builders by name, and the layers that constraints apply to."""
+"""Network builders by name."""
 
 import pickle
 import re
@@ -10,18 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-NAMES = ("lenet5", "lenet300", "resnet<6n+2>", "vgg", "any torchvision.models name")
+from lib.models.errors import ModelError
+from lib.models.recurrent import gru, lstm
 
-
-class ModelError(ValueError):
-    """A network that is unknown, or that cannot be built for such images: the message says what can.
-
-    >>> from lib.models import build
-    >>> build("alexnet", (1, 28, 28), 10)
-    Traceback (most recent call last):
-        ...
-    lib.models.ModelError: alexnet takes no images of 28x28: the smallest square ones are 63x63
-    """
+NAMES = ("lenet5", "lenet300", "resnet<6n+2>", "vgg", "gru", "lstm", "any torchvision.models name")
+OWN = ("lenet5", "lenet300", "vgg", "gru", "lstm")
 
 
 def lenet5(shape: tuple[int, int, int], classes: int) -> nn.Module:
@@ -274,8 +267,8 @@ def builder(name: str) -> Callable[..., nn.Module]:
     >>> builder("lenet300")((1, 28, 28), 10).fc3
     Linear(in_features=100, out_features=10, bias=True)
     """
-    if name in ("lenet5", "lenet300", "vgg"):
-        return {"lenet5": lenet5, "lenet300": lenet300, "vgg": vgg}[name]
+    if name in OWN:
+        return {"lenet5": lenet5, "lenet300": lenet300, "vgg": vgg, "gru": gru, "lstm": lstm}[name]
     if _of_torchvision(name):
         return lambda shape, classes, pretrained=False: _torchvision(name, shape, classes, pretrained)
     if depth := re.fullmatch(r"resnet(\d+)", name):
@@ -311,7 +304,7 @@ def build(
     """
     make = builder(name)
     if pretrained:
-        if name in ("lenet5", "lenet300", "vgg") or not _of_torchvision(name):
+        if name in OWN or not _of_torchvision(name):
             raise ModelError(f"pretrained = True: {name} is no torchvision model; lib.published reads other networks")
         options["pretrained"] = True
     with torch.random.fork_rng(devices=[]):
@@ -358,7 +351,7 @@ def set_weights(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     >>> set_weights(lenet300((1, 28, 28), 10), lenet300((1, 32, 32), 10).state_dict())
     Traceback (most recent call last):
         ...
-    lib.models.ModelError: weights of another network: fc1.weight is (300, 1024), and (300, 784) in this one
+    lib.models.errors.ModelError: weights of another network: fc1.weight is (300, 1024), and (300, 784) in this one
     """
     own = model.state_dict()
     shapes = [{n: tuple(t.shape) for n, t in each.items() if "num_batches" not in n} for each in (state, own)]

@@ -1,0 +1,40 @@
+"""Network builders by name, and the layers that constraints apply to."""
+
+from lib.models.builders import (
+    NAMES,
+    BasicBlock,
+    PaddedShortcut,
+    Pixels,
+    build,
+    builder,
+    lenet5,
+    lenet300,
+    resnet,
+    set_weights,
+    vgg,
+)
+from lib.models.errors import ModelError
+from lib.models.recurrent import Direction, Recurrent, SequenceNet, by_gate, fused, gru, lengths_of, lstm
+
+__all__ = [
+    "NAMES",
+    "BasicBlock",
+    "Direction",
+    "ModelError",
+    "PaddedShortcut",
+    "Pixels",
+    "Recurrent",
+    "SequenceNet",
+    "build",
+    "builder",
+    "by_gate",
+    "fused",
+    "gru",
+    "lenet5",
+    "lenet300",
+    "lengths_of",
+    "lstm",
+    "resnet",
+    "set_weights",
+    "vgg",
+]
