@@ -1,17 +1,47 @@
-"""What replaces a layer or a block: sums of branches, gates that skip, attention that stops."""
+"""What replaces a layer or a block: sums of branches, gates, choices, exits, widths, attention that stops."""
 
 from lib.layers.attention import SparseAttention, dense_attention
 from lib.layers.branches import Branches, branched
-from lib.layers.gates import LayerError, RecurrentGate, SkippedBlock, gate_of, skippable
+from lib.layers.choices import (
+    ChoosingBlock,
+    block_costs,
+    choosing,
+    choosing_blocks,
+    path_costs,
+    spent,
+    to_budget,
+)
+from lib.layers.exits import Exits, anytime, at_all_exits, dearest, exit_of, leave, stages
+from lib.layers.gates import FeedForwardGate, LayerError, RecurrentGate, SkippedBlock, gate_of, skippable
+from lib.layers.widths import at_width, cut_to, sandwich, slimmable
 
 __all__ = [
     "Branches",
+    "ChoosingBlock",
+    "Exits",
+    "FeedForwardGate",
     "LayerError",
     "RecurrentGate",
     "SkippedBlock",
     "SparseAttention",
+    "anytime",
+    "at_all_exits",
+    "at_width",
+    "block_costs",
     "branched",
+    "choosing",
+    "choosing_blocks",
+    "cut_to",
+    "dearest",
     "dense_attention",
+    "exit_of",
     "gate_of",
+    "leave",
+    "path_costs",
+    "sandwich",
     "skippable",
+    "slimmable",
+    "spent",
+    "stages",
+    "to_budget",
 ]

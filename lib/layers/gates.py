@@ -1,4 +1,4 @@
-"""Selective layer update: a recurrent gate draws, image by image, which residual blocks run (arXiv 1910.13349)."""
+"""Gates: what is decided for every image before a block, and E2-Train's selective layer update (arXiv 1910.13349)."""
 
 from math import nan
 from typing import Any
@@ -32,6 +32,7 @@ class _Pass:
         self.memory: tuple[Tensor, Tensor] | None = None
         self.macs = self.executed = 0.0
         self.asked: list[tuple[float, Tensor]] = []  # of each block: multiply-accumulates of an image, probabilities
+        self.chosen: dict[str, Tensor] = {}  # of each block that chooses: what of it runs (`lib.layers.choices`)
 
     @property
     def share(self) -> float:
@@ -51,6 +52,9 @@ class RecurrentGate(nn.Module):
     forward pass of the network (Wang et al., NeurIPS 2019, section 3.2; SkipNet, Wang et al., ECCV 2018). The first
     bias of the read-out is 3: nearly every block runs at the start.
 
+    Args:
+        outputs: logits of a block and image; `forward` is of the first.
+
     Attributes:
         keep: above 0, the gate is not asked: each image passes each block with this probability, which is the control
             (stochastic depth, Huang et al. 2016, by image). A buffer, since evaluation depends on it.
@@ -64,11 +68,11 @@ class RecurrentGate(nn.Module):
 
     digital = True  # control logic, which lies in no array and accounts for itself
 
-    def __init__(self, channels: list[int], hidden: int = 10) -> None:
+    def __init__(self, channels: list[int], hidden: int = 10, outputs: int = 1) -> None:
         super().__init__()
         self.projections = nn.ModuleList(nn.Linear(c, hidden) for c in channels)
         self.cell = nn.LSTMCell(hidden, hidden)
-        self.read_out = nn.Linear(hidden, 1)
+        self.read_out = nn.Linear(hidden, outputs)
         nn.init.constant_(self.read_out.bias, OPEN)
         self.register_buffer("keep", torch.zeros(()))
         self.now = _Pass()
@@ -79,11 +83,23 @@ class RecurrentGate(nn.Module):
             self.now = _Pass()
         if self.keep > 0:
             return self.keep.expand(len(x))
+        return self.logits(x, index)[:, 0].sigmoid()
+
+    def logits(self, x: Tensor, index: int) -> Tensor:
+        """``(N, C, H, W)``, the input of gated block ``index`` -> ``(N, outputs)``."""
+        if index == 0:
+            self.now = _Pass()
         features = self.projections[index](x.mean((2, 3)))  # (N, hidden)
         h, c = self.cell(features, self.now.memory)
         self._charge(len(x), index, h.requires_grad)
         self.now.memory = (h, c) if index + 1 < len(self.projections) else None
-        return self.read_out(h).squeeze(1).sigmoid()
+        return self.read_out(h)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of deciding on one image, all blocks."""
+        once = leaf(self.read_out).numel() + 8 * self.cell.hidden_size**2
+        return sum(leaf(layer).numel() + once for layer in self.projections)
 
     def _charge(self, images: int, index: int, learns: bool) -> None:
         """The cell's products, which no meter sees: four gates from the features and from the last hidden state."""
@@ -97,6 +113,37 @@ class RecurrentGate(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """What is copied and saved: all but the last pass, whose tensors belong to a graph."""
         return self.__dict__ | {"now": _Pass()}
+
+
+class FeedForwardGate(nn.Module):
+    """What `RecurrentGate` decides from the block's own input alone: two layers for each block, and no memory.
+
+    >>> from lib.layers import FeedForwardGate
+    >>> gate = FeedForwardGate([8, 16], outputs=3)
+    >>> tuple(gate.logits(torch.zeros(5, 16, 4, 4), index=1).shape), gate.macs  # (8 + 3 + 16 + 3) * 10
+    ((5, 3), 300)
+    """
+
+    digital = True
+
+    def __init__(self, channels: list[int], hidden: int = 10, outputs: int = 1) -> None:
+        super().__init__()
+        self.projections = nn.ModuleList(nn.Linear(c, hidden) for c in channels)
+        self.read_outs = nn.ModuleList(nn.Linear(hidden, outputs) for _ in channels)
+        self.now = _Pass()
+
+    def logits(self, x: Tensor, index: int) -> Tensor:
+        """``(N, C, H, W)``, the input of gated block ``index`` -> ``(N, outputs)``."""
+        if index == 0:
+            self.now = _Pass()
+        return self.read_outs[index](self.projections[index](x.mean((2, 3))).relu())
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of deciding on one image, all blocks."""
+        return sum(leaf(layer).numel() for layer in (*self.projections, *self.read_outs))
+
+    __getstate__ = RecurrentGate.__getstate__
 
 
 class SkippedBlock(nn.Module):
@@ -203,8 +250,8 @@ def skippable(model: nn.Module, seed: int = 0, hidden: int = 10) -> nn.Module:
     return model
 
 
-def gate_of(model: nn.Module) -> RecurrentGate:
-    """The gate of a network that `skippable` has prepared.
+def gate_of(model: nn.Module) -> RecurrentGate | FeedForwardGate:
+    """The gate of a network that `skippable` or `lib.layers.choosing` has prepared.
 
     Raises:
         LayerError: it has none.
@@ -214,7 +261,7 @@ def gate_of(model: nn.Module) -> RecurrentGate:
     >>> len(gate_of(skippable(models.build("resnet8", (1, 28, 28), 10, width=4))).projections)  # blocks
     1
     """
-    gates = [m for m in model.modules() if isinstance(m, RecurrentGate)]
+    gates = [m for m in model.modules() if isinstance(m, RecurrentGate | FeedForwardGate)]
     if not gates:
         raise LayerError("the network has no gate: call skippable(model) before it is trained")
     return gates[0]
