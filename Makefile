@@ -6,7 +6,7 @@ RUN     = $(VENV)/bin/python -m
 # Without the last option, a test that kills its process is given to a new one, for ever.
 TEST    = $(RUN) pytest -n 2 --dist loadfile --max-worker-restart 0
 NUMERIC = $(addprefix tests/test_,$(addsuffix .py,strides every_recipe training arrays folded crossbar value_sets quantization \
-          faults spent export kernels attention dynamic))
+          faults spent export kernels attention dynamic spiking))
 
 .PHONY: reports test test-avx2 lab benchmarks clean
 

@@ -1,4 +1,4 @@
-"""What replaces a layer or a block: sums of branches, gates, choices, exits, widths, attention that stops."""
+"""What replaces a layer or a block: sums of branches, gates, choices, exits, widths, attention, ways back in time."""
 
 from lib.layers.attention import SparseAttention, dense_attention
 from lib.layers.branches import Branches, branched
@@ -13,6 +13,7 @@ from lib.layers.choices import (
 )
 from lib.layers.exits import Exits, anytime, at_all_exits, dearest, exit_of, leave, stages
 from lib.layers.gates import FeedForwardGate, LayerError, RecurrentGate, SkippedBlock, gate_of, skippable
+from lib.layers.reversible import checkpointed, inverse, plainly_reversible, reversible, saved_bytes
 from lib.layers.widths import at_width, cut_to, sandwich, slimmable
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "at_width",
     "block_costs",
     "branched",
+    "checkpointed",
     "choosing",
     "choosing_blocks",
     "cut_to",
@@ -36,9 +38,13 @@ __all__ = [
     "dense_attention",
     "exit_of",
     "gate_of",
+    "inverse",
     "leave",
     "path_costs",
+    "plainly_reversible",
+    "reversible",
     "sandwich",
+    "saved_bytes",
     "skippable",
     "slimmable",
     "spent",

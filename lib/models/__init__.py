@@ -15,16 +15,20 @@ from lib.models.builders import (
 )
 from lib.models.errors import ModelError
 from lib.models.recurrent import Direction, Recurrent, SequenceNet, by_gate, fused, gru, lengths_of, lstm
+from lib.models.spiking import LeakyNeurons, SpikingLayer, SpikingNetwork, spike, spiking, stored
 
 __all__ = [
     "NAMES",
     "BasicBlock",
     "Direction",
+    "LeakyNeurons",
     "ModelError",
     "PaddedShortcut",
     "Pixels",
     "Recurrent",
     "SequenceNet",
+    "SpikingLayer",
+    "SpikingNetwork",
     "build",
     "builder",
     "by_gate",
@@ -36,5 +40,8 @@ __all__ = [
     "lstm",
     "resnet",
     "set_weights",
+    "spike",
+    "spiking",
+    "stored",
     "vgg",
 ]
