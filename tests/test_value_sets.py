@@ -27,7 +27,7 @@ from lib.quantization import (
 )
 from lib.quantization.levels import STEP_BITS
 from lib.shapes import prunable
-from lib.sharing import Codebook, SmartExchange, Unified
+from lib.sharing import BlockCirculant, Codebook, SmartExchange, Unified
 
 SETS = [
     TernaryRule(),
@@ -44,6 +44,9 @@ SETS = [
     Unified(0.4, 0.3, 2, 2),
     Unified(0.6, 0.4, 2, 5),
     Unified(0.0, 0.5, 1, 8),
+    BlockCirculant(2),
+    BlockCirculant(4),
+    BlockCirculant(5),
 ]
 
 JOINT = [Quantized(Unstructured(0.8), Levels(2)), Quantized(Filter(0.5), Levels(2, step=0.3)), PolarizedFragments(4)]

@@ -2,7 +2,7 @@
 
 from lib.costs.bill import crossbar_bill, digital_bill, training_bill
 from lib.costs.bitwise import bitwise
-from lib.costs.compute import break_even, latency_ratio, product_times, sparse_speedup
+from lib.costs.compute import break_even, latency_ratio, network_operations, product_times, sparse_speedup
 from lib.costs.energy import CostError, mac_pj, training_energy
 from lib.costs.storage import compression, network_storage
 
@@ -15,6 +15,7 @@ __all__ = [
     "digital_bill",
     "latency_ratio",
     "mac_pj",
+    "network_operations",
     "network_storage",
     "product_times",
     "sparse_speedup",

@@ -19,9 +19,39 @@ import torch
 from scipy.stats import bootstrap
 from torch import Tensor, nn
 
-from lib.constraint import plain
+from lib.constraint import Plan, plain, weights
 from lib.costs.energy import CostError
 from lib.shapes import macs, prunable
+
+
+def network_operations(model: nn.Module, plan: Plan, shape: tuple[int, ...], skip: bool = False) -> pd.DataFrame:
+    """Additions and multiplications of every layer for one input of ``shape``: those of its form, and of a dense one.
+
+    Blocks of circulants are counted by their transforms, constants included (`BlockCirculant.operations`); of every
+    other layer two for each weight that is left and each output position, as `lib.shapes.macs` counts them.
+
+    Args:
+        plan: sets that the weights are in. skip: leave out weights that are no layer's, with a warning.
+
+    Returns:
+        One row per layer: ``layer``, ``dense``, ``operations``.
+
+    Raises:
+        ConstraintError: a plan that cannot be, or blocks whose side is no power of two.
+
+    >>> from lib import costs, models, sharing
+    >>> model, plan = models.build("lenet300", (1, 16, 16), 10), {"fc1": sharing.BlockCirculant(4)}
+    >>> costs.network_operations(model, plan, (1, 16, 16)).values.tolist()[:2]  # 300 x 256 weights, 100 x 300
+    [['fc1', 153600, 58134], ['fc2', 60000, 60000]]
+    """
+    _ = plan and weights(model, plan)  # says what is wrong with the plan
+    layers, work, rows = prunable(model), macs(model, shape, skip), []
+    for layer, size, dense, left in work[["layer", "weights", "dense_macs", "macs"]].itertuples(index=False):
+        own = getattr(plan.get(layer), "operations", None)
+        operations = own(layers[layer].weight.detach()) * (dense // size) if own else 2 * left
+        rows.append((layer, 2 * int(dense), int(operations)))
+    return pd.DataFrame(rows, columns=["layer", "dense", "operations"])
+
 
 Structure = Literal["unstructured", "block", "filter", "column"]
 

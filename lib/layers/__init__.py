@@ -1,4 +1,4 @@
-"""What replaces a layer or a block: sums of branches, gates, choices, exits, widths, attention, ways back in time."""
+"""What replaces a layer: branches, circulants, gates, choices, exits, widths, attention, ways back in time."""
 
 from lib.layers.attention import SparseAttention, dense_attention
 from lib.layers.branches import Branches, branched
@@ -11,6 +11,7 @@ from lib.layers.choices import (
     spent,
     to_budget,
 )
+from lib.layers.circulant import CirculantConv2d, CirculantLinear, as_dense, circulant
 from lib.layers.exits import Exits, anytime, at_all_exits, dearest, exit_of, leave, stages
 from lib.layers.gates import FeedForwardGate, LayerError, RecurrentGate, SkippedBlock, gate_of, skippable
 from lib.layers.reversible import checkpointed, inverse, plainly_reversible, reversible, saved_bytes
@@ -19,6 +20,8 @@ from lib.layers.widths import at_width, cut_to, sandwich, slimmable
 __all__ = [
     "Branches",
     "ChoosingBlock",
+    "CirculantConv2d",
+    "CirculantLinear",
     "Exits",
     "FeedForwardGate",
     "LayerError",
@@ -26,6 +29,7 @@ __all__ = [
     "SkippedBlock",
     "SparseAttention",
     "anytime",
+    "as_dense",
     "at_all_exits",
     "at_width",
     "block_costs",
@@ -33,6 +37,7 @@ __all__ = [
     "checkpointed",
     "choosing",
     "choosing_blocks",
+    "circulant",
     "cut_to",
     "dearest",
     "dense_attention",
