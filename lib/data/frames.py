@@ -71,6 +71,7 @@ def sequences(
     test_size: int = 0,
     validation_size: int = 300,
     longest: int = 0,
+    hop: int = HOP,
 ) -> Data:
     """Sequences of different lengths, ``x`` ``(N, T, C)``, ``T`` the longest's; what follows a sequence is NaN.
 
@@ -87,7 +88,7 @@ def sequences(
     frames (of rows and sounds) are normalized with the mean and deviation of each number over those of training.
 
     Args:
-        longest: refuse sequences of more frames; 0: take all.
+        longest: refuse sequences of more frames; 0: take all. hop: samples between two frames of a sound; 0: `HOP`.
 
     Raises:
         DataError: a name that is unknown, data that are missing or damaged, or a sequence that is too long.
@@ -97,11 +98,17 @@ def sequences(
     >>> tuple(rows.train.x.shape), rows.classes, bool(rows.train.x[:, 0].isnan().any())
     ((100, 28, 28), 10, False)
     """
-    sizes = {"train_size": train_size, "test_size": test_size, "validation_size": validation_size, "longest": longest}
+    sizes = {
+        "train_size": train_size,
+        "test_size": test_size,
+        "validation_size": validation_size,
+        "longest": longest,
+        "hop": hop,
+    }
     for key, size in sizes.items():
         if not hasattr(size, "__index__") or operator.index(size) < 0:
             raise DataError(f"{key} = {size!r}: allowed are whole numbers from 0")
-    train, test, classes, scaled = _read(name, root)
+    train, test, classes, scaled = _read(name, root, hop or HOP)
     order, tested = _shuffled(len(train)).tolist(), _shuffled(len(test)).tolist()
     held_out = min(validation_size, len(train) // 5)
     parts = {"train_size": order[held_out:], "validation_size": order[:held_out], "test_size": tested}
@@ -133,7 +140,7 @@ def _padded(examples: list[tuple[Tensor, Tensor]], frames: int, mean, std) -> Sp
     return Split(x, y)
 
 
-def _read(name: str, root: str | Path | None) -> tuple[list, list, int, bool]:
+def _read(name: str, root: str | Path | None, hop: int) -> tuple[list, list, int, bool]:
     """Training and test examples ``(frames (T, C), label)``, the number of classes, and whether to normalize."""
     path = Path(name).expanduser()
     if name in SEQUENCES[:2]:
@@ -148,13 +155,13 @@ def _read(name: str, root: str | Path | None) -> tuple[list, list, int, bool]:
                 "Digit Dataset (github.com/Jakobovski/free-spoken-digit-dataset) there"
             )
         test = [(p, int(digit)) for p, digit, _, index in files if int(index) < 5]
-        return _sounds([(p, int(d)) for p, d, _, i in files if int(i) >= 5]), _sounds(test), 10, True
+        return _sounds([(p, int(d)) for p, d, _, i in files if int(i) >= 5], hop), _sounds(test, hop), 10, True
     if name == "shakespeare" or path.suffix == ".txt":
         return _lines(data_root(root) / "text" / "tinyshakespeare.txt" if name == "shakespeare" else path)
     if (path / "train").is_dir() and (path / "test").is_dir():
         names = sorted(p.name for p in (path / "train").iterdir() if p.is_dir())
         found = [
-            _sounds([(p, k) for k, c in enumerate(names) for p in sorted((path / part / c).glob("*.wav"))])
+            _sounds([(p, k) for k, c in enumerate(names) for p in sorted((path / part / c).glob("*.wav"))], hop)
             for part in ("train", "test")
         ]
         if not all(found):
@@ -178,14 +185,14 @@ def _rows(images: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
     ]
 
 
-def _sounds(files: list[tuple[Path, int]]) -> list[tuple[Tensor, Tensor]]:
+def _sounds(files: list[tuple[Path, int]], hop: int) -> list[tuple[Tensor, Tensor]]:
     sounds = [(path, *read_sound(path), label) for path, label in files]
     for path, _, rate, _ in sounds:
         if rate != sounds[0][2]:
             raise DataError(
                 f"{path} has {rate} samples a second, {sounds[0][0]} has {sounds[0][2]}: one rate is allowed"
             )
-    return [(log_mel(sound, rate), torch.tensor(label)) for _, sound, rate, label in sounds]
+    return [(log_mel(sound, rate, hop=hop), torch.tensor(label)) for _, sound, rate, label in sounds]
 
 
 def _lines(path: Path) -> tuple[list, list, int, bool]:
