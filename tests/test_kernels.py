@@ -1,6 +1,7 @@
 """Compiled kernels compute what dense layers do, to the rounding of float32, and say what they are made of."""
 
 import random
+import re
 
 import pytest
 import torch
@@ -8,8 +9,18 @@ from torch import nn
 
 from lib import kernels, models, pruning
 from lib.constraint import harden
-from lib.kernels import CsrLinear, GroupedLinear, GroupedRows, KernelError, SparseConv, SparseConv2d
+from lib.kernels import (
+    BalancedLinear,
+    BalancedRows,
+    CsrLinear,
+    GroupedLinear,
+    GroupedRows,
+    KernelError,
+    SparseConv,
+    SparseConv2d,
+)
 from lib.kernels.convolutions import _strip
+from lib.kernels.network import candidates
 
 
 def near(found, expected):
@@ -105,6 +116,31 @@ def test_groups_of_rows_are_their_matrix():
     assert torch.equal(again, weight)
 
 
+@pytest.mark.parametrize("batch", [(), (1,), (7,), (2, 3)])
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (1, 8), (3, 16)])
+@pytest.mark.parametrize("columns", [40, 43])
+def test_n_of_m(batch, n, m, columns):
+    torch.manual_seed(n)
+    layer = nn.Linear(columns, 24)
+    layer.weight.data = pruning.NM(n, m).project(layer.weight.data)
+    layer.weight.data[20] = 0
+    kernel, x = BalancedLinear(layer, m), torch.randn(*batch, columns)
+    assert (kernel.format, kernel.kept.values.shape) == (f"{n}:{m}", (24, -(-columns // m) * n))
+    with torch.no_grad():
+        assert near(kernel(x), layer(x))
+
+
+def test_a_network_of_n_of_m_gets_its_kernel():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(512, 512), nn.Linear(512, 40))
+    net[0].weight.data = pruning.NM(1, 8).project(net[0].weight.data)
+    kernel = candidates(net[0])[-1]
+    assert (kernel.format, kernel.kept.storage(8)) == ("1:8", (8 * 512 * 64, 3 * 512 * 64, 0))
+    assert not any(isinstance(k, BalancedLinear) for k in candidates(net[1]))
+    fast, x = kernels.compile(net, torch.randn(1, 512), gain=0.0), torch.randn(1, 512)
+    assert near(fast(x), net(x).detach())
+
+
 def test_a_network_is_the_same_and_says_what_it_chose():
     torch.manual_seed(0)
     net = models.build("vgg", (3, 32, 32), 10)
@@ -114,7 +150,12 @@ def test_a_network_is_the_same_and_says_what_it_chose():
     fast = kernels.compile(net, x, repeats=3, gain=0.0)
     chosen = fast.choices.set_index("layer")
     assert [*chosen.index] == [*plan]
-    assert set(chosen["kernel"]) <= {"irregular", "patterns", "grouped rows", "compressed sparse rows"}
+    assert set(chosen["kernel"]) - {"1:16", "2:16"} <= {
+        "irregular",
+        "patterns",
+        "grouped rows",
+        "compressed sparse rows",
+    }
     with torch.no_grad():
         assert near(fast(x), net(x))
         assert near(fast(x[:1]), net(x[:1]))  # another batch
@@ -144,6 +185,10 @@ def test_refusals():
         kernel(torch.zeros(1, 2, 2, 9))
     with pytest.raises(KernelError, match=r"expected \(\.\.\., 8\)|\(\.\.\., 8\) of float32"):
         GroupedLinear(nn.Linear(8, 2))(torch.zeros(3, 7))
+    with pytest.raises(KernelError, match=r"\(\.\.\., 8\) of float32"):
+        BalancedLinear(nn.Linear(8, 2))(torch.zeros(3, 7))
+    with pytest.raises(KernelError, match="m = 0"):
+        BalancedRows.of(torch.ones(2, 2), 0)
 
 
 def test_storage_of_an_irregular_kernel_counts_every_weight():

@@ -1,12 +1,15 @@
 """Sparse products that are really faster: compiled kernels, and the formats that they run on."""
 
 from lib.kernels.attention import ordered_attention
+from lib.kernels.balanced import BalancedLinear, BalancedRows
 from lib.kernels.convolutions import SparseConv, SparseConv2d
 from lib.kernels.errors import KernelError
 from lib.kernels.network import CsrLinear, compile, in_turns
 from lib.kernels.rows import GroupedLinear, GroupedRows
 
 __all__ = [
+    "BalancedLinear",
+    "BalancedRows",
     "CsrLinear",
     "GroupedLinear",
     "GroupedRows",

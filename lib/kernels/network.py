@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lib.constraint import plain
+from lib.kernels.balanced import BalancedLinear
 from lib.kernels.convolutions import SparseConv2d
 from lib.kernels.errors import KernelError
 from lib.kernels.rows import GroupedLinear
@@ -44,7 +45,11 @@ def candidates(layer: nn.Module) -> list[nn.Module]:
     """The kernels that a layer can have."""
     if isinstance(layer, nn.Conv2d):
         return [SparseConv2d(layer)]
-    return [GroupedLinear(layer), CsrLinear(layer)] if isinstance(layer, nn.Linear) else []
+    if not isinstance(layer, nn.Linear):
+        return []
+    balanced = min((BalancedLinear(layer, m) for m in (4, 8, 16)), key=lambda kernel: kernel.kept.values.size)
+    few = 2 * balanced.kept.n <= balanced.kept.m  # with more it is no N:M, and stores what is not there
+    return [GroupedLinear(layer), CsrLinear(layer), *[balanced] * few]
 
 
 def compile(model: nn.Module, example: Tensor, repeats: int = 7, gain: float = 1.1) -> nn.Module:
