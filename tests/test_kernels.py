@@ -1,7 +1,6 @@
 """Compiled kernels compute what dense layers do, to the rounding of float32, and say what they are made of."""
 
 import random
-import re
 
 import pytest
 import torch
@@ -150,12 +149,8 @@ def test_a_network_is_the_same_and_says_what_it_chose():
     fast = kernels.compile(net, x, repeats=3, gain=0.0)
     chosen = fast.choices.set_index("layer")
     assert [*chosen.index] == [*plan]
-    assert set(chosen["kernel"]) - {"1:16", "2:16"} <= {
-        "irregular",
-        "patterns",
-        "grouped rows",
-        "compressed sparse rows",
-    }
+    known = {"irregular", "patterns", "grouped rows", "compressed sparse rows"}
+    assert {kernel for kernel in chosen["kernel"] if ":" not in kernel} <= known  # else n:m
     with torch.no_grad():
         assert near(fast(x), net(x))
         assert near(fast(x[:1]), net(x[:1]))  # another batch
