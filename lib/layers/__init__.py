@@ -14,7 +14,7 @@ from lib.layers.choices import (
 from lib.layers.circulant import CirculantConv2d, CirculantLinear, as_dense, circulant
 from lib.layers.exits import Exits, anytime, at_all_exits, dearest, exit_of, leave, stages
 from lib.layers.gates import FeedForwardGate, LayerError, RecurrentGate, SkippedBlock, gate_of, skippable
-from lib.layers.reversible import checkpointed, inverse, plainly_reversible, reversible, saved_bytes
+from lib.layers.reversible import checkpointed, inverse, plainly_reversible, previous, reversible, saved_bytes
 from lib.layers.widths import at_width, cut_to, sandwich, slimmable
 
 __all__ = [
@@ -47,6 +47,7 @@ __all__ = [
     "leave",
     "path_costs",
     "plainly_reversible",
+    "previous",
     "reversible",
     "sandwich",
     "saved_bytes",

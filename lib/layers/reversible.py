@@ -21,8 +21,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from lib.layers.gates import LayerError
-from lib.models import SpikingLayer, SpikingNetwork
-from lib.models.spiking import Halves, State, slope, steps
+from lib.models import SpikingLayer, SpikingNetwork, unrolled
+from lib.models.spiking import Halves, State, slope
 
 SPIKES = 53
 """Bits of a reset in float64, one for each step that a neuron can go back."""
@@ -45,10 +45,37 @@ def inverse(layer: SpikingLayer, halves: Halves, state: State) -> tuple[Halves, 
     >>> [bool((a - b).abs().max() < 1e-5) for a, b in zip((*back, u, r), (*x, *states))]
     [True, True, True, True]
     """
-    with torch.no_grad():
+    with torch.no_grad(), _unseen(layer):
         x1, x2, r = _heard(halves, state)
         u = _before(layer, state, layer.current(x2), r)
         return _outside(layer, (x1, x2)), (u, r)
+
+
+def previous(network: SpikingNetwork, images: Tensor, seed: int, t: int, states: list[State]) -> list[State]:
+    """The states of all layers before step ``t``, from those after it.
+
+    >>> from lib.layers import previous
+    >>> from lib.models import spiking, unrolled
+    >>> network, x = spiking((1, 28, 28), 10, width=8).eval(), torch.rand(2, 1, 28, 28)
+    >>> before = unrolled(network, x, 0, times=range(0, 5))[1]
+    >>> after = unrolled(network, x, 0, before, times=range(5, 6))[1]
+    >>> [bool((u - v[0]).abs().max() < 1e-5) for (u, _), v in zip(previous(network, x, 0, 5, after), before)]
+    [True, True, True, True]
+    """
+    with torch.no_grad(), _unseen(network):
+        halves, before = _upward(network, network.encoded(images, seed, t), states), []
+        for layer, state in zip(reversed(network.layers), reversed(states), strict=True):
+            halves, own = inverse(layer, halves, state)
+            before.insert(0, own)
+    return before
+
+
+def _upward(network: SpikingNetwork, halves: Halves, states: list[State]) -> Halves:
+    """What left the last layer in the step before these states, from what entered the first: without a convolution."""
+    for layer, state in zip(network.layers, states, strict=True):
+        x1, x2 = layer.enter(halves)
+        halves = x2, x1 + _fired(state)
+    return halves
 
 
 def _fired(state: State) -> Tensor:
@@ -127,7 +154,7 @@ class _Through(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, network: SpikingNetwork, images: Tensor, seed: int, back, *learned: Tensor) -> Tensor:
-        total, states = steps(network, images, seed)
+        total, states = unrolled(network, images, seed)
         ctx.network, ctx.seed, ctx.back, ctx.learned = network, seed, back, learned
         ctx.save_for_backward(images, *(tensor for state in states for tensor in state))
         return total
@@ -143,10 +170,7 @@ class _Through(torch.autograd.Function):
             for t in reversed(range(network.steps)):
                 with torch.enable_grad():
                     start = network.encoded(images, ctx.seed, t)
-                halves = tuple(x.detach() for x in start)
-                for layer, state in zip(network.layers, states, strict=True):  # upward: no convolution
-                    x1, x2 = layer.enter(halves)
-                    halves = x2, x1 + _fired(state)
+                halves = _upward(network, tuple(x.detach() for x in start), states)
                 size = halves[0][0, 0].numel()
                 of_halves = tuple((g / size)[..., None, None].expand_as(halves[0]) for g in gradient.chunk(2, 1))
                 for i, layer in reversed([*enumerate(network.layers)]):
@@ -222,7 +246,7 @@ def checkpointed(network: SpikingNetwork, images: Tensor, seed: int) -> Tensor:
     """
 
     def run(times: range, *flat: Tensor) -> tuple[Tensor, ...]:  # flat, as checkpoint keeps tensors alone
-        total, states = steps(network, images, seed, list(zip(flat[::2], flat[1::2], strict=True)), times)
+        total, states = unrolled(network, images, seed, list(zip(flat[::2], flat[1::2], strict=True)), times)
         return total, *(tensor for state in states for tensor in state)
 
     total, flat, stride = 0.0, [], isqrt(network.steps)

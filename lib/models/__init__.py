@@ -15,7 +15,7 @@ from lib.models.builders import (
 )
 from lib.models.errors import ModelError
 from lib.models.recurrent import Direction, Recurrent, SequenceNet, by_gate, fused, gru, lengths_of, lstm
-from lib.models.spiking import LeakyNeurons, SpikingLayer, SpikingNetwork, spike, spiking, stored
+from lib.models.spiking import LeakyNeurons, SpikingLayer, SpikingNetwork, spike, spiking, stored, unrolled
 
 __all__ = [
     "NAMES",
@@ -43,5 +43,6 @@ __all__ = [
     "spike",
     "spiking",
     "stored",
+    "unrolled",
     "vgg",
 ]

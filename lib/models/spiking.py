@@ -205,13 +205,24 @@ def stored(network: SpikingNetwork, images: Tensor, seed: int) -> Tensor:
     >>> tuple(stored(spiking((1, 28, 28), 10, width=8), torch.rand(2, 1, 28, 28), seed=0).shape)
     (2, 32)
     """
-    return steps(network, images, seed)[0] / network.steps
+    return unrolled(network, images, seed)[0] / network.steps
 
 
-def steps(
+def unrolled(
     network: SpikingNetwork, images: Tensor, seed: int, states: list | None = None, times: range | None = None
 ) -> tuple[Tensor, list[State]]:
-    """Some of the steps, or all: the sum of their features, and the states of all layers after the last."""
+    """Steps one after the other: the sum of their features ``(N, 4 width)``, and the states of all layers at the end.
+
+    Args:
+        states: of all layers before the first of these steps, None where it is the first of all. times: which steps.
+
+    >>> from lib.models import spiking, unrolled
+    >>> network, x = spiking((1, 28, 28), 10, width=8, steps=4).eval(), torch.rand(2, 1, 28, 28)
+    >>> first, states = unrolled(network, x, 0, times=range(0, 2))
+    >>> second, _ = unrolled(network, x, 0, states, times=range(2, 4))
+    >>> torch.allclose(first + second, unrolled(network, x, 0)[0])
+    True
+    """
     states, total = list(states or [None] * len(network.layers)), 0.0
     for t in times or range(network.steps):
         halves = network.encoded(images, seed, t)
