@@ -43,6 +43,7 @@ CONSTRAINTS = {  # name: the set at a loose and at a tight budget
 RECIPES = (
     *("one-shot", "iterative", "ADMM", "ADMM, split pairs", "progressive", "reweighted", "group lasso"),
     *("prune and tune", "static", "grow and prune", "grow in parallel", "RigL"),
+    "without data",
 )
 INTERSECTIONS = (
     *("filter + column", "block-structured (BSP)", "patterns + kernels"),
@@ -84,6 +85,8 @@ def run(recipe, model, plans, images):
         recipes.static(model, plan, images, **OPTIONS)
     elif recipe == "RigL":
         recipes.rigl(model, plan, images, interval=1, **OPTIONS)
+    elif recipe == "without data":
+        recipes.prune_without_data(model, plan, images.train.x, **OPTIONS, rho=0.1)
     elif recipe.startswith("grow"):
         grow, one = recipes.grow_and_prune, {}
         if recipe == "grow in parallel":

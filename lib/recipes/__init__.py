@@ -20,6 +20,7 @@ from lib.recipes.early_bird import (
 from lib.recipes.gradual import gradual
 from lib.recipes.growing import contiguous_parts, grow_and_prune, parallel_grow_and_prune, random_masks, static
 from lib.recipes.inside import alternating, retrain_inside, snapped
+from lib.recipes.private import layer_errors, prune_without_data, synthetic_inputs
 from lib.recipes.purification import purify
 from lib.recipes.quantizing import partial_hardening, straight_through
 from lib.recipes.regrowth import rigl
@@ -40,6 +41,7 @@ __all__ = [
     "gradual",
     "grow_and_prune",
     "iterative",
+    "layer_errors",
     "layer_weights",
     "mask_distances",
     "norms_of_channels",
@@ -49,6 +51,7 @@ __all__ = [
     "predictive_signs",
     "progressive",
     "prune_and_tune",
+    "prune_without_data",
     "purify",
     "random_masks",
     "retrain_inside",
@@ -62,5 +65,6 @@ __all__ = [
     "split",
     "static",
     "straight_through",
+    "synthetic_inputs",
     "ticket",
 ]
