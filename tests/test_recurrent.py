@@ -27,7 +27,8 @@ from lib import (
 from lib.constraint import ConstraintError, attach_masks, fitted, harden, weights
 from lib.costs import network_storage
 from lib.data import PADDING, DataError
-from lib.models import ModelError, Recurrent, by_gate, fused, lengths_of
+from lib.kernels.recurrent import TorchDirection
+from lib.models import Direction, ModelError, Recurrent, by_gate, fused, lengths_of
 
 OPTIONS = {
     "plain": {},
@@ -206,6 +207,57 @@ def test_a_recipe_from_dense_to_compiled(trained, rows):
     for gain in (0.0, 1e9):
         fast = kernels.compile(net, rows.test.x[:1], gain=gain)
         assert torch.allclose(fast(rows.test.x), net(rows.test.x), atol=1e-5)
+
+
+class TestKernels:
+    @pytest.mark.parametrize("reverse", [False, True])
+    @pytest.mark.parametrize("bias", [False, True])
+    @pytest.mark.parametrize("kind", ["GRU", "LSTM"])
+    @pytest.mark.parametrize("new", [kernels.GroupedDirection, TorchDirection])
+    def test_a_direction(self, new, kind, bias, reverse):
+        torch.manual_seed(0)
+        one = Direction(kind, 20, 24, bias, reverse=reverse)
+        for gate in one.gates("hh") + one.gates("ih")[:1]:
+            gate.weight.data[:16, torch.rand(gate.in_features) < 0.8] = 0
+            gate.weight.data[20] = 0
+        state = tuple(torch.randn(3, 24) for _ in range(1 + (kind == "LSTM")))
+        before = [part.clone() for part in state]
+        mask = torch.arange(6) < torch.tensor([2, 6, 4])[:, None]
+        with torch.no_grad():
+            for x in (torch.randn(3, 6, 20), torch.randn(3, 20, 6).transpose(1, 2)):  # memory in another order
+                for given in ((x, state), (x, state, mask)):
+                    assert same(new(one)(*given), one(*given))
+        assert all(torch.equal(a, b) for a, b in zip(before, state, strict=True))  # the state given stays
+
+    @pytest.mark.parametrize("kind", ["GRU", "LSTM"])
+    def test_saturated_gates(self, kind):
+        one = Direction(kind, 2, 3)
+        for gate in one.gates("ih"):
+            gate.weight.data *= 1e3
+        x, state = torch.randn(1, 9, 2), (torch.zeros(1, 3),) * (1 + (kind == "LSTM"))
+        with torch.no_grad():
+            assert same(kernels.GroupedDirection(one)(x, state), one(x, state))
+
+    def test_compiled_by_direction(self):
+        net = models.build("lstm", (6, 5), 3, units=8, bidirectional=True).eval()
+        x = torch.randn(2, 6, 5)
+        dense = kernels.compile(net, x, repeats=3)
+        assert dense.choices["kernel"].tolist() == ["dense"] * 5
+        net.rnn.layer2.hh_cell.weight.data[1:] = 0
+        fast = kernels.compile(net, x, repeats=3, gain=0.0)
+        assert fast.choices["layer"][fast.choices["kernel"] == "grouped rows"].tolist() == ["rnn.layer2"]
+        x[0, 3:] = torch.nan
+        with torch.no_grad():
+            assert same([fast(x), fast(x[:1])], [net(x), net(x[:1])])
+        projected = nn.Sequential(Recurrent("LSTM", 4, 6, proj_size=2, batch_first=True))
+        projected[0].layer1.hr.weight.data[0] = 0
+        assert kernels.compile(projected, torch.randn(1, 3, 4)).choices["kernel"].tolist() == ["dense"]
+
+    def test_what_is_refused(self):
+        with pytest.raises(kernels.KernelError, match="without one are allowed"):
+            kernels.GroupedDirection(Direction("LSTM", 2, 3, projection=2))
+        with pytest.raises(kernels.KernelError, match=r"\(N, T, 2\) of float32"):
+            kernels.GroupedDirection(Direction("GRU", 2, 3))(torch.zeros(1, 4, 3), (torch.zeros(1, 3),))
 
 
 class TestSequences:

@@ -5,12 +5,14 @@ from lib.kernels.balanced import BalancedLinear, BalancedRows
 from lib.kernels.convolutions import SparseConv, SparseConv2d
 from lib.kernels.errors import KernelError
 from lib.kernels.network import CsrLinear, compile, in_turns
+from lib.kernels.recurrent import GroupedDirection
 from lib.kernels.rows import GroupedLinear, GroupedRows
 
 __all__ = [
     "BalancedLinear",
     "BalancedRows",
     "CsrLinear",
+    "GroupedDirection",
     "GroupedLinear",
     "GroupedRows",
     "KernelError",

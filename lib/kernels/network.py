@@ -13,7 +13,9 @@ from lib.constraint import plain
 from lib.kernels.balanced import BalancedLinear
 from lib.kernels.convolutions import SparseConv2d
 from lib.kernels.errors import KernelError
+from lib.kernels.recurrent import GroupedDirection, TorchDirection
 from lib.kernels.rows import GroupedLinear
+from lib.models import Direction
 from lib.shapes import prunable
 
 
@@ -43,6 +45,8 @@ class CsrLinear(nn.Module):
 
 def candidates(layer: nn.Module) -> list[nn.Module]:
     """The kernels that a layer can have."""
+    if isinstance(layer, Direction):
+        return [GroupedDirection(layer)]
     if isinstance(layer, nn.Conv2d):
         return [SparseConv2d(layer)]
     if not isinstance(layer, nn.Linear):
@@ -56,7 +60,9 @@ def compile(model: nn.Module, example: Tensor, repeats: int = 7, gain: float = 1
     """A copy of a network that computes the same, with a kernel in the place of every layer that it makes faster.
 
     Layers with zeros are timed in turns on what they get from ``example``, on one thread: dense in both of PyTorch's
-    layouts, and with each kernel that they can have. The dense layer stays where no kernel is ``gain`` times faster.
+    layouts, and with each kernel that they can have. The dense layer stays where no kernel is ``gain`` times faster. A
+    direction of a recurrent layer is one layer here, all gates and all steps; where it stays dense torch's own module
+    takes its place if it is faster.
 
     Args:
         example: a batch of inputs of the size that the network will get. repeats: of a timing, the median counts.
@@ -77,10 +83,12 @@ def compile(model: nn.Module, example: Tensor, repeats: int = 7, gain: float = 1
     (True, ['fc1', 'fc2', 'fc3'])
     """
     fast = plain(model).eval()
-    seen: dict[str, Tensor] = {}
-    layers = prunable(fast)
+    seen: dict[str, tuple] = {}
+    layers = {name: m for name, m in fast.named_modules() if isinstance(m, Direction)}
+    gates = {id(gate) for direction in layers.values() for gate in direction.modules()}
+    layers |= {name: layer for name, layer in prunable(fast).items() if id(layer) not in gates}
     hooks = [
-        layer.register_forward_pre_hook(lambda _, x, name=name: seen.setdefault(name, x[0].detach()))
+        layer.register_forward_pre_hook(lambda _, given, name=name: seen.setdefault(name, given))
         for name, layer in layers.items()
     ]
     threads = torch.get_num_threads()
@@ -99,30 +107,41 @@ def compile(model: nn.Module, example: Tensor, repeats: int = 7, gain: float = 1
     return fast
 
 
-def _choose(model: nn.Module, name: str, layer: nn.Module, x: Tensor, repeats: int, gain: float) -> tuple:
-    density = float(layer.weight.count_nonzero() / layer.weight.numel())
+def _choose(model: nn.Module, name: str, layer: nn.Module, given: tuple, repeats: int, gain: float) -> tuple:
+    matrices = [w for w in layer.parameters() if w.ndim > 1]
+    density = float(sum(w.count_nonzero() for w in matrices) / sum(w.numel() for w in matrices))
     try:
         found = candidates(layer) if density < 1 else []
     except KernelError:  # what no kernel takes stays dense, and the table says so
         found = []
-    if not found:
+    dense = [layer]
+    if isinstance(layer, nn.Conv2d) and found:
+        dense.append(plain(layer).to(memory_format=torch.channels_last))
+    if isinstance(layer, Direction):
+        dense.append(TorchDirection(layer))
+    if len(dense) + len(found) == 1:
         return name, density, "dense", 1.0
-    dense, expected = [lambda: layer(x)], layer(x)
-    if isinstance(layer, nn.Conv2d):
-        wide = plain(layer).to(memory_format=torch.channels_last)
-        dense.append(lambda: wide(x))
+    expected = _outputs(layer(*given))
     for kernel in found:
-        error = float((kernel(x) - expected).abs().max())
+        error = float((_outputs(kernel(*given)) - expected).abs().max())
         if not error <= 1e-3 * float(expected.abs().max()) + 1e-6:
             raise KernelError(f"{name}: {kernel.format} differs from the dense layer by {error:g}")
-    times = in_turns([*dense, *(lambda kernel=kernel: kernel(x) for kernel in found)], repeats)
+    times = in_turns([lambda m=m: m(*given) for m in (*dense, *found)], repeats)
     base, own = min(times[: len(dense)]), times[len(dense) :]
-    best = min(range(len(found)), key=own.__getitem__)
-    if base < gain * own[best]:
-        return name, density, "dense", 1.0
-    parent, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent), last, found[best])
-    return name, density, found[best].format, base / own[best]
+    new, chosen = layer, ("dense", 1.0)
+    if isinstance(layer, Direction) and times[1] < times[0]:
+        new = dense[1]
+    if own and base >= gain * min(own):
+        new = found[own.index(min(own))]
+        chosen = new.format, base / min(own)
+    if new is not layer:
+        model.set_submodule(name, new)
+    return name, density, *chosen
+
+
+def _outputs(out: Tensor | tuple) -> Tensor:
+    """Of a layer; a recurrent one returns its state as well."""
+    return out[0] if isinstance(out, tuple) else out
 
 
 def in_turns(calls: Sequence[Callable[[], object]], repeats: int) -> list[float]:

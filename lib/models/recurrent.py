@@ -200,7 +200,7 @@ class Recurrent(nn.Module):
             last.append(state)
             sides.append(found)
             if len(sides) == both:
-                x, sides = torch.cat(sides, -1), []
+                x, sides = torch.cat(sides, -1) if both == 2 else found, []
                 x = self.dropout(x) if i + 1 < len(directions) else x
         return x, last
 
