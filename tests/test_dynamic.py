@@ -103,6 +103,7 @@ def test_what_is_skipped_changes_nothing(bits, groups):
     for block in choosing_blocks(net).values():
         block.masked = False
     together, alone = net(x), torch.cat([net(one) for one in x.split(1)])
+    assert all(((p >= 0) & (p <= 1)).all() for p in chosen.values())
     shares = torch.stack([parts.sum(1) if groups > 1 else parts.argmax(1).float() for parts in chosen.values()])
     assert len(shares.unique()) > 1  # images do choose differently
     assert torch.allclose(together, masked, atol=1e-4, rtol=1e-4)
@@ -146,6 +147,20 @@ def test_few_bits_come_near_and_32_are_exact():
             block.drawn[0] = 1.0
         apart.append(float((net(pictures()) - plain(pictures())).abs().max().detach()))
     assert apart[0] > 4 * apart[1] > 16 * apart[2] > 0
+
+
+def test_groups_that_rest_cost_nothing():
+    plain = resnet()
+    net = torn(choosing(deepcopy(plain), (32,), groups=4))
+    costs = costs_of(net, plain)
+    net(pictures())
+    work, on = costs["block1_2"][1], gate_of(net).now.chosen["block1_2"]
+    assert costs["block1_2"][0] == 0
+    assert torch.allclose(on.sum(1), torch.ones(24))
+    assert set((4 * on[:, 1]).round(decimals=4).tolist()) <= {0.0, 1.0, 2.0, 3.0, 4.0}
+    assert work == 2 * 8 * 8 * 9 * 14 * 14
+    always = sum(cost for cost in costs.values() if not isinstance(cost, tuple))
+    assert path_costs(costs)[0] == always
 
 
 @pytest.mark.parametrize("target", [0.6, 0.8])

@@ -69,11 +69,18 @@ class ChoosingBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``(N, C, H, W)`` -> ``(N, C, H, W)``."""
         chosen, on = self._decide(x)
-        self._shared[0].now.chosen[self.name] = chosen * on.mean(1, keepdim=True)  # (N, choices): the share that runs
+        runs = chosen * on.mean(1, keepdim=True)  # (N, choices)
+        parts = torch.cat([1 - runs.sum(1, keepdim=True), runs], 1) if self.idles else runs
+        self._shared[0].now.chosen[self.name] = parts
         if self.training or self.masked:
             ways = [self._run(x, bits, on) if bits else x for bits in self.bits]
             return sum(part.view(-1, 1, 1, 1) * way for part, way in zip(chosen.T, ways, strict=True))
         return self._run_chosen(x, chosen.argmax(1), on)
+
+    @property
+    def idles(self) -> bool:
+        """Whether a part can rest though nothing is skipped: it then stands first among the choices, and is free."""
+        return self.groups > 1 and self.bits[0] > 0
 
     def _decide(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Which choice each image takes ``(N, choices)`` and which groups of channels run ``(N, groups)``: 0 or 1."""
@@ -235,7 +242,7 @@ def block_costs(model: nn.Module, by_layer: Mapping[str, float], share: Callable
         own = [left.pop(layer) for layer in list(left) if layer == name or layer.startswith(f"{name}.")]
         if not own:
             raise LayerError(f"the cost table misses block {name!r}; it has {', '.join(map(str, by_layer))}")
-        found[name] = tuple(float(sum(own)) * share(bits) for bits in block.bits)
+        found[name] = (0.0,) * block.idles + tuple(float(sum(own)) * share(bits) for bits in block.bits)
     return found | {layer: float(cost) for layer, cost in left.items()}
 
 
