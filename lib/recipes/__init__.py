@@ -17,6 +17,7 @@ from lib.recipes.early_bird import (
     norms_of_channels,
     ticket,
 )
+from lib.recipes.federated import Local, dirichlet_split, dropouts, fed_avg, group_split, local_clients
 from lib.recipes.gradual import gradual
 from lib.recipes.growing import contiguous_parts, grow_and_prune, parallel_grow_and_prune, random_masks, static
 from lib.recipes.inside import alternating, retrain_inside, snapped
@@ -26,23 +27,33 @@ from lib.recipes.quantizing import partial_hardening, straight_through
 from lib.recipes.regrowth import rigl
 from lib.recipes.reweighted import reweighted, search_strength
 from lib.recipes.rewinding import iterative, layer_weights, one_shot, prune_and_tune, rewind
+from lib.recipes.shares import FixedPoint, Server, in_shares
 
 __all__ = [
+    "FixedPoint",
+    "Local",
     "MiniBatchDropping",
     "ScalePull",
+    "Server",
     "admm",
     "alternating",
     "channels_by_norm",
     "contiguous_parts",
     "deep_kmeans",
+    "dirichlet_split",
     "drawing_point",
+    "dropouts",
     "e2_train",
     "early_bird",
+    "fed_avg",
     "gradual",
+    "group_split",
     "grow_and_prune",
+    "in_shares",
     "iterative",
     "layer_errors",
     "layer_weights",
+    "local_clients",
     "mask_distances",
     "norms_of_channels",
     "one_shot",
