@@ -191,7 +191,7 @@ def fed_avg(
     >>> clients = recipes.local_clients(images, parts, epochs=1, lr=0.05)
     >>> model = models.build("lenet300", images.shape, images.classes)
     >>> log = recipes.fed_avg(model, clients, rounds=2, fraction_bits=16, judge=images.validation)
-    >>> log[["round", "survivors", "up_bytes"]].astype(int).values.tolist()  # 266,610 values and a size, two shares, 3 clients
+    >>> log[["round", "survivors", "up_bytes"]].astype(int).values.tolist()  # 266,610 values and a size, twice
     [[1, 3, 6398664], [2, 3, 6398664]]
     """
     asked = len(clients) if asked is None else asked
