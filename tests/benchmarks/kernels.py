@@ -6,7 +6,9 @@ from time import thread_time
 import torch
 from torch import nn
 
-from lib.kernels import CsrLinear, GroupedLinear, SparseConv2d
+from lib.kernels import BalancedLinear, CsrLinear, GroupedLinear, SparseConv2d
+from lib.layers import CirculantLinear
+from lib.pruning import NM
 
 PATTERNS = [
     (0, 1, 3, 4),
@@ -87,3 +89,16 @@ if __name__ == "__main__":
                         line.append(ratio)
                 for name, line in lines.items():
                     print(f"{rows} x {columns}, batch {batch}: {name:24}" + "".join(f"{r:8.2f}" for r in line))
+        print("linear layers, one vector" + " " * 20 + "     2:4     1:4     1:8, and circulant blocks of 8, 64, 512")
+        for rows, columns in ((1024, 1024), (3072, 1024), (4096, 4096)):
+            layer, x, line = nn.Linear(columns, rows), torch.randn(1, columns), []
+            for n, m in ((2, 4), (1, 4), (1, 8)):
+                sparse = nn.Linear(columns, rows)
+                sparse.weight.data = NM(n, m).project(sparse.weight.data)
+                kernel = BalancedLinear(sparse, m)
+                line += ratios([lambda layer=layer, x=x: layer(x)], [lambda k=kernel, x=x: k(x)])
+            for k in (8, 64, 512):
+                with torch.inference_mode(False), torch.no_grad():  # its transforms are made once
+                    fast = CirculantLinear(layer, k)
+                    line += ratios([lambda layer=layer, x=x: layer(x)], [lambda f=fast, x=x: f(x)])
+            print(f"{rows} x {columns}: {'':33}" + "".join(f"{r:8.2f}" for r in line))

@@ -9,7 +9,7 @@ import time
 import torch
 import torchvision
 
-from lib import pruning
+from lib import pruning, sharing
 from lib.shapes import prunable
 
 CONSTRAINTS = [
@@ -35,6 +35,7 @@ CONSTRAINTS = [
     pruning.PatternKernels(8, sparsity=0.7),
     pruning.PCNN(4),
     pruning.PCNN(2, patterns=16),
+    sharing.BlockCirculant(8),
 ]
 PATTERNS = (pruning.Patterns, pruning.PCNN)
 
