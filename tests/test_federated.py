@@ -190,13 +190,6 @@ class TestRounds:
         assert sum(int(value.count_nonzero()) for value in change.values()) == 2
         assert log["up_bytes"].tolist() == [2 * (32 + 6) / 8 + 4]  # 38 places have numbers of 6 bits
 
-    def test_lenet5_as_published(self):
-        """430,500 weights: 1.722 MB; a tenth of them with 20-bit indices; the same without."""
-        kept = 43_050
-        assert 430_500 * 4 == 1_722_000
-        assert kept * (32 + 20) / 8 == 279_825
-        assert 430_500 * 4 / (kept * 4) == 10
-
     def test_the_result_does_not_depend_on_processes_or_on_who_is_asked_first(self):
         clients = [Adds(i / 8, i + 1) for i in range(6)]
         changes = [moved(clients, asked=4, seed=2, processes=p)[0] for p in (1, 2)]

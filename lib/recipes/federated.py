@@ -220,7 +220,7 @@ def fed_avg(
         if not complete:
             told = f"; client {min(failed)} failed: {failed[min(failed)]}" if failed else ""
             raise TrainingError(f"round {r + 1}: none of {asked} clients survived{told}")
-        whole, between = _mean(changes, complete, sizes, values, fraction_bits, random), 0
+        whole, between = _mean(changes, complete, sizes, values, fraction_bits, asked, random), 0
         count = sum(int(place.sum()) for place in values.values())
         sent = round(keep * count) * (32 + (index_width(count) if keep < 1 else 0)) / 8
         ways = 1 if fraction_bits is None else 2
@@ -276,14 +276,18 @@ def _mean(
     sizes: Sequence[float],
     places: Mapping[str, Tensor],
     fraction_bits: int | None,
+    asked: int,
     random: np.random.Generator,
 ) -> Tensor:
-    """The mean change of the clients that are complete, weighted by size; flat float64, in the order of the places."""
+    """The mean change of the clients that are complete, weighted by size; flat float64, in the order of the places.
+
+    In shares, weights are sizes over the largest size of all clients, which is taken to be public.
+    """
     if fraction_bits is None:
         weight = np.array([sizes[c] for c in complete], float) / sum(sizes[c] for c in complete)
         flat = [torch.cat([changes[c][key][place] for key, place in places.items()]).double() for c in complete]
         return sum(w * each for w, each in zip(weight, flat, strict=True))
-    point, most = FixedPoint(len(changes), fraction_bits), max(sizes)
+    point, most = FixedPoint(asked, fraction_bits), max(sizes)  # who will leave, no client knows
     words = {}
     for c, change in changes.items():  # all that is to be sent is encoded before any of it is
         share = sizes[c] / most
