@@ -460,12 +460,12 @@ class TestBill:
     def test_training_by_hand(self):
         layer = Loops(K=3, C=2, Yo=4, Xo=4, R=3, S=3, Yi=4, Xi=4, groups=2, layer="conv")
         macs = 10 * layer.groups * layer.macs
-        spent = [("conv", p, a, b, macs) for p, a, b in (("forward", 8, 8), ("weight_gradient", 8, 16))]
+        spent = [("conv", p, a, b, macs) for p, a, b in (("forward", 8, 8), ("weight_gradient", 16, 8))]
         spent = pd.DataFrame(spent, columns=["layer", "product", "bits_a", "bits_b", "macs"])
         bill = training_bill(spent, [layer], batch=5).groupby("component")["energy_pJ"].sum()
         x, w, y = 2 * 16, 3 * 2 * 9 / 5, 3 * 16
         assert bill["forward, DRAM"] == pytest.approx(10 * 2 * 100 * (x + w + y))
-        assert bill["weight gradient, DRAM"] == pytest.approx(10 * 2 * 100 * (x + 2 * y + 2 * w))
+        assert bill["weight gradient, DRAM"] == pytest.approx(10 * 2 * 100 * (2 * x + y + 2 * w))
         arithmetic = bill[[c for c in bill.index if c.endswith("arithmetic")]].sum()
         assert arithmetic == pytest.approx(1e12 * training_energy(spent)["energy_J"].sum())
         with pytest.raises(CostError, match="no layer conv; there are fc"):

@@ -195,6 +195,15 @@ class TestRounds:
         changes = [moved(clients, asked=4, seed=2, processes=p)[0] for p in (1, 2)]
         assert all(torch.equal(changes[0][key], changes[1][key]) for key in changes[0])
 
+    def test_a_share_leaves_room_for_all_that_are_asked(self):
+        """Nobody knows beforehand who will leave."""
+
+        def three_leave(round, client):
+            return "" if client == 3 else "asked"
+
+        with pytest.raises(TrainingError, match="a sum over 4 clients leave room for 8192"):
+            moved([Adds(9000.0)] * 4, leaves=three_leave, fraction_bits=16)
+
     def test_refusals(self):
         def everybody(round, client):
             return "training"
