@@ -82,6 +82,9 @@ RUNS = {
         net, [*plans(layers), plan(values, layers)], FEW, search={"epochs": 1}, retrain={"epochs": 1}, **o
     ),
     "prune_and_tune": lambda net, layers, **o: r.prune_and_tune(net, plans(layers), FEW, dense_epochs=1, epochs=1, **o),
+    "prune_without_data": lambda net, layers, **o: r.prune_without_data(
+        net, plan(None, layers), FEW.train.x, epochs=2, **o
+    ),
     "retrain_inside": inside,
     "reweighted": lambda net, layers, **o: r.reweighted(
         net, plan(pruning.Filter(0.5), layers), FEW, strength=0.1, epochs=1, **o
@@ -100,6 +103,9 @@ NO_TRAINING = {
     *("mask_distances", "norms_of_channels", "one_shot", "predictive_signs", "purify", "random_masks", "rewind"),
     *("snapped", "split", "ticket"),
 }
+FEDERATED = {"fed_avg", "local_clients"}  # whose clients are recipes, with options of their own
+NO_TRAINING |= {"FixedPoint", "Server", "dirichlet_split", "dropouts", "group_split", "in_shares", "layer_errors"}
+NO_TRAINING |= {"synthetic_inputs"}  # which trains inputs
 PLANNED = [name for name in RUNS if name not in ("e2_train", "early_bird", "search_budgets", "search_rate")]
 
 
@@ -114,7 +120,7 @@ def run(name, net, layers=LAYERS, **options):
 
 
 def test_all_recipes_are_here():
-    assert {*RUNS} | NO_TRAINING == {*recipes.__all__}
+    assert {*RUNS} | NO_TRAINING | FEDERATED == {*recipes.__all__}
 
 
 class Count(Hook):
@@ -243,7 +249,7 @@ def test_searches_over_all_layers_name_a_frozen_one(name, net):
         run(name, net)
 
 
-NEED_GRADIENTS = ("admm", "progressive", "deep_kmeans", "retrain_inside", "rigl")
+NEED_GRADIENTS = ("admm", "progressive", "prune_without_data", "deep_kmeans", "retrain_inside", "rigl")
 
 
 @pytest.mark.parametrize("name", PLANNED)

@@ -197,7 +197,7 @@ def _sounds(files: list[tuple[Path, int]], hop: int) -> list[tuple[Tensor, Tenso
 
 def _lines(path: Path) -> tuple[list, list, int, bool]:
     try:
-        text = path.read_text()
+        text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read as a text ({error}); put one there") from None
     lines = [line for line in text.splitlines() if line.strip()]
