@@ -475,3 +475,42 @@ def test_the_task_is_part_of_a_key(corners):
     tasks = [data.classification, REGRESSION, replace(REGRESSION, loss=torch.nn.functional.l1_loss)]
     assert len({str(key(task)) for task in tasks}) == 3
     assert key(REGRESSION) == key(replace(REGRESSION))
+
+
+@pytest.fixture
+def reviews(tmp_path):
+    (tmp_path / "text").mkdir()
+    lines = ["1 A fine , fine film", "0 a dull film", "1 fine", "0 dull \xc3\x85 dull"] * 3
+    (tmp_path / "text" / "stsa.binary.train").write_bytes("\n".join(lines).encode("latin-1"))
+    (tmp_path / "text" / "stsa.binary.test").write_text("0 dull\n1 nothing known\n", "utf-8")
+    return tmp_path
+
+
+def test_sentences_are_bags_of_the_most_frequent_training_words(reviews):
+    found = data.texts("sst2", reviews, words=3, validation_size=2)  # fine and dull 9 times each, "a" and "film" 6
+    assert (found.shape, found.classes, len(found.train), len(found.validation)) == ((3,), 2, 10, 2)
+    assert found.test.x.tolist() == [[1, 0, 0], [0, 0, 0]]  # dull first, as letters decide between equals
+    assert found.test.y.tolist() == [0, 1]
+    every = torch.cat([found.train.x, found.validation.x])
+    assert torch.allclose(every.norm(dim=1), torch.ones(12))
+    dull, fine, a = sorted(every.unique(dim=0).tolist())[-1], [0, 1, 0], (1 / 5) ** 0.5
+    assert dull == [1, 0, 0]
+    assert fine in every.tolist()
+    assert any(row == pytest.approx([0, 2 * a, a]) for row in every.tolist())  # fine twice, "a" once
+
+
+def test_what_sentences_are_refused(reviews):
+    for wrong, said in (
+        ({"name": "imdb"}, "texts .imdb. are unknown: allowed are trec, sst2"),
+        ({"name": "trec"}, "TREC.train cannot be read .*data/README.md says where to get it"),
+        ({"name": "sst2", "words": 0}, "words = 0: allowed are whole numbers from 1"),
+        ({"name": "sst2", "train_size": 11}, "sst2 has 10 such sentences"),
+    ):
+        with pytest.raises(data.DataError, match=said):
+            data.texts(**{"root": reviews} | wrong)
+    (reviews / "text" / "stsa.binary.test").write_text("2 strange\n", "utf-8")
+    with pytest.raises(data.DataError, match="class 2 is in the test sentences only"):
+        data.texts("sst2", reviews)
+    (reviews / "text" / "stsa.binary.test").write_text("positive\n", "utf-8")
+    with pytest.raises(data.DataError, match="a label, a space and a sentence"):
+        data.texts("sst2", reviews)

@@ -7,12 +7,14 @@ from lib.data.loading import check_name, load
 from lib.data.named import NAMES, SHIPPED_ROOT, data_root
 from lib.data.splits import Data, DataError, Split
 from lib.data.task import PADDING, Task, accuracy, classification
+from lib.data.texts import TEXTS, texts
 
 __all__ = [
     "NAMES",
     "PADDING",
     "SEQUENCES",
     "SHIPPED_ROOT",
+    "TEXTS",
     "Data",
     "DataError",
     "Split",
@@ -26,4 +28,5 @@ __all__ = [
     "log_mel",
     "pixels",
     "sequences",
+    "texts",
 ]
