@@ -1,5 +1,6 @@
 """Federated averaging: exact sums in shares, dropouts anywhere, bytes as sent, and what is refused."""
 
+import os
 from copy import deepcopy
 from dataclasses import dataclass, replace
 
@@ -30,6 +31,10 @@ class Adds:
 
 def fails(model, round):
     raise RuntimeError("out of memory")
+
+
+def dies(model, round):
+    os._exit(9)
 
 
 def tiny():
@@ -150,6 +155,13 @@ class TestRounds:
         expected, _ = moved([Adds(0.5), Adds(0.25)])
         change, log = moved([Adds(0.5), fails, Adds(0.25)])
         assert log[["survivors", "failed", "reason"]].values.tolist() == [[2, 1, "RuntimeError: out of memory"]]
+        assert all(torch.equal(change[key], expected[key]) for key in expected)
+
+    def test_a_client_whose_process_dies_changes_the_mean_over_survivors_only(self):
+        expected, _ = moved([Adds(0.5)])
+        change, log = moved([Adds(0.5), dies], processes=2)  # every process that is started costs this test a second
+        assert log[["survivors", "failed"]].values.tolist() == [[1, 1]]
+        assert log["reason"].item().startswith("its process died")
         assert all(torch.equal(change[key], expected[key]) for key in expected)
 
     def test_shares_and_the_open_end_at_the_same_network(self, small_images):

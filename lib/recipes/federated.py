@@ -1,6 +1,7 @@
 """Federated averaging of networks that may be pruned, by clients that may leave, summed in the open or in shares."""
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from time import perf_counter
@@ -174,7 +175,7 @@ def fed_avg(
             ``keep`` the servers learn which values a client has picked.
         judge: asked for its score after every round.
         processes: clients at the same time; the result does not depend on it. A client that raises an error is one that
-            left in training; a process that the system kills ends the run.
+            left in training, and so is one whose process dies (which with 1 is this process).
 
     Returns:
         One row per round, from 1: ``asked``, ``survivors``, ``failed`` (with ``reason``), ``down_bytes``,
@@ -314,9 +315,23 @@ def _moved(start: State, change: Tensor, places: Mapping[str, Tensor]) -> State:
 
 
 def _run(model: nn.Module, clients: Sequence[Client], round: int, processes: int) -> list[State | str]:
-    """What each client makes of the network, or why it failed."""
+    """What each client makes of the network, or why it failed.
+
+    Where a process dies, nobody knows whose work it took along: then all train again, each alone, and who dies there
+    has failed.
+    """
     jobs = [joblib.delayed(_trained)(model, client, round) for client in clients]
-    return joblib.Parallel(processes)(jobs)
+    try:
+        return joblib.Parallel(processes)(jobs)
+    except BrokenProcessPool:
+        return [_alone(job) for job in jobs]
+
+
+def _alone(job: tuple) -> State | str:
+    try:
+        return joblib.Parallel(2)([job])[0]  # one process would be this one
+    except BrokenProcessPool as error:
+        return f"its process died: {error}".splitlines()[0]
 
 
 def _trained(model: nn.Module, client: Client, round: int) -> State | str:
