@@ -9,6 +9,7 @@ from torch import nn
 from lib import shapes
 from lib.constraint import leaf
 from lib.costs import bitwise
+from lib.data import Split
 from lib.layers import (
     Exits,
     LayerError,
@@ -23,11 +24,13 @@ from lib.layers import (
     exit_of,
     gate_of,
     leave,
+    ordered,
     path_costs,
     sandwich,
     slimmable,
     spent,
     to_budget,
+    uneven,
 )
 from lib.layers.choices import of_bits
 from lib.models import BasicBlock, build
@@ -303,6 +306,40 @@ def test_the_sandwich_moves_the_narrow_toward_the_wide(small_images):
     assert trained < apart()
 
 
+def test_sorted_channels_compute_the_same_and_the_first_give_most():
+    plain = resnet()
+    for parameter in plain.block1_2.bn1.parameters():
+        parameter.data.uniform_(-1, 1)
+    net = ordered(deepcopy(plain))
+    assert torch.allclose(net(pictures()), plain(pictures()), atol=1e-5)
+    gives = net.block1_2.bn1.weight.abs() * torch.linalg.vector_norm(net.block1_2.conv2.weight, dim=(0, 2, 3))
+    assert (gives.diff() <= 0).all()
+    assert not torch.equal(net.block1_2.conv1.weight, plain.block1_2.conv1.weight)
+
+
+def test_uneven_widths_fit_their_budgets_and_the_first_step_is_the_best():
+    net = ordered(resnet())
+    split = Split(pictures(), net(pictures()).argmax(1))  # its own answers: every channel less is a loss
+    table = shapes.macs(net, SHAPE).set_index("layer")["macs"]
+    whole, blocks = float(table.sum()), [name for name, m in net.named_modules() if isinstance(m, BasicBlock)]
+    step = {name: (table[f"{name}.conv1"] + table[f"{name}.conv2"]) / 4 for name in blocks}
+    first, *narrower = uneven(net, split, SHAPE, [whole - 1, 0.7 * whole, 0.45 * whole], steps=4)
+
+    def loss(counts):
+        small = cut_to(slimmable(deepcopy(net), [counts, 1.0]), 0, SHAPE)
+        return float(nn.functional.cross_entropy(small(split.x), split.y).detach()), shapes.macs(small, SHAPE)["macs"]
+
+    def one_less(name):
+        channels = net.get_submodule(name).conv1.out_channels
+        return (loss({f"{name}.conv1": channels * 3 // 4})[0] - loss({})[0]) / step[name]
+
+    (taken,) = [name for name in blocks if first[f"{name}.conv1"] < net.get_submodule(name).conv1.out_channels]
+    assert taken == min(blocks, key=one_less)
+    for counts, wider, share in zip(narrower, (first, narrower[0]), (0.7, 0.45), strict=True):
+        assert share * whole - max(step.values()) < loss(counts)[1].sum() <= share * whole
+        assert all(1 <= counts[layer] <= wider[layer] for layer in wider)
+
+
 @pytest.mark.parametrize(
     ("call", "said"),
     [
@@ -320,6 +357,8 @@ def test_the_sandwich_moves_the_narrow_toward_the_wide(small_images):
         (lambda: slimmable(resnet(), [{"conv1": 9}]), "width 'conv1': 9; allowed are 1 to 8 channels"),
         (lambda: slimmable(resnet(), [{"fc": 9}]), "allowed are layers conv1"),
         (lambda: at_width(resnet(), 0).__enter__(), "the network has 0"),
+        (lambda: uneven(resnet(), None, SHAPE, [1e6, 2e6]), "allowed are falling numbers of at least"),
+        (lambda: uneven(resnet(), None, SHAPE, [1e3]), r"budgets = \[1000.0\]: allowed are falling numbers"),
     ],
 )
 def test_what_is_refused_is_named(call, said):

@@ -15,7 +15,7 @@ from lib.layers.circulant import CirculantConv2d, CirculantLinear, as_dense, cir
 from lib.layers.exits import Exits, anytime, at_all_exits, dearest, exit_of, leave, stages
 from lib.layers.gates import FeedForwardGate, LayerError, RecurrentGate, SkippedBlock, gate_of, skippable
 from lib.layers.reversible import checkpointed, inverse, plainly_reversible, previous, reversible, saved_bytes
-from lib.layers.widths import at_width, cut_to, sandwich, slimmable
+from lib.layers.widths import at_width, cut_to, ordered, sandwich, slimmable, uneven
 
 __all__ = [
     "Branches",
@@ -45,6 +45,7 @@ __all__ = [
     "gate_of",
     "inverse",
     "leave",
+    "ordered",
     "path_costs",
     "plainly_reversible",
     "previous",
@@ -56,4 +57,5 @@ __all__ = [
     "spent",
     "stages",
     "to_budget",
+    "uneven",
 ]

@@ -2,7 +2,8 @@
 
 Slimmable networks (Yu et al., ICLR 2019) share weights among widths; a width is a multiplier for all layers, or a
 number of channels for each (non-uniform subnets, Yang et al., DAC 2020). On arrays of cells the columns of channels
-that are left out are switched off.
+that are left out are switched off. How many each layer can spare is chosen on data, one step after the other (AutoSlim,
+Yu and Huang, arXiv 1903.11728).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,8 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lib.data import Split
 from lib.layers.gates import LayerError
-from lib.shapes import in_mode
+from lib.models import BasicBlock
+from lib.shapes import in_mode, macs
 from lib.training import Objective
 
 Width = float | Mapping[str, int]
@@ -211,3 +214,92 @@ def cut_to(model: nn.Module, index: int, shape: tuple[int, ...]) -> nn.Module:
                 layer.__class__, layer.in_features = nn.Linear, c
             del layer.counts, layer.active
     return small
+
+
+def _blocks(model: nn.Module) -> dict[str, BasicBlock]:
+    return {name: m for name, m in model.named_modules() if name and isinstance(m, BasicBlock)}
+
+
+@torch.no_grad()
+def ordered(model: nn.Module) -> nn.Module:
+    """Sort the channels between each residual block's convolutions, in place: what gives most comes first.
+
+    Channel ``c`` gives ``|gamma_c| * ||W2[:, c]||``, the scale of its norm times the weights that read it. The network
+    computes what it did, and its first channels are those to keep.
+
+    >>> from lib import models
+    >>> from lib.layers import ordered
+    >>> net, x = models.build("resnet8", (1, 8, 8), 10, width=4).eval(), torch.rand(2, 1, 8, 8)
+    >>> y = net(x)
+    >>> bool(torch.allclose(ordered(net)(x), y, atol=1e-5))
+    True
+    >>> bool((torch.linalg.vector_norm(net.block1_1.conv2.weight, dim=(0, 2, 3)).diff() <= 0).all())  # the scales are still 1
+    True
+    """
+    for block in _blocks(model).values():
+        gives = block.bn1.weight.abs() * torch.linalg.vector_norm(block.conv2.weight, dim=(0, 2, 3))  # (C,)
+        order = gives.argsort(descending=True)
+        for tensor in (block.conv1.weight, *block.bn1.parameters(), block.bn1.running_mean, block.bn1.running_var):
+            tensor.copy_(tensor[order])
+        block.conv2.weight.copy_(block.conv2.weight[:, order])
+    return model
+
+
+@torch.no_grad()
+def uneven(
+    model: nn.Module, split: Split, shape: tuple[int, ...], budgets: Sequence[float], steps: int = 8
+) -> list[dict[str, int]]:
+    """How many channels each residual block keeps between its convolutions, for `slimmable`.
+
+    Greedy: again and again one block loses its last channels, a ``steps``-th of them, where the loss on ``split`` rises
+    least for a multiply-accumulate that is saved, until the network takes no more than each budget. Sort channels
+    first (`ordered`); choose on validation images.
+
+    Args:
+        shape: of one image. budgets: multiply-accumulates of an image, falling.
+
+    Returns:
+        By budget ``{layer: channels}``; a narrower network is a part of the wider ones.
+
+    Raises:
+        LayerError: budgets that do not fall, or one below what a ``steps``-th of the channels of all blocks takes.
+
+    >>> from lib import models
+    >>> from lib.data import Split
+    >>> from lib.layers import uneven
+    >>> net = models.build("resnet8", (1, 8, 8), 10, width=8)  # 193,344 multiply-accumulates
+    >>> split = Split(torch.rand(20, 1, 8, 8), torch.arange(20) % 10)
+    >>> wide, narrow = uneven(net, split, (1, 8, 8), [150000, 60000])
+    >>> list(narrow), all(narrow[layer] <= wide[layer] for layer in wide)
+    (['block1_1.conv1', 'block2_1.conv1', 'block3_1.conv1'], True)
+    """
+    net, table = deepcopy(model), macs(model, shape).set_index("layer")["macs"]
+    blocks = _blocks(net)
+    kept = {name: block.conv1.out_channels for name, block in blocks.items()}
+    part = {name: max(1, count // steps) for name, count in kept.items()}
+    price = {name: (table[f"{name}.conv1"] + table[f"{name}.conv2"]) / count for name, count in kept.items()}
+    work, found = float(table.sum()), []
+    least = work - sum((kept[name] - part[name]) * price[name] for name in blocks)
+    if list(budgets) != sorted(set(budgets), reverse=True) or not budgets or budgets[-1] < least:
+        raise LayerError(f"budgets = {list(budgets)}: allowed are falling numbers of at least {least:g}")
+
+    def loss_without(name: str) -> float:
+        norm, rest = blocks[name].bn1, slice(kept[name] - part[name], kept[name])
+        saved = norm.weight[rest].clone(), norm.bias[rest].clone()
+        norm.weight[rest], norm.bias[rest] = 0.0, 0.0  # a channel of zeros gives nothing
+        loss = float(split.task.loss(net(split.x), split.y))
+        norm.weight[rest], norm.bias[rest] = saved
+        return loss
+
+    with in_mode(net, training=False):
+        for budget in budgets:
+            while work > budget:
+                before = float(split.task.loss(net(split.x), split.y))
+                rises = {n: (loss_without(n) - before) / (part[n] * price[n]) for n in blocks if kept[n] > part[n]}
+                name = min(rises, key=rises.get)
+                kept[name] -= part[name]
+                work -= part[name] * price[name]
+                for tensor in blocks[name].bn1.parameters():
+                    tensor[kept[name] :] = 0.0
+            found.append({f"{name}.conv1": count for name, count in kept.items()})
+    return found
