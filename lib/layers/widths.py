@@ -233,7 +233,8 @@ def ordered(model: nn.Module) -> nn.Module:
     >>> y = net(x)
     >>> bool(torch.allclose(ordered(net)(x), y, atol=1e-5))
     True
-    >>> bool((torch.linalg.vector_norm(net.block1_1.conv2.weight, dim=(0, 2, 3)).diff() <= 0).all())  # the scales are still 1
+    >>> reads = torch.linalg.vector_norm(net.block1_1.conv2.weight, dim=(0, 2, 3))  # the scales are still 1
+    >>> bool((reads.diff() <= 0).all())
     True
     """
     for block in _blocks(model).values():
