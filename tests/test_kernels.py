@@ -71,6 +71,11 @@ def test_patterns_share_an_index(share, size):
     with torch.no_grad():
         assert near(kernel(x), layer(x))
         assert near(irregular(x), layer(x))
+        asked = SparseConv2d(layer, share=share, reorder=False)
+        assert near(asked(x), layer(x))
+    assert asked.kept.bounds.shape == (10, 2)
+    assert len(asked.kept.which) == len(kernel.kept.channels) > len(kernel.kept.which) == 0
+    assert asked.kept.storage(8).index == 46 * (3 + 2) + 20 * 6  # a channel and a pattern each, and two ends a filter
     kept = int(weight.count_nonzero())
     assert kernel.kept.storage(8).data == irregular.kept.storage(8).data == 8 * kept
     assert len(irregular.kept.channels) == kept == 4 * len(kernel.kept.channels)

@@ -29,12 +29,15 @@ ACCUMULATORS = 12
 class SparseConv:
     """The kept weights of a convolution, by filter, in each by pattern, in each by channel: PatDNN's FKW arrays.
 
-    Filters are not reordered: one thread has no use for filters of equal length side by side.
+    Of PatDNN's filter-kernel reorder these are the kernels: one thread has no use for filters of equal length side by
+    side.
 
     Attributes:
         shape: of the weight, ``(F, C, Kh, Kw)``, ``C`` of one group. patterns: kept taps.
         channels: of every kernel that is kept, ``(kernels,)``. weights: ``(kernels, taps)``.
         bounds: where each filter's kernels of each pattern begin, and end, ``(F, patterns + 1)``.
+        which: the pattern of every kernel, ``(kernels,)``, where they are in the order of their channels alone, and
+            bounds are those of filters, ``(F, 2)``; else empty.
 
     >>> from lib.kernels import SparseConv
     >>> weight = torch.zeros(2, 3, 3, 3)
@@ -49,13 +52,14 @@ class SparseConv:
     channels: np.ndarray
     weights: np.ndarray
     bounds: np.ndarray
+    which: np.ndarray
 
     @classmethod
-    def of(cls, weight: Tensor, patterns: bool = True) -> Self:
+    def of(cls, weight: Tensor, patterns: bool = True, reorder: bool = True) -> Self:
         """From a weight ``(F, C, Kh, Kw)`` with zeros.
 
         Args:
-            patterns: look for them; without, every weight stands alone.
+            patterns: look for them; without, every weight stands alone. reorder: a filter's kernels by pattern.
         """
         filters, channels, height, width = weight.shape
         w = weight.detach().cpu().float().numpy().reshape(filters, channels, -1)
@@ -66,17 +70,22 @@ class SparseConv:
         if patterns and 1 < sizes.min() == sizes.max() and len(found) <= MOST_PATTERNS:
             shown = (kept == found[:, None, None]).all(-1)
         else:  # every place of a kernel is a pattern of its own
-            found, shown = np.eye(height * width, dtype=bool), kept.transpose(2, 0, 1)
+            found, shown, reorder = np.eye(height * width, dtype=bool), kept.transpose(2, 0, 1), True
         taps = np.stack([np.flatnonzero(one) for one in found])
         filter_, which, channel = np.nonzero(shown.transpose(1, 0, 2))
         ends = shown.sum(2).T.cumsum().reshape(filters, -1)
         starts = np.append(0, ends.ravel()[:-1]).reshape(ends.shape)
+        bounds = np.hstack([starts, ends[:, -1:]])
+        if not reorder:
+            order = np.lexsort((channel, filter_))
+            filter_, which, channel, bounds = filter_[order], which[order], channel[order], bounds[:, [0, -1]]
         return cls(
             (*weight.shape,),
             (*((*((int(t) // width, int(t) % width) for t in one),) for one in taps),),
             channel.astype(np.int32),
             w[filter_[:, None], channel[:, None], taps[which]],
-            np.hstack([starts, ends[:, -1:]]),
+            bounds,
+            (which[:0] if reorder else which).astype(np.int32),
         )
 
     def storage(self, bits: int) -> Storage:
@@ -84,7 +93,7 @@ class SparseConv:
         _, channels, *kernel = self.shape
         starts = self.bounds.size * index_width(len(self.channels) + 1)
         table = len(self.patterns) * len(self.patterns[0]) * sum(index_width(k) for k in kernel)
-        index = len(self.channels) * index_width(channels) + starts
+        index = len(self.channels) * index_width(channels) + len(self.which) * index_width(len(self.patterns)) + starts
         return Storage(float(self.weights.size * bits), float(index), float(table))
 
 
@@ -93,7 +102,8 @@ class SparseConv2d(nn.Module):
 
     Args:
         layer: whose weights, bias, stride, padding, dilation and groups it takes. patterns: as of `SparseConv.of`.
-        share: as of `lib.kernels.strips.convolution`.
+        share: as of `lib.kernels.strips.convolution`. reorder: as of `SparseConv.of`; both are there to be left out and
+            timed, as PatDNN does.
 
     Raises:
         KernelError: padding that is no number of zeros, or a layer without any weight.
@@ -106,14 +116,14 @@ class SparseConv2d(nn.Module):
     True
     """
 
-    def __init__(self, layer: nn.Conv2d, patterns: bool = True, share: bool = True) -> None:
+    def __init__(self, layer: nn.Conv2d, patterns: bool = True, share: bool = True, reorder: bool = True) -> None:
         super().__init__()
         if isinstance(layer.padding, str) or layer.padding_mode != "zeros":
             raise KernelError(f"padding {layer.padding!r}, {layer.padding_mode}: numbers of zeros are known")
         if not layer.weight.any():
             raise KernelError("a convolution without any weight")
         plain = layer.stride == (1, 1) and layer.dilation == (1, 1)
-        self.kept = SparseConv.of(layer.weight, patterns and plain)
+        self.kept = SparseConv.of(layer.weight, patterns and plain, reorder)
         self.bias = np.zeros(len(layer.weight), np.float32)
         if layer.bias is not None:
             self.bias += layer.bias.detach().float().numpy()
@@ -150,7 +160,7 @@ class SparseConv2d(nn.Module):
             y, x = (taps * [dy, dx])[which].T
             places = places + ((y % sy) * sx + x % sx) * plane + (y // sy) * line + x // sx
             patterns, bounds = (((0, 0),),), bounds[:, [0, -1]]
-        loop = _compiled(patterns, rows, vectors, self.share)
+        loop = _compiled(patterns, rows, vectors, self.share, len(kept.which) == 0)
         bounds = np.ascontiguousarray(bounds).reshape(-1)
         return loop, places.astype(np.int32), bounds, out, (high, wide), (tall, line)
 
@@ -182,13 +192,13 @@ class SparseConv2d(nn.Module):
                     top, left = (y + py) // sy, (u + px) // sx
                     part = part[:, : tall - top, : line - left]
                     planes[:, a, b, top : top + part.shape[1], left : left + part.shape[2]] = part
-            loop(flat, places, weights, bounds, self.bias, line, result)
+            loop(flat, places, weights, self.kept.which, bounds, self.bias, line, result)
         return torch.from_numpy(np.ascontiguousarray(out[:, :, :oh, :ow]))
 
 
 @cache
-def _compiled(patterns: tuple[Pattern, ...], rows: int, vectors: int, share: bool):
-    return convolution(patterns, rows, vectors, share)
+def _compiled(patterns: tuple[Pattern, ...], rows: int, vectors: int, share: bool, reorder: bool):
+    return convolution(patterns, rows, vectors, share, reorder)
 
 
 def _strip(height: int, width: int) -> tuple[int, int]:
