@@ -12,6 +12,7 @@ from lib.kernels import (
     BalancedLinear,
     BalancedRows,
     CsrLinear,
+    GroupedConv2d,
     GroupedLinear,
     GroupedRows,
     KernelError,
@@ -82,6 +83,20 @@ def test_patterns_share_an_index(share, size):
     assert kernel.kept.storage(8).index < irregular.kept.storage(8).index
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_filters_that_share_columns(seed):
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    kernel = (rng.randint(1, 3), rng.randint(1, 3))
+    options = {"stride": (rng.randint(1, 3), rng.randint(1, 2)), "padding": (rng.randint(0, 2), rng.randint(0, 2))}
+    options |= {"dilation": (rng.randint(1, 2), rng.randint(1, 3)), "bias": rng.random() < 0.5}
+    layer = nn.Conv2d(rng.randint(1, 6), 12, kernel, **options)
+    layer.weight.data = pruning.BlockColumns(0.5, height=5, width=4).project(layer.weight.data)
+    x = torch.randn(rng.randint(1, 3), layer.in_channels, rng.randint(8, 20), rng.randint(8, 20))
+    with torch.no_grad():
+        assert near(GroupedConv2d(layer)(x), layer(x))
+
+
 def test_strips_fill_the_registers_and_waste_little():
     assert _strip(28, 28) == (2, 4)
     for height in range(1, 60):
@@ -114,9 +129,9 @@ def test_groups_of_rows_are_their_matrix():
     for g in range(2):
         rows = kept.reorder[kept.offset[g] : kept.offset[g + 1]]
         columns = kept.index[kept.stride[g] : kept.stride[g + 1]]
-        for row in rows:
-            again[row, columns] = torch.from_numpy(kept.values[at : at + len(columns)])
-            at += len(columns)
+        for column in columns:
+            again[rows, column] = torch.from_numpy(kept.values[at : at + len(rows)])
+            at += len(rows)
     assert torch.equal(again, weight)
 
 
@@ -154,7 +169,7 @@ def test_a_network_is_the_same_and_says_what_it_chose():
     fast = kernels.compile(net, x, repeats=3, gain=0.0)
     chosen = fast.choices.set_index("layer")
     assert [*chosen.index] == [*plan]
-    known = {"irregular", "patterns", "grouped rows", "compressed sparse rows"}
+    known = {"irregular", "patterns", "grouped rows", "grouped filters", "compressed sparse rows"}
     assert {kernel for kernel in chosen["kernel"] if ":" not in kernel} <= known  # else n:m
     with torch.no_grad():
         assert near(fast(x), net(x))
@@ -185,6 +200,10 @@ def test_refusals():
         kernel(torch.zeros(1, 2, 2, 9))
     with pytest.raises(KernelError, match=r"expected \(\.\.\., 8\)|\(\.\.\., 8\) of float32"):
         GroupedLinear(nn.Linear(8, 2))(torch.zeros(3, 7))
+    with pytest.raises(KernelError, match="groups = 2"):
+        GroupedConv2d(nn.Conv2d(4, 4, 3, groups=2))
+    with pytest.raises(KernelError, match=r"expected \(N, 4, H, W\)"):
+        GroupedConv2d(nn.Conv2d(4, 4, 3))(torch.zeros(1, 3, 9, 9))
     with pytest.raises(KernelError, match=r"\(\.\.\., 8\) of float32"):
         BalancedLinear(nn.Linear(8, 2))(torch.zeros(3, 7))
     with pytest.raises(KernelError, match="m = 0"):

@@ -6,12 +6,13 @@ from lib.kernels.convolutions import SparseConv, SparseConv2d
 from lib.kernels.errors import KernelError
 from lib.kernels.network import CsrLinear, compile, in_turns
 from lib.kernels.recurrent import GroupedDirection
-from lib.kernels.rows import GroupedLinear, GroupedRows
+from lib.kernels.rows import GroupedConv2d, GroupedLinear, GroupedRows
 
 __all__ = [
     "BalancedLinear",
     "BalancedRows",
     "CsrLinear",
+    "GroupedConv2d",
     "GroupedDirection",
     "GroupedLinear",
     "GroupedRows",

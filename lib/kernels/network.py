@@ -14,7 +14,7 @@ from lib.kernels.balanced import BalancedLinear
 from lib.kernels.convolutions import SparseConv2d
 from lib.kernels.errors import KernelError
 from lib.kernels.recurrent import GroupedDirection, TorchDirection
-from lib.kernels.rows import GroupedLinear
+from lib.kernels.rows import GroupedConv2d, GroupedLinear
 from lib.models import Direction
 from lib.shapes import prunable
 
@@ -48,7 +48,9 @@ def candidates(layer: nn.Module) -> list[nn.Module]:
     if isinstance(layer, Direction):
         return [GroupedDirection(layer)]
     if isinstance(layer, nn.Conv2d):
-        return [SparseConv2d(layer)]
+        grouped = [GroupedConv2d(layer)] if layer.groups == 1 else []
+        few = [kernel for kernel in grouped if 4 * len(kernel.kept.offset) <= len(layer.weight) + 4]
+        return [SparseConv2d(layer), *few]  # as many groups as filters gather more than they multiply
     if not isinstance(layer, nn.Linear):
         return []
     balanced = min((BalancedLinear(layer, m) for m in (4, 8, 16)), key=lambda kernel: kernel.kept.values.size)

@@ -60,15 +60,15 @@ def _lstm(a, b, h, c):
 
 
 @njit(nogil=True, fastmath=True)
-def _sequence(frames, reverse, ih, hh, ih_bias, hh_bias, h, c, gathered, out):
+def _sequence(frames, reverse, ih, hh, ih_bias, hh_bias, h, c, scratch, out):
     """Frames ``(T, C)`` of one sequence; ``h`` and, of an LSTM, ``c`` are changed in place. A GRU has no ``c``."""
     a, b = np.empty(len(ih_bias), np.float32), np.empty(len(hh_bias), np.float32)
     for step in range(len(frames)):
         t = len(frames) - 1 - step if reverse else step
         a[:] = ih_bias
-        _one(frames[t], *ih, gathered, a)
+        _one(frames[t], *ih, scratch, a)
         b[:] = hh_bias
-        _one(h, *hh, gathered, b)
+        _one(h, *hh, scratch, b)
         if len(c) == 0:
             _gru(a, b, h)
         else:
@@ -130,12 +130,12 @@ class GroupedDirection(_Replacing):
         arrays = [(k.reorder, k.offset, k.stride, k.index, k.values) for k in self.kept.values()]
         last = [part.detach().clone(memory_format=torch.contiguous_format).numpy() for part in state]
         out = np.zeros((*x.shape[:2], self.units), np.float32)
-        gathered = np.empty(max(size, self.units), np.float32)
+        scratch = np.empty(max(size, 4 * self.units), np.float32)
         lengths = [x.shape[1]] * len(x) if mask is None else mask.sum(1).tolist()
         frames, none = x.detach().contiguous().numpy(), np.empty(0, np.float32)
         for n, length in enumerate(lengths):
             h, c = last[0][n], last[1][n] if self.kind == "LSTM" else none
-            _sequence(frames[n, :length], self.reverse, *arrays, *self.bias.values(), h, c, gathered, out[n, :length])
+            _sequence(frames[n, :length], self.reverse, *arrays, *self.bias.values(), h, c, scratch, out[n, :length])
         return torch.from_numpy(out), tuple(map(torch.from_numpy, last))
 
 

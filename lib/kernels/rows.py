@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numba import njit
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lib.constraint import Storage
 from lib.constraint.formats import index_width
@@ -24,12 +25,12 @@ class GroupedRows:
     Attributes:
         shape: of the matrix. reorder: its rows in the order of the groups, without empty ones.
         offset: where each group begins among them, ``(groups + 1,)``. stride: where its columns begin,
-            ``(groups + 1,)``. index: columns. values: group by group, row by row.
+            ``(groups + 1,)``. index: columns. values: group by group, column by column.
 
     >>> from lib.kernels import GroupedRows
     >>> kept = GroupedRows.of(torch.tensor([[1.0, 0, 2], [0, 3, 0], [4, 0, 5]]))
     >>> kept.reorder.tolist(), kept.offset.tolist(), kept.index.tolist(), kept.values.tolist()
-    ([1, 0, 2], [0, 1, 3], [1, 0, 2], [3.0, 1.0, 2.0, 4.0, 5.0])
+    ([1, 0, 2], [0, 1, 3], [1, 0, 2], [3.0, 1.0, 4.0, 2.0, 5.0])
     """
 
     shape: tuple[int, int]
@@ -50,7 +51,7 @@ class GroupedRows:
         columns = [np.flatnonzero(shapes[g]) for g in groups]
         rows = [order[group.ravel()[order] == g] for g in groups]
         starts = [np.cumsum([0, *map(len, parts)]) for parts in (rows, columns)]
-        values = [w[np.ix_(r, c)].ravel() for r, c in zip(rows, columns, strict=True)]
+        values = [w[np.ix_(r, c)].T.ravel() for r, c in zip(rows, columns, strict=True)]
         joined = [np.concatenate([*parts, []]) for parts in (columns, values)]
         return cls((*w.shape,), order, *starts, joined[0].astype(np.int32), joined[1].astype(np.float32))
 
@@ -63,21 +64,47 @@ class GroupedRows:
 
 
 @njit(nogil=True, fastmath=True)
-def _one(x, reorder, offset, stride, index, values, gathered, out):
-    """One vector: its numbers gathered once a group, then a product of contiguous numbers for each row."""
+def _one(x, reorder, offset, stride, index, values, scratch, out):
+    """One vector: four columns of a group at a time are added to the sums of its rows, which lie side by side.
+
+    A row that shares its columns with no other is a product of numbers that are gathered first.
+    """
     at = 0
     for g in range(len(offset) - 1):
-        own = index[stride[g] : stride[g + 1]]
-        got = gathered[: len(own)]
-        for i in range(len(own)):
-            got[i] = x[own[i]]
-        for r in range(offset[g], offset[g + 1]):
-            row = values[at : at + len(own)]  # a slice: only then are these loops of vectors
-            total = np.float32(0)
+        rows, own = offset[g + 1] - offset[g], index[stride[g] : stride[g + 1]]
+        if rows == 1:
+            row, got, total = values[at : at + len(own)], scratch[: len(own)], np.float32(0)  # slices become vectors
+            for i in range(len(own)):
+                got[i] = x[own[i]]
             for i in range(len(own)):
                 total += row[i] * got[i]
-            out[reorder[r]] += total
-            at += len(own)
+            out[reorder[offset[g]]] += total
+        else:
+            sums, four = scratch[:rows], len(own) // 4 * 4
+            sums[:] = 0
+            for i in range(0, four, 4):
+                block = values[at + i * rows : at + (i + 4) * rows]
+                first, second, third, fourth = block[:rows], block[rows:], block[2 * rows :], block[3 * rows :]
+                a, b, c, d = x[own[i]], x[own[i + 1]], x[own[i + 2]], x[own[i + 3]]
+                for r in range(rows):
+                    sums[r] += (a * first[r] + b * second[r]) + (c * third[r] + d * fourth[r])
+            for i in range(four, len(own)):
+                one, column = x[own[i]], values[at + i * rows : at + (i + 1) * rows]
+                for r in range(rows):
+                    sums[r] += one * column[r]
+            for r in range(rows):
+                out[reorder[offset[g] + r]] += sums[r]
+        at += rows * len(own)
+
+
+def _many(kept: GroupedRows, inputs: np.ndarray, out: np.ndarray) -> None:
+    """Vectors side by side, ``(K, N)``: a dense product for each group is added to ``(F, N)``."""
+    at = 0
+    for g in range(len(kept.offset) - 1):
+        rows = kept.reorder[kept.offset[g] : kept.offset[g + 1]]
+        columns = kept.index[kept.stride[g] : kept.stride[g + 1]]
+        block = kept.values[at : (at := at + len(rows) * len(columns))].reshape(-1, len(rows))
+        out[rows] += block.T @ inputs[columns]
 
 
 class GroupedLinear(nn.Module):
@@ -99,7 +126,9 @@ class GroupedLinear(nn.Module):
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
         self.kept = GroupedRows.of(layer.weight)
-        self.bias = None if layer.bias is None else layer.bias.detach().float().numpy().copy()
+        self.bias = np.zeros(len(layer.weight), np.float32)
+        if layer.bias is not None:
+            self.bias += layer.bias.detach().float().numpy()
 
     def forward(self, x: Tensor) -> Tensor:
         """Outputs of ``(..., K)``, without a gradient.
@@ -112,17 +141,73 @@ class GroupedLinear(nn.Module):
             raise KernelError(
                 f"inputs {(*x.shape,)}, {x.dtype} on {x.device}: (..., {kept.shape[1]}) of float32 on a CPU is allowed"
             )
-        vectors = x.detach().reshape(-1, kept.shape[1]).contiguous().numpy()
-        out = np.zeros((len(vectors), kept.shape[0]), np.float32)
-        out += 0.0 if self.bias is None else self.bias
+        vectors = x.detach().numpy().reshape(-1, kept.shape[1])  # a copy if they do not lie side by side
         if len(vectors) == 1:
-            gathered = np.empty(kept.shape[1], np.float32)
-            _one(vectors[0], kept.reorder, kept.offset, kept.stride, kept.index, kept.values, gathered, out[0])
+            out, scratch = self.bias.copy(), np.empty(max(kept.shape), np.float32)
+            _one(
+                np.ascontiguousarray(vectors[0]),
+                kept.reorder,
+                kept.offset,
+                kept.stride,
+                kept.index,
+                kept.values,
+                scratch,
+                out,
+            )
         else:
-            at = 0
-            for (a, b), (c, d) in zip(
-                np.c_[kept.offset[:-1], kept.offset[1:]], np.c_[kept.stride[:-1], kept.stride[1:]], strict=True
-            ):
-                values = kept.values[at : (at := at + (b - a) * (d - c))].reshape(b - a, d - c)
-                out[:, kept.reorder[a:b]] += vectors[:, kept.index[c:d]] @ values.T
+            sums = np.repeat(self.bias[:, None], len(vectors), 1)
+            _many(kept, np.ascontiguousarray(vectors.T), sums)
+            out = np.ascontiguousarray(sums.T)
         return torch.from_numpy(out).reshape(*x.shape[:-1], kept.shape[0])
+
+
+class GroupedConv2d(nn.Module):
+    """A convolution that computes with groups of filters: each gathers its rows of the unfolded inputs once.
+
+    Args:
+        layer: whose weights, bias, stride, padding and dilation it takes.
+
+    Raises:
+        KernelError: channels in groups, or padding that is no number of zeros.
+
+    >>> from lib.kernels import GroupedConv2d
+    >>> layer = torch.nn.Conv2d(4, 6, 3, stride=2, padding=1)
+    >>> layer.weight.data[:, ::2] = 0
+    >>> x = torch.rand(2, 4, 9, 9)
+    >>> torch.allclose(GroupedConv2d(layer)(x), layer(x), atol=1e-6)
+    True
+    """
+
+    format = "grouped filters"
+
+    def __init__(self, layer: nn.Conv2d) -> None:
+        super().__init__()
+        if layer.groups != 1 or isinstance(layer.padding, str) or layer.padding_mode != "zeros":
+            raise KernelError(
+                f"groups = {layer.groups}, padding {layer.padding!r}, {layer.padding_mode}: "
+                "one group and numbers of zeros are known"
+            )
+        self.kept = GroupedRows.of(layer.weight.flatten(1))
+        self.bias = np.zeros(len(layer.weight), np.float32)
+        if layer.bias is not None:
+            self.bias += layer.bias.detach().float().numpy()
+        self.inputs, self.kernel, self.stride = layer.in_channels, layer.kernel_size, layer.stride
+        self.padding, self.dilation = layer.padding, layer.dilation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Outputs of ``(N, C, H, W)``, without a gradient.
+
+        Raises:
+            KernelError: other inputs than float32 numbers of that shape on a CPU.
+        """
+        if x.ndim != 4 or x.shape[1] != self.inputs or x.dtype != torch.float32 or x.device.type != "cpu":
+            raise KernelError(
+                f"inputs {(*x.shape,)}, {x.dtype} on {x.device}: expected (N, {self.inputs}, H, W), float32, on a CPU"
+            )
+        kernel, dilation, padding, stride = sizes = (self.kernel, self.dilation, self.padding, self.stride)
+        unfolded = F.unfold(x.detach(), *sizes).numpy()  # (N, C*Kh*Kw, L)
+        high = (x.shape[2] + 2 * padding[0] - dilation[0] * (kernel[0] - 1) - 1) // stride[0] + 1
+        out = np.tile(self.bias[:, None], (len(x), 1, unfolded.shape[2]))  # (N, F, L)
+        for image, result in zip(unfolded, out, strict=True):
+            _many(self.kept, image, result)
+        return torch.from_numpy(out).unflatten(2, (high, -1))
