@@ -192,17 +192,17 @@ def test_refusals():
     with pytest.raises(KernelError, match="without any weight"):
         SparseConv2d(thinned(nn.Conv2d(1, 1, 1), 0.0, 0).apply(lambda layer: layer.weight.data.zero_()))
     kernel = SparseConv2d(thinned(nn.Conv2d(2, 2, 3), 0.5, 0))
-    with pytest.raises(KernelError, match=r"inputs \(1, 3, 9, 9\), torch.float32 on cpu: expected \(N, 2, H, W\)"):
+    with pytest.raises(KernelError, match=r"inputs \(1, 3, 9, 9\), torch.float32 on cpu: \(N, 2, H, W\) of float32"):
         kernel(torch.zeros(1, 3, 9, 9))
     with pytest.raises(KernelError, match=r"torch\.float64"):
         kernel(torch.zeros(1, 2, 9, 9, dtype=torch.float64))
     with pytest.raises(KernelError, match="images of 2 x 9 are smaller than the kernel"):
         kernel(torch.zeros(1, 2, 2, 9))
-    with pytest.raises(KernelError, match=r"expected \(\.\.\., 8\)|\(\.\.\., 8\) of float32"):
+    with pytest.raises(KernelError, match=r"\(\.\.\., 8\) of float32"):
         GroupedLinear(nn.Linear(8, 2))(torch.zeros(3, 7))
     with pytest.raises(KernelError, match="groups = 2"):
         GroupedConv2d(nn.Conv2d(4, 4, 3, groups=2))
-    with pytest.raises(KernelError, match=r"expected \(N, 4, H, W\)"):
+    with pytest.raises(KernelError, match=r"\(N, 4, H, W\) of float32"):
         GroupedConv2d(nn.Conv2d(4, 4, 3))(torch.zeros(1, 3, 9, 9))
     with pytest.raises(KernelError, match=r"\(\.\.\., 8\) of float32"):
         BalancedLinear(nn.Linear(8, 2))(torch.zeros(3, 7))

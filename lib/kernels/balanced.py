@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
-import torch
 from numba import njit
 from torch import Tensor, nn
 
 from lib.constraint import Storage
 from lib.constraint.formats import index_width
+from lib.kernels.common import Product
 from lib.kernels.errors import KernelError
 
 
@@ -76,7 +76,7 @@ def _many(x, index, values, out):
                 sums[k] += weight * numbers[k]
 
 
-class BalancedLinear(nn.Module):
+class BalancedLinear(Product):
     """A linear layer that computes with n weights of every m: inference on a CPU, in float32.
 
     Args:
@@ -92,34 +92,17 @@ class BalancedLinear(nn.Module):
     """
 
     def __init__(self, layer: nn.Linear, m: int = 4) -> None:
-        super().__init__()
-        self.kept = BalancedRows.of(layer.weight, m)
-        self.bias = np.zeros(self.kept.shape[0], np.float32)
-        if layer.bias is not None:
-            self.bias += layer.bias.detach().float().numpy()
+        super().__init__(layer, BalancedRows.of(layer.weight, m))
 
     @property
     def format(self) -> str:
         """``2:4`` and so on."""
         return f"{self.kept.n}:{self.kept.m}"
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Outputs of ``(..., K)``, without a gradient.
+    def one(self, x: np.ndarray, out: np.ndarray) -> None:
+        """A vector."""
+        _one(x, self.kept.index, self.kept.values, out)
 
-        Raises:
-            KernelError: other inputs than float32 numbers of that shape on a CPU.
-        """
-        kept = self.kept
-        if x.shape[-1:] != (kept.shape[1],) or x.dtype != torch.float32 or x.device.type != "cpu":
-            raise KernelError(
-                f"inputs {(*x.shape,)}, {x.dtype} on {x.device}: (..., {kept.shape[1]}) of float32 on a CPU is allowed"
-            )
-        vectors = x.detach().reshape(-1, kept.shape[1]).contiguous().numpy()
-        if len(vectors) == 1:
-            out = self.bias.copy()
-            _one(vectors[0], kept.index, kept.values, out)
-        else:
-            sums = np.repeat(self.bias[:, None], len(vectors), 1)
-            _many(np.ascontiguousarray(vectors.T), kept.index, kept.values, sums)
-            out = np.ascontiguousarray(sums.T)
-        return torch.from_numpy(out).reshape(*x.shape[:-1], kept.shape[0])
+    def many(self, x: np.ndarray, out: np.ndarray) -> None:
+        """Vectors side by side."""
+        _many(x, self.kept.index, self.kept.values, out)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lib.constraint import Storage
 from lib.constraint.formats import index_width
+from lib.kernels.common import bias_of, check_inputs
 from lib.kernels.errors import KernelError
 from lib.kernels.strips import LANES, Pattern, convolution
 
@@ -124,9 +125,7 @@ class SparseConv2d(nn.Module):
             raise KernelError("a convolution without any weight")
         plain = layer.stride == (1, 1) and layer.dilation == (1, 1)
         self.kept = SparseConv.of(layer.weight, patterns and plain, reorder)
-        self.bias = np.zeros(len(layer.weight), np.float32)
-        if layer.bias is not None:
-            self.bias += layer.bias.detach().float().numpy()
+        self.bias = bias_of(layer)
         self.stride, self.padding, self.dilation = layer.stride, layer.padding, layer.dilation
         self.groups, self.inputs, self.share = layer.groups, layer.in_channels, share
         self._plans: dict[tuple[int, int], tuple] = {}
@@ -170,10 +169,7 @@ class SparseConv2d(nn.Module):
         Raises:
             KernelError: other inputs than float32 numbers of that shape on a CPU.
         """
-        if x.ndim != 4 or x.shape[1] != self.inputs or x.dtype != torch.float32 or x.device.type != "cpu":
-            raise KernelError(
-                f"inputs {(*x.shape,)}, {x.dtype} on {x.device}: expected (N, {self.inputs}, H, W), float32, on a CPU"
-            )
+        check_inputs(x, x.ndim == 4 and x.shape[1] == self.inputs, f"(N, {self.inputs}, H, W)")
         size = (*x.shape[2:],)
         if size not in self._plans:
             self._plans[size] = self._plan(*size)

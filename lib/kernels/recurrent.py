@@ -6,6 +6,7 @@ from numba import njit
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from lib.kernels.common import check_inputs
 from lib.kernels.errors import KernelError
 from lib.kernels.rows import GroupedRows, _one
 from lib.models import Direction, Recurrent, fused
@@ -123,10 +124,7 @@ class GroupedDirection(_Replacing):
             KernelError: other inputs than float32 numbers ``(N, T, C)`` on a CPU.
         """
         size = self.kept["ih"].shape[1]
-        if x.ndim != 3 or x.shape[2] != size or x.dtype != torch.float32 or x.device.type != "cpu":
-            raise KernelError(
-                f"inputs {(*x.shape,)}, {x.dtype} on {x.device}: (N, T, {size}) of float32 on a CPU is allowed"
-            )
+        check_inputs(x, x.ndim == 3 and x.shape[2] == size, f"(N, T, {size})")
         arrays = [(k.reorder, k.offset, k.stride, k.index, k.values) for k in self.kept.values()]
         last = [part.detach().clone(memory_format=torch.contiguous_format).numpy() for part in state]
         out = np.zeros((*x.shape[:2], self.units), np.float32)

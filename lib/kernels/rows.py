@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from lib.constraint import Storage
 from lib.constraint.formats import index_width
+from lib.kernels.common import Product, bias_of, check_inputs
 from lib.kernels.errors import KernelError
 
 
@@ -107,7 +108,7 @@ def _many(kept: GroupedRows, inputs: np.ndarray, out: np.ndarray) -> None:
         out[rows] += block.T @ inputs[columns]
 
 
-class GroupedLinear(nn.Module):
+class GroupedLinear(Product):
     """A linear layer that computes with groups of rows: inference on a CPU, in float32.
 
     Args:
@@ -124,41 +125,16 @@ class GroupedLinear(nn.Module):
     format = "grouped rows"
 
     def __init__(self, layer: nn.Linear) -> None:
-        super().__init__()
-        self.kept = GroupedRows.of(layer.weight)
-        self.bias = np.zeros(len(layer.weight), np.float32)
-        if layer.bias is not None:
-            self.bias += layer.bias.detach().float().numpy()
+        super().__init__(layer, GroupedRows.of(layer.weight))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Outputs of ``(..., K)``, without a gradient.
+    def one(self, x: np.ndarray, out: np.ndarray) -> None:
+        """A vector."""
+        kept, scratch = self.kept, np.empty(max(self.kept.shape), np.float32)
+        _one(x, kept.reorder, kept.offset, kept.stride, kept.index, kept.values, scratch, out)
 
-        Raises:
-            KernelError: other inputs than float32 numbers of that shape on a CPU.
-        """
-        kept = self.kept
-        if x.shape[-1:] != (kept.shape[1],) or x.dtype != torch.float32 or x.device.type != "cpu":
-            raise KernelError(
-                f"inputs {(*x.shape,)}, {x.dtype} on {x.device}: (..., {kept.shape[1]}) of float32 on a CPU is allowed"
-            )
-        vectors = x.detach().numpy().reshape(-1, kept.shape[1])  # a copy if they do not lie side by side
-        if len(vectors) == 1:
-            out, scratch = self.bias.copy(), np.empty(max(kept.shape), np.float32)
-            _one(
-                np.ascontiguousarray(vectors[0]),
-                kept.reorder,
-                kept.offset,
-                kept.stride,
-                kept.index,
-                kept.values,
-                scratch,
-                out,
-            )
-        else:
-            sums = np.repeat(self.bias[:, None], len(vectors), 1)
-            _many(kept, np.ascontiguousarray(vectors.T), sums)
-            out = np.ascontiguousarray(sums.T)
-        return torch.from_numpy(out).reshape(*x.shape[:-1], kept.shape[0])
+    def many(self, x: np.ndarray, out: np.ndarray) -> None:
+        """Vectors side by side."""
+        _many(self.kept, x, out)
 
 
 class GroupedConv2d(nn.Module):
@@ -188,9 +164,7 @@ class GroupedConv2d(nn.Module):
                 "one group and numbers of zeros are known"
             )
         self.kept = GroupedRows.of(layer.weight.flatten(1))
-        self.bias = np.zeros(len(layer.weight), np.float32)
-        if layer.bias is not None:
-            self.bias += layer.bias.detach().float().numpy()
+        self.bias = bias_of(layer)
         self.inputs, self.kernel, self.stride = layer.in_channels, layer.kernel_size, layer.stride
         self.padding, self.dilation = layer.padding, layer.dilation
 
@@ -200,10 +174,7 @@ class GroupedConv2d(nn.Module):
         Raises:
             KernelError: other inputs than float32 numbers of that shape on a CPU.
         """
-        if x.ndim != 4 or x.shape[1] != self.inputs or x.dtype != torch.float32 or x.device.type != "cpu":
-            raise KernelError(
-                f"inputs {(*x.shape,)}, {x.dtype} on {x.device}: expected (N, {self.inputs}, H, W), float32, on a CPU"
-            )
+        check_inputs(x, x.ndim == 4 and x.shape[1] == self.inputs, f"(N, {self.inputs}, H, W)")
         kernel, dilation, padding, stride = sizes = (self.kernel, self.dilation, self.padding, self.stride)
         unfolded = F.unfold(x.detach(), *sizes).numpy()  # (N, C*Kh*Kw, L)
         high = (x.shape[2] + 2 * padding[0] - dilation[0] * (kernel[0] - 1) - 1) // stride[0] + 1
