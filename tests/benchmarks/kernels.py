@@ -62,13 +62,14 @@ if __name__ == "__main__":
         print("3x3 convolutions, batch 1" + " " * 20 + "".join(f"{d:>8.0%}" for d in DENSITIES))
         for filters, side in ((64, 56), (128, 28), (256, 28), (256, 14), (512, 7)):
             x = torch.randn(1, filters, side, side)
-            lines = {"patterns": [], "patterns, loads not shared": [], "irregular": []}
+            lines = {"patterns": [], "patterns, loads not shared": [], "patterns, not sorted": [], "irregular": []}
             for density in DENSITIES:
                 layer = patterned(nn.Conv2d(filters, filters, 3, padding=1), density)
                 other = nn.Conv2d(filters, filters, 3, padding=1)
                 other.weight.data *= torch.rand_like(other.weight) < density
                 wide = nn.Conv2d(filters, filters, 3, padding=1).to(memory_format=torch.channels_last)
-                options = (SparseConv2d(layer), SparseConv2d(layer, share=False), SparseConv2d(other))
+                options = [SparseConv2d(layer, **o) for o in ({}, {"share": False}, {"reorder": False})]
+                options.append(SparseConv2d(other))
                 calls = [lambda kernel=kernel, x=x: kernel(x) for kernel in options]
                 dense = [lambda layer=layer, x=x: layer(x), lambda wide=wide, x=x: wide(x)]
                 for line, ratio in zip(lines.values(), ratios(dense, calls), strict=True):
