@@ -2,9 +2,8 @@
 
 import copyreg
 import hashlib
-import inspect
 import types
-from collections import OrderedDict
+from collections import ChainMap, OrderedDict
 from collections.abc import Iterator, Sequence
 from enum import Enum
 from functools import cached_property
@@ -118,7 +117,8 @@ class Values(Walk):
         """Attributes, without those that do not count and those that only save time."""
         if not isinstance(state, dict):
             return state
-        kept = {k for k in state if isinstance(inspect.getattr_static(kind, str(k), None), cached_property)}
+        said = ChainMap(*map(vars, kind.__mro__))
+        kept = {k for k in state if isinstance(said.get(str(k)), cached_property)}
         return {k: v for k, v in state.items() if k not in kept and k not in self.without}
 
     def _tensor(self, tensor: Tensor) -> Any:
