@@ -30,8 +30,8 @@ class Task:
         loss: gives the mean over the batch, ``()``, which a gradient goes through.
         score: gives a sum over the batch and the number of its terms, both ``()``. The score of a split is all sums
             over all numbers, so that no size of batches changes it; more is better.
-        whole: the score is no mean over examples (an area under a curve, a correlation): it is asked once, of the
-            outputs of a whole split.
+        whole: the score is no mean over examples (an area under a curve, a correlation), or takes long: it is asked
+            once, of the outputs of a whole split.
 
     >>> from torch.nn.functional import mse_loss
     >>> from lib.data import Split, Task

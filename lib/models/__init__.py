@@ -14,6 +14,7 @@ from lib.models.builders import (
     vgg,
 )
 from lib.models.errors import ModelError
+from lib.models.poses import PoseNet
 from lib.models.recurrent import Direction, Recurrent, SequenceNet, by_gate, fused, gru, lengths_of, lstm
 from lib.models.spiking import LeakyNeurons, SpikingLayer, SpikingNetwork, spike, spiking, stored, unrolled
 
@@ -25,6 +26,7 @@ __all__ = [
     "ModelError",
     "PaddedShortcut",
     "Pixels",
+    "PoseNet",
     "Recurrent",
     "SequenceNet",
     "SpikingLayer",
