@@ -56,7 +56,7 @@ def smoke(tmp_path_factory):
     place = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "smoke-run"
     with FileLock(f"{place}.lock"), pytest.MonkeyPatch.context() as patch:
         patch.setenv("CACHE_ROOT", os.environ.get("SMOKE_CACHE") or str(place / "cache"))
-        errors = reproduce.reproduce("smoke", reports=place / "smoke")  # nothing is left to do the second time
+        errors = reproduce.reproduce("smoke", reports=place / "smoke", jobs=2)  # nothing is left to do the second time
     assert errors == dict.fromkeys(study.studies(), "")
     return place / "smoke"
 

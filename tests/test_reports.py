@@ -227,15 +227,15 @@ def test_a_verdict_leads_to_the_first_figure_after_what_settled_it_in_its_sectio
     table = [new_output("display_data", {"text/html": f'<table class="claims">{rows}</table>'})]
     cells = [
         new_markdown_cell("## One"),
-        new_code_cell("a = study.measure(made, [])", execution_count=1),
+        new_code_cell("a = study.measure(made, []), study.measure(unasked, [])", execution_count=1),
         new_code_cell("plots.show(a)", execution_count=2, outputs=figure),
         new_code_cell("b = 1", execution_count=3),
         new_markdown_cell("## Two"),
         new_code_cell("c = 2", execution_count=4, outputs=shown),
         new_code_cell("table", execution_count=5, outputs=table),
     ]
-    link(cells, [1.0, 3.0, 4.0, float("nan")], "results/s.csv")
-    assert "Rows</a> of <code>made</code>" in cells[2].outputs[0].data["text/html"]
+    link(cells, [1.0, 3.0, 4.0, float("nan")], "results/s.csv", {"made"})
+    assert "Rows</a> of <code>made</code>.</figcaption>" in cells[2].outputs[0].data["text/html"]
     text = cells[-1].outputs[0].data["text/html"]
     found = re.findall(r'claim-(\d)"><td>said</td><td class="[^"]+"><a href="#([^"]+)"', text)
     assert found == [("1", "figure-1"), ("2", "figure-1"), ("3", "table-1")]
@@ -265,7 +265,9 @@ def test_axe_finds_no_violation(smoke, page, width, scheme):
     page.emulate_media(color_scheme=scheme)
     for file in pages(smoke):
         page.goto(file.as_uri())
-        found = Axe().run(page)
+        # One style sheet for all pages, and contrast takes two thirds of the time: in the dark two pages have to do.
+        contrast = scheme == "light" or file.stem in ("index", study.studies()[-1])
+        found = Axe().run(page, options={"rules": {"color-contrast": {"enabled": contrast}}})
         assert found.violations_count == 0, f"{file.name}: {found.generate_report()}"
 
 

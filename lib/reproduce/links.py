@@ -3,7 +3,7 @@
 import ast
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import NamedTuple
 
 from nbformat import NotebookNode
@@ -19,11 +19,12 @@ class Place(NamedTuple):
     anchors: list[str]
 
 
-def link(cells: list[NotebookNode], settled: Sequence[float], table: str) -> None:
+def link(cells: list[NotebookNode], settled: Sequence[float], table: str, measured: Container[str]) -> None:
     """Number the figures of an executed notebook, and put links into them and into its table of claims.
 
     Args:
         settled: for every claim the cell that settled it, or NaN. table: where the measurements lie, from the page.
+        measured: the experiments that have rows there; one that was asked for nothing has none.
     """
     rows, places, counts, section = experiments(cells), [], Counter(), 0
     for cell in cells:
@@ -34,7 +35,7 @@ def link(cells: list[NotebookNode], settled: Sequence[float], table: str) -> Non
             if kind:
                 counts[kind] += 1
                 place.anchors.append(f"{kind}-{counts[kind]}")
-                said = ", ".join(f"<code>{name}</code>" for name in rows.get(place.cell, ()))
+                said = ", ".join(f"<code>{name}</code>" for name in rows.get(place.cell, ()) if name in measured)
                 of = f' <a href="{table}" download>Rows</a> of {said}.' if said else ""
                 page = page.replace("</figcaption>", f"{of}</figcaption>")
                 output.data["text/html"] = f'<div id="{place.anchors[-1]}">{page}</div>'

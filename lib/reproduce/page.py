@@ -3,6 +3,7 @@
 import html
 import re
 from collections import Counter
+from collections.abc import Container
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,13 +30,19 @@ FORMULA = re.compile(
 
 
 def render(
-    executed: Path, *, run: dict[str, Any] | None = None, ledger: pd.DataFrame | None = None, source: str = ""
+    executed: Path,
+    *,
+    run: dict[str, Any] | None = None,
+    ledger: pd.DataFrame | None = None,
+    measured: Container[str] = (),
+    source: str = "",
 ) -> str:
     """A self-contained HTML page of an executed notebook: answer and verdicts on top, provenance at the foot.
 
     Args:
         run: the record of the run, for the foot of the page.
-        ledger: the study's claims, for the verdicts on top. source: where the notebook lies from the page, if it does.
+        ledger: the study's claims, for the verdicts on top. measured: its experiments that have rows.
+        source: where the notebook lies from the page, if it does.
 
     >>> from lib.reproduce import render
     >>> from lib.study import NOTEBOOKS
@@ -56,7 +63,7 @@ def render(
                 cell.outputs.remove(output)
                 opened = output.data["text/html"] if OPENING in said(output) else opened
     if ledger is not None:
-        link(notebook.cells, [*pd.to_numeric(ledger["cell"])], f"results/{executed.stem}.csv")
+        link(notebook.cells, [*pd.to_numeric(ledger["cell"])], f"results/{executed.stem}.csv", measured)
     cells = folded(notebook.cells)
     first = int(cells[:1] != [] and cells[0].source.startswith("# "))  # the title stands before the answer
     options = {"exclude_input_prompt": True, "exclude_output_prompt": True}
