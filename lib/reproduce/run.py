@@ -234,7 +234,6 @@ def _publish(run: Run, executed: Path, svg: str, stage: Path, reports: Path) -> 
     """Move a run's files to the reports: what it measured, then its page, the record of it last."""
     claims, rows = (stage / kind / f"{run.study}.csv" for kind in ("claims", "results"))
     ledger = pd.read_csv(claims, keep_default_na=False) if claims.is_file() and not run.error else None
-    measured = {*pd.read_csv(rows, usecols=["experiment"])["experiment"]} if rows.is_file() else ()
     if not run.error:
         for file in stage.rglob("*.csv"):
             write_whole(reports / file.relative_to(stage), file.read_bytes())
@@ -243,6 +242,7 @@ def _publish(run: Run, executed: Path, svg: str, stage: Path, reports: Path) -> 
     try:
         notebook = parameters.NOTEBOOKS / f"{run.study}.ipynb"
         source = os.path.relpath(notebook, reports) if reports.is_relative_to(PROJECT) else ""
+        measured = {*pd.read_csv(rows).get("experiment", [])} if rows.is_file() else ()
         page = render(executed, run=asdict(run), ledger=ledger, measured=measured, source=source)
     except Exception as error:  # a page can be laid out again, a run may have taken hours
         said = f"its page could not be laid out, its results are kept: {type(error).__name__}: {error}".splitlines()[0]
