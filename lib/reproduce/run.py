@@ -242,7 +242,7 @@ def _publish(run: Run, executed: Path, svg: str, stage: Path, reports: Path) -> 
     try:
         notebook = parameters.NOTEBOOKS / f"{run.study}.ipynb"
         source = os.path.relpath(notebook, reports) if reports.is_relative_to(PROJECT) else ""
-        measured = {*pd.read_csv(rows).get("experiment", [])} if rows.is_file() else ()
+        measured = {*pd.read_csv(rows, low_memory=False).get("experiment", [])} if rows.is_file() else ()
         page = render(executed, run=asdict(run), ledger=ledger, measured=measured, source=source)
     except Exception as error:  # a page can be laid out again, a run may have taken hours
         said = f"its page could not be laid out, its results are kept: {type(error).__name__}: {error}".splitlines()[0]
