@@ -4,14 +4,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.stats import rankdata
+from scipy.stats import mannwhitneyu
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from lib.data.loading import _mean_and_std, _shuffled
 from lib.data.named import data_root
 from lib.data.splits import Data, DataError, Split
-from lib.data.task import Task
+from lib.data.task import Task, classification
 
 
 def auc(output: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,10 +32,9 @@ def auc(output: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     ill = (y == 1).cpu().numpy()
     if ill.all() or not ill.any():
         raise DataError(f"an area under the curve of {len(y)} images of one class: it takes both")
-    ranks = rankdata((output[:, 1] - output[:, 0]).detach().double().cpu().numpy())
-    n = int(ill.sum())
-    area = (ranks[ill].sum() - n * (n + 1) / 2) / (n * (len(ill) - n))
-    return torch.tensor(area * len(ill)), torch.tensor(len(ill))
+    margin = (output[:, 1] - output[:, 0]).detach().double().cpu().numpy()
+    pairs = mannwhitneyu(margin[ill], margin[~ill]).statistic
+    return torch.tensor(pairs / (ill.sum() * (~ill).sum()) * len(ill)), torch.tensor(len(ill))
 
 
 def balanced_accuracy(output: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,13 +67,13 @@ def medmnist(
     *,
     train_size: int = 0,
     test_size: int = 0,
-    task: Task = illness,
 ) -> Data:
     """A two-dimensional set of MedMNIST (Yang et al. 2023), in its official split.
 
     Read is ``medical/<name>.npz`` in the data root: ``<part>_images`` ``(N, H, W[, 3])`` uint8 and ``<part>_labels``
     ``(N, 1)`` of ``train``, ``val`` and ``test``. Images come in a fixed shuffled order, normalized by each channel's
-    mean and deviation over those of training. Several may be of one patient, whom these sets do not name.
+    mean and deviation over those of training. Several may be of one patient, whom these sets do not name. Two classes
+    are scored as `illness`, more by accuracy.
 
     Raises:
         DataError: no such file, or one of another form; a size that is not there.
@@ -105,8 +104,10 @@ def medmnist(
         kept.append((pixels.unsqueeze(1) if x.ndim == 3 else pixels.permute(0, 3, 1, 2), torch.from_numpy(y)[:, 0]))
         kept[-1] = tuple(tensor[order] for tensor in kept[-1])
     mean, std = _mean_and_std(kept[0][0], 255)
+    classes = int(max(y.max() for _, y in kept)) + 1
+    task = illness if classes == 2 else classification
     splits = [
         Split(((x.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last), y.long(), task)
         for x, y in kept
     ]
-    return Data(name, *splits, classes=int(max(y.max() for _, y in kept)) + 1)
+    return Data(name, *splits, classes)
