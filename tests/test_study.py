@@ -196,8 +196,11 @@ def test_code_is_read_as_ipython_reads_it(notebook):
     assert "broken" not in names  # the kernel says so, in its cell
 
 
-def test_a_damaged_notebook_is_named(notebook, tmp_path):
-    (tmp_path / "01_mine.ipynb").write_text("<<<<<<< ours")
+@pytest.mark.parametrize(
+    "text", ["<<<<<<< ours", "", "[]", '{"worksheets": []}', '{"cells": ["x = 1"]}', '{"cells": 3}']
+)
+def test_a_damaged_notebook_is_named(notebook, tmp_path, text):
+    (tmp_path / "01_mine.ipynb").write_text(text)
     with pytest.raises(ParameterError, match=r"01_mine\.ipynb is no notebook"):
         declared("01_mine")
 

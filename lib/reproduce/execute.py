@@ -19,6 +19,8 @@ def _end_with(parent: int) -> None:
 
 def main(notebook: str, output: str, values: str) -> int:
     """Run it; 1 when a cell failed, which the output shows."""
+    # jsonschema would build its parsers of international addresses, for seconds; no notebook's schema asks for them.
+    sys.modules.setdefault("rfc3987_syntax", None)
     from papermill import execute_notebook
     from papermill.exceptions import PapermillException
 

@@ -1,13 +1,13 @@
 """A study's parameters: what its notebook declares and requires of them, and the refusal of anything else."""
 
 import ast
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import nbformat
 from IPython.core.inputtransformer2 import TransformerManager
 
 from lib.study.ranges import ParameterError, Refusal, has_type, read, refusal
@@ -50,13 +50,15 @@ def studies() -> list[str]:
     return sorted(p.stem for p in NOTEBOOKS.glob("*.ipynb") if re.fullmatch(r"\d\d_\w+", p.stem))
 
 
-def _cells(study: str) -> list[nbformat.NotebookNode]:
+def _cells(study: str) -> list[tuple[str, str, list[str]]]:
+    """Kind, source and tags of every cell. Read as JSON: nbformat's check takes a kernel seconds before it begins."""
     path = NOTEBOOKS / f"{study}.ipynb"
     if study not in studies():
         raise ParameterError(f"study {study!r} is unknown: allowed are {', '.join(studies())}")
     try:
-        return nbformat.reads(path.read_text("utf-8"), 4).cells
-    except ValueError as error:
+        cells = json.loads(path.read_text("utf-8"))["cells"]
+        return [(c["cell_type"], "".join(c["source"]), c["metadata"].get("tags", [])) for c in cells]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ParameterError(f"{path.name} is no notebook: {str(error).splitlines()[0]}") from None
 
 
@@ -67,15 +69,15 @@ def question(study: str) -> str:
     >>> question("06_quantization")
     'Equal steps, three values, sums of three values, ...?'
     """
-    return re.search(r"^\*\*Question\.\*\* (.+)$", _cells(study)[0].source, re.MULTILINE)[1].replace("*", "")
+    return re.search(r"^\*\*Question\.\*\* (.+)$", _cells(study)[0][1], re.MULTILINE)[1].replace("*", "")
 
 
 def python_of(study: str) -> str:
     """A notebook's code as Python: IPython's magics as calls, without cells that are none, as a kernel will say."""
     found = []
-    for cell in (c for c in _cells(study) if c.cell_type == "code"):
+    for source in (source for kind, source, _ in _cells(study) if kind == "code"):
         try:
-            ast.parse(python := TransformerManager().transform_cell(cell.source))
+            ast.parse(python := TransformerManager().transform_cell(source))
         except SyntaxError:
             continue
         found.append(python)
@@ -93,13 +95,13 @@ def declared(study: str) -> dict[str, Parameter]:
     >>> declared("01_lottery_ticket_vs_finetuning")["seeds"]
     Parameter(name='seeds', type='int', default=..., help='independent networks...')
     """
-    cells = [c for c in _cells(study) if "parameters" in c.metadata.get("tags", [])]
+    cells = [source for _, source, tags in _cells(study) if "parameters" in tags]
     if len(cells) != 1:
         raise ParameterError(f"{study} has {len(cells)} cells tagged 'parameters'; it needs exactly one")
     found: dict[str, Parameter] = {}
-    lines = cells[0].source.splitlines()
+    lines = cells[0].splitlines()
     try:
-        nodes = ast.parse(cells[0].source).body
+        nodes = ast.parse(cells[0]).body
     except SyntaxError as error:
         raise ParameterError(f"{study}: its parameters are no Python: {error}") from None
     for node in nodes:
