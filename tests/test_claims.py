@@ -140,6 +140,8 @@ def test_a_number_is_reproduced_by_that_number_alone(low, high, verdict):
         ((4.7, 5.0), None, "inconclusive"),
         ((2.0, 3.0), (0.1, 0.9), "not reproduced"),
         ((4.0, 5.0), (0.1, 0.9), "inconclusive"),
+        ((4.0, 5.0), (1.4, 4.3), "not reproduced"),  # whether it gains is open, that it costs too much is not
+        ((float("nan"), float("nan")), (1.4, 4.3), "inconclusive"),
     ],
 )
 def test_what_is_claimed_together_is_judged_together(bounds, condition, verdict):

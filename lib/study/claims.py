@@ -206,9 +206,9 @@ class Claim:
 
 
 def judged(claim: Claim, bounds: tuple[float, float], n: int, condition: tuple[float, float] | None) -> Verdict:
-    """The verdict on a claim and its condition together: a condition that fails leaves nothing reproduced."""
+    """The verdict on a claim and its condition together: where the condition fails the claim does, whatever it gains."""
     verdict = claim.criterion.verdict(*bounds, n)
-    if claim.holding is None or verdict in ("inconclusive", "not reproduced"):
+    if claim.holding is None or verdict == "not reproduced" or n < claim.criterion.n or not np.isfinite(bounds).all():
         return verdict
     holds = claim.holding.holds(*condition) if condition else None
     return verdict if holds else "inconclusive" if holds is None else "not reproduced"
