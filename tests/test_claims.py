@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from lib import plots
 from lib.study import (
     CLAIM_COLUMNS,
     JUDGED,
@@ -39,8 +40,8 @@ def test_results_contract(tmp_path):
     opened.save()
     ledger = pd.read_csv(tmp_path / "paper" / "claims" / f"{NAME}.csv", keep_default_na=False)
     assert ", ".join(ledger.columns) == (
-        "study, paper, claim, kind, fixed, source, published, measured, low, high, n, criterion, condition, verdict, "
-        "setting, dataset, model, preset, commit, sign, bound, value, within, cell"
+        "study, paper, claim, kind, fixed, source, published, measured, low, high, n, over, criterion, condition, "
+        "verdict, setting, dataset, model, preset, commit, sign, bound, value, within, cell"
     )
     assert (*ledger.columns,) == (*CLAIM_COLUMNS, *JUDGED)
     assert (*opened.ledger().columns,) == CLAIM_COLUMNS
@@ -147,6 +148,14 @@ def test_a_number_is_reproduced_by_that_number_alone(low, high, verdict):
 def test_what_is_claimed_together_is_judged_together(bounds, condition, verdict):
     claim = Claim("1", "a", "Early-Bird", "direction", "", "", at_least(4.5), "", "points lost", at_most(1.0))
     assert judged(claim, bounds, 5, condition) == verdict
+
+
+def test_what_an_interval_is_over_is_told_where_it_is_not_networks(study):
+    study.expect("1", "faster", at_least(1), kind="ours", over="layers")
+    study.settle("1", FIVE)
+    assert study.ledger()["over"].tolist() == ["layers"]
+    assert study.criteria()["criterion"].tolist() == [">= 1, from 5 or more layers"]
+    assert 'data-label="networks" style="text-align:left">5 layers</td>' in plots.ledger_table(study.ledger()).data
 
 
 def test_a_condition_is_told_with_what_was_measured_of_it(study):

@@ -116,6 +116,7 @@ def ledger_table(ledger: pd.DataFrame) -> HTML:
         judged += f"<br>Condition: {said['condition']}" if said["condition"] else ""
         more = f"<details><summary>criterion</summary>{judged}<br>{of}</details>"
         few = f"{row['n']} of {NETWORKS}" if row["n"] < NETWORKS else said["n"]
+        few += f" {said['over']}" * (row["over"] != "networks")
         cells = [said["claim"] + more, said["published"], measured(row), "" if row["kind"] == "arithmetic" else few]
         told = zip(heads, cells, strict=False)
         shown = "".join(f'<td data-label="{head}" style="text-align:left">{cell}</td>' for head, cell in told)

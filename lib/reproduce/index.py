@@ -40,6 +40,7 @@ def write_index(reports: Path, states: dict[str, str]) -> None:
     for column in ("measured", "low", "high", "n", "bound", "value"):
         ledger[column] = pd.to_numeric(ledger[column])
     write_whole(reports / "claims.csv", ledger[[*CLAIM_COLUMNS]].to_csv(index=False))
+    others = ledger.loc[(ledger["kind"] != "arithmetic") & (ledger["over"] != "networks"), "over"]
     by_paper = _papers(ledger)
     decided, wrong = chance_of_error(ledger)
     page = template("index.html.j2").render(
@@ -53,6 +54,7 @@ def write_index(reports: Path, states: dict[str, str]) -> None:
         wrong=wrong,
         few=int(((ledger["kind"] != "arithmetic") & (ledger["n"] < NETWORKS)).sum()),
         networks=NETWORKS,
+        others=[*others],
         choices={
             "verdict": [v for v in VERDICTS if v in {*ledger["verdict"]}],
             **{column: sorted({*ledger[column]}) for column in ("kind", "fixed", "setting")},

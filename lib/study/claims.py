@@ -11,7 +11,7 @@ from scipy import stats
 from lib.study.ranges import ParameterError
 
 CLAIM_COLUMNS = (
-    *("study", "paper", "claim", "kind", "fixed", "source", "published", "measured", "low", "high", "n"),
+    *("study", "paper", "claim", "kind", "fixed", "source", "published", "measured", "low", "high", "n", "over"),
     *("criterion", "condition", "verdict", "setting", "dataset", "model", "preset", "commit"),
 )
 
@@ -165,6 +165,8 @@ def common_error(statistic: Callable[..., float], *trials: np.ndarray, times: in
 class Claim:
     """A statement, whose it is, its criterion, and what tests it if not the study's own network.
 
+    Its values are of independent networks; where they are of sizes, layers, texts, ... instead, ``over`` says so.
+
     >>> from lib.study import Claim, Criterion
     >>> Claim("C1", "costs little", "ADMM-NN", "direction", "nowhere", "little", Criterion("<=", 0.5), "points").wording
     '<= 0.5 points, from 5 or more networks'
@@ -184,6 +186,7 @@ class Claim:
     setting: str = "smaller network, other data"
     dataset: str = ""
     model: str = ""
+    over: str = "networks"
 
     def __post_init__(self) -> None:
         for name, allowed in (("kind", Kind), ("fixed", Fixed), ("setting", Setting)):
@@ -196,7 +199,7 @@ class Claim:
     def wording(self) -> str:
         """The criterion as a reader sees it, with its unit."""
         n = self.criterion.n
-        runs = f"from {n} or more networks" if n > 1 else "arithmetic"
+        runs = f"from {n} or more {self.over}" if n > 1 else "arithmetic"
         return f"{self.criterion.said(self.unit)}, {runs}"
 
     @property

@@ -90,7 +90,8 @@ class Study:
             source: where the paper says ``published``.
             details: ``unit``; ``condition`` and ``holding``, what must hold with it, in words and as a criterion;
                 ``fixed``, when the criterion was written; ``setting``, what is smaller than in the paper; ``dataset``
-                and ``model`` where the claim is tested on others than the study's own.
+                and ``model`` where the claim is tested on others than the study's own; ``over``, what its interval is
+                over where not over independent networks, as ``"layers"``.
 
         Raises:
             ParameterError: the claim is stated twice, the paper is unknown, or a detail is none of those allowed.
@@ -207,6 +208,7 @@ class Study:
                 "fixed": c.fixed,
                 "source": c.source,
                 "published": c.published,
+                "over": c.over,
                 "criterion": c.wording,
                 "condition": c.joint,
                 "setting": c.setting,
