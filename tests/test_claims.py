@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 
 from lib import plots
+from lib.reproduce import write_index
 from lib.study import (
     CLAIM_COLUMNS,
     JUDGED,
@@ -156,6 +157,19 @@ def test_what_an_interval_is_over_is_told_where_it_is_not_networks(study):
     assert study.ledger()["over"].tolist() == ["layers"]
     assert study.criteria()["criterion"].tolist() == [">= 1, from 5 or more layers"]
     assert 'data-label="networks" style="text-align:left">5 layers</td>' in plots.ledger_table(study.ledger()).data
+
+
+def test_the_index_says_what_intervals_are_over(tmp_path):
+    opened = open_study(NAME, {"report_dir": str(tmp_path / "paper"), "seeds": 5})
+    for i, over in enumerate(("layers", "networks", "sizes")):
+        opened.expect(f"{i}", "faster", at_least(1), kind="ours", over=over)
+        opened.settle(f"{i}", FIVE)
+    opened.save()
+    write_index(tmp_path / "paper", {})
+    page = (tmp_path / "paper" / "index.html").read_text("utf-8")
+    assert " 2 intervals are over layers, sizes instead." in page
+    assert "5 layers</td>" in page
+    assert "5 networks</td>" not in page
 
 
 def test_a_condition_is_told_with_what_was_measured_of_it(study):

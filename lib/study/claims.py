@@ -209,7 +209,7 @@ class Claim:
 
 
 def judged(claim: Claim, bounds: tuple[float, float], n: int, condition: tuple[float, float] | None) -> Verdict:
-    """The verdict on a claim and its condition together: where this fails the claim does, whatever it gains."""
+    """The verdict on a claim and its condition together: a condition that fails fails the claim, whatever it gains."""
     verdict = claim.criterion.verdict(*bounds, n)
     if claim.holding is None or verdict == "not reproduced" or n < claim.criterion.n or not np.isfinite(bounds).all():
         return verdict
