@@ -247,6 +247,7 @@ def test_tables_of_two_machines_are_added(tmp_path):
     [
         (lambda rates: {"a": 1}, [{"rates": [0.1]}], r"an argument of <lambda>, rates = \[0.1\]: expected a number"),
         (lambda seed: {"a": [1]}, [{"seed": 0}], r"a row of <lambda>, a = \[1\]: expected a number"),
+        (lambda kind: {"a": 1}, [{"kind": "x"}, {"kind": ""}], "an argument of <lambda>, kind = '': a table cannot"),
         (lambda seed: {"a": "8"}, [{"seed": 0}], "as text it would not be told from another value"),
         (lambda seed: {"a": " b"}, [{"seed": 0}], "as text it would not be told from another value"),
         (lambda seed: {"seed": 1}, [{"seed": 0}], "a column 'seed', which is an argument's"),

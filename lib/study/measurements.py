@@ -79,7 +79,10 @@ class Store:
             KeysError: a variable of which nobody can tell when it is the same.
         """
         name = experiment.__name__
-        points = [plain(point, f"an argument of {name}") for point in points]
+        asked = [*points]
+        points = [plain(point, f"an argument of {name}") for point in asked]
+        if lost := [{*point} - {*kept} for point, kept in zip(asked, points, strict=True) if len(kept) < len(point)]:
+            raise MeasurementError(f"an argument of {name}, {min(lost[0])} = '': a table cannot tell it from none")
         code, variables = (found := apart(experiment))[0][:12], found[1]
         keys = [(name, self._point(name, point, variables)) for point in points]
         for i, key in enumerate(keys):
