@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 from lib.reproduce import preset_parameters
-from lib.study import declared
+from lib.study import declared, studies
 
 
 def options(values):
@@ -31,8 +31,8 @@ PARTS = config.get("parts", f"build/parts/{PRESET}")
 REPORTS = config.get("reports", f"reports/{PRESET}")
 SET = config.get("set", {})
 SPLIT = config.get("split", {})
-PARAMETERS = preset_parameters(PRESET, SET)
-STUDIES = str(config.get("studies", " ".join(PARAMETERS))).split()
+STUDIES = str(config.get("studies", " ".join(studies()))).split()
+PARAMETERS = preset_parameters(PRESET, SET, STUDIES)
 RUN = f"{shlex.quote(sys.executable)} -m lib.reproduce --preset {PRESET} {options(SET)}"
 CODE = [*map(str, Path("lib").rglob("*.py"))]
 

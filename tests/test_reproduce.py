@@ -213,6 +213,20 @@ def test_a_changed_parameter_goes_to_the_studies_that_have_it(small, capsys):
     assert "01_study at smoke: n = 'five' is str: expected int" in capsys.readouterr().err
 
 
+def test_a_changed_parameter_has_to_suit_the_studies_that_run_alone(small, capsys):
+    folder, reports = small
+    for name in ("01_study", "02_other"):
+        write_study(folder, name, "value = 1")
+    other = folder / "02_other.ipynb"
+    other.write_text(other.read_text().replace("n: int = 1  # a number; in [0, 99]", "m: int = 1  # one; in [0, 1]"))
+    assert run_batch(reports, "-p", "m", "5", "--dry-run") == 2
+    assert "02_other at smoke: m = 5: expected in [0, 1]" in capsys.readouterr().err
+    assert run_batch(reports, "-p", "n", "5", "--dry-run", "01") == 0
+    assert preset_parameters("smoke", {"n": 5}, ["01"]) == {"01_study": {"n": 5}, "02_other": {}}
+    assert run_batch(reports, "-p", "m", "1", "--dry-run", "01") == 2
+    assert "parameter 'm' is unknown in 01" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("name", "text", "value"),
     [("x", "1e-4", 1e-4), ("x", "2", 2.0), ("n", "010", 10), ("word", "no", "no"), ("word", "1:30", "1:30")],

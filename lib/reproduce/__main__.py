@@ -9,8 +9,8 @@ from pathlib import Path
 import pandas as pd
 import psutil
 
-from lib.reproduce.batch import chosen, folders, merged, overview, reproduce
-from lib.reproduce.plan import prepare, preset_parameters, presets
+from lib.reproduce.batch import folders, merged, overview, reproduce
+from lib.reproduce.plan import chosen, prepare, preset_parameters, presets
 from lib.study import PROJECT, MeasurementError, ParameterError, parameters, studies
 
 
@@ -41,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar=("NAME", "VALUE"),
         dest="changed",
-        help="a parameter over the preset's, for every study that has it; reports go to reports/custom",
+        help="a parameter over the preset's, for every STUDY that has it; reports go to reports/custom",
     )
     parser.add_argument("--jobs", type=int, help="processes (default: as many as cores and memory allow)")
     parser.add_argument("--force", action="store_true", help="run studies again that are up to date")
@@ -73,7 +73,7 @@ def _answer(options: argparse.Namespace) -> int:
     for other in sorted(p.name for p in parameters.NOTEBOOKS.glob("[0-9]*.ipynb") if p.stem not in studies()):
         sys.stderr.write(f"{other} is skipped: a study is called NN_name.ipynb, a copy needs a name of its own\n")
     changed = dict(options.changed)
-    values = preset_parameters(options.preset, changed)
+    values = preset_parameters(options.preset, changed, options.studies)
     place = options.reports or (PROJECT / "reports" / "custom" if changed else None)
     reports, _ = folders(options.preset, place)
     if options.list or options.dry_run:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from lib.files import write_whole
 from lib.reproduce.index import write_index
-from lib.reproduce.plan import preset_parameters, up_to_date_key
+from lib.reproduce.plan import chosen, preset_parameters, up_to_date_key
 from lib.reproduce.run import Run, assist, last_run, run_study
 from lib.study import PROJECT, ParameterError, studies
 from lib.study.tables import merge
@@ -49,23 +49,6 @@ def overview(parameters: dict[str, dict[str, Any]], reports: Path) -> pd.DataFra
     return pd.DataFrame(rows, columns=["study", "state", "minutes", "memory_mb"])
 
 
-def chosen(parameters: dict[str, dict[str, Any]], only: Sequence[str] | None) -> list[str]:
-    """The studies that are asked for, in order; all of them by default. ``05`` stands for ``05_crossbar_costs``.
-
-    Raises:
-        ParameterError: an unknown study, or a number that several have.
-    """
-    if not only:
-        return [*parameters]
-    found = {name: [s for s in parameters if s == name or s.split("_")[0] == name] for name in only}
-    for name, matches in found.items():
-        if len(matches) != 1:
-            raise ParameterError(
-                f"study {name!r} is {' or '.join(matches) or 'unknown'}: allowed are {', '.join(parameters)}"
-            )
-    return [s for s in parameters if [s] in found.values()]
-
-
 def reproduce(
     preset: str,
     *,
@@ -84,7 +67,7 @@ def reproduce(
     same reports is waited for, study by study, and what it has run is not run again.
 
     Args:
-        only: studies, by name or number. changed: parameters over those of the preset.
+        only: studies, by name or number. changed: parameters over those of the preset, for these studies.
         force: run studies again that are up to date.
         audit: the share of each experiment's measurements by earlier code to make again; studies then run again.
 
@@ -101,7 +84,7 @@ def reproduce(
         ...
     lib.study.ranges.ParameterError: study '99' is unknown: allowed are 00_start_here, ...
     """
-    parameters = preset_parameters(preset, changed)
+    parameters = preset_parameters(preset, changed, only)
     asked = chosen(parameters, only)
     reports, build = folders(preset, reports)
     write_whole(reports / ".writable", "")  # a read-only folder is refused now, not after an hour

@@ -1,5 +1,6 @@
 """What a batch would run: studies, presets with their parameters, and what a run depends on."""
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +31,34 @@ def presets() -> list[str]:
     return sorted(p.stem for p in (parameters.NOTEBOOKS / "presets").glob("*.yaml"))
 
 
-def preset_parameters(preset: str, changed: dict[str, Any] | None = None) -> dict[str, dict[str, Any]]:
+def chosen(names: Iterable[str], only: Sequence[str] | None) -> list[str]:
+    """The studies that are asked for, in order; all of them by default. ``05`` stands for ``05_crossbar_costs``.
+
+    Raises:
+        ParameterError: an unknown study, or a number that several have.
+    """
+    if not only:
+        return [*names]
+    found = {name: [s for s in names if s == name or s.split("_")[0] == name] for name in only}
+    for name, matches in found.items():
+        if len(matches) != 1:
+            raise ParameterError(
+                f"study {name!r} is {' or '.join(matches) or 'unknown'}: allowed are {', '.join(names)}"
+            )
+    return [s for s in names if [s] in found.values()]
+
+
+def preset_parameters(
+    preset: str, changed: dict[str, Any] | None = None, only: Sequence[str] | None = None
+) -> dict[str, dict[str, Any]]:
     """Each study's parameters at a preset, checked.
 
     Args:
-        changed: values over those of the preset, for every study that declares the name.
+        changed: values over those of the preset, for every study that declares the name, or those ``only``.
 
     Raises:
         ParameterError: unknown preset, a study that does not exist, a parameter that its notebook refuses, or a changed
-            one that no study has.
+            one that none of these studies has.
 
     >>> from lib.reproduce import preset_parameters
     >>> preset_parameters("smoke", {"seeds": 2})["01_lottery_ticket_vs_finetuning"]["seeds"]
@@ -48,9 +68,9 @@ def preset_parameters(preset: str, changed: dict[str, Any] | None = None) -> dic
     result = {study: given.get(study) or {} for study in sorted({*studies(), *given})}
     known = {study: parameters.declared(study) for study in result}
     for name, value in (changed or {}).items():
-        holders = [study for study in result if name in known[study]]
+        holders = [study for study in chosen(result, only) if name in known[study]]
         if not holders:
-            raise ParameterError(f"parameter {name!r} is unknown in every study")
+            raise ParameterError(f"parameter {name!r} is unknown in {', '.join(only) if only else 'every study'}")
         for study in holders:
             result[study] = result[study] | {name: value}
     for study, values in result.items():
