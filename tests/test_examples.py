@@ -1,10 +1,17 @@
 """What the rooms of lib export has an example in its docstring, and all examples are true."""
 
+import ast
 import doctest
 import importlib
 import inspect
+import operator
 import pkgutil
+import re
+import subprocess
+import sys
+import textwrap
 from functools import cache
+from types import SimpleNamespace
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -13,6 +20,7 @@ import torch
 
 import lib
 from lib.data.named import read_named
+from lib.study import PROJECT
 
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 MODULES = sorted(module.name for module in pkgutil.walk_packages(lib.__path__, "lib."))
@@ -58,3 +66,35 @@ def test_every_exported_name_has_an_example(name):
     shown = {n: getattr(module, n) for n in public(module) if shows(getattr(module, n))}
     without = {n for n, item in shown.items() if not parser.get_examples(inspect.getdoc(item) or "")}
     assert not without, f"no example in the docstring of {name}.{', '.join(sorted(without))}"
+
+
+def blocks(document):
+    """The Python of a document's blocks, one after another."""
+    text = (PROJECT / document).read_text("utf-8")
+    return "\n".join(textwrap.dedent(block) for block in re.findall(r"^ *```python\n(.*?)^ *```", text, re.M | re.S))
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
+def test_a_document_calls_what_is_there(document, tmp_path):
+    """Names are bound before they are used, and `lib` has what is called, with these keywords."""
+    (tmp_path / "blocks.py").write_text(blocks(document), "utf-8")
+    ruff = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F821", "--output-format", "concise"]
+    done = subprocess.run([*ruff, tmp_path / "blocks.py"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    tree, known = ast.parse(blocks(document)), {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "lib":
+            room = importlib.import_module(node.module)
+            known |= {
+                a.name: getattr(room, a.name, None) or importlib.import_module(f"lib.{a.name}") for a in node.names
+            }
+    called = 0
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in known:
+            assert hasattr(known[node.value.id], node.attr), f"line {node.lineno}: {ast.unparse(node)}"
+        name = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+        if name.split(".")[0] in known and re.fullmatch(r"[\w.]+", name):
+            function = operator.attrgetter(name)(SimpleNamespace(**known))
+            inspect.signature(function).bind_partial(*node.args, **{k.arg: None for k in node.keywords if k.arg})
+            called += 1
+    assert called > 20 or document != "README.md"
