@@ -2,6 +2,7 @@ import gzip
 import hashlib
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -184,7 +185,7 @@ def test_more_images_than_there_are(tmp_path):
 
 
 def test_no_split_is_empty_unasked(tmp_path):
-    _write_mnist(tmp_path, n_train=4)
+    _write_mnist(tmp_path, n_train=4, n_test=4)
     with pytest.raises(data.DataError, match="mnist has 4 training images: no validation split"):
         data.load("mnist", tmp_path)
     d = data.load("mnist", tmp_path, validation_size=0)
@@ -407,9 +408,21 @@ def test_a_change_in_place_changes_the_checksum(corners):
         assert split.checksum != first
 
 
+def test_a_change_that_torch_does_not_count_changes_the_checksum():
+    array = np.arange(24, dtype=np.float32).reshape(4, 6)
+    split, found = data.Split(torch.from_numpy(array), torch.zeros(4)), []
+    for change in (lambda: None, lambda: array.fill(1), lambda: split.x.data.mul_(2), lambda: split.y.data.add_(1)):
+        change()
+        found.append(split.checksum)
+    array[:] = np.arange(24).reshape(4, 6)
+    found.append(split.checksum)
+    array[:] = array[::-1].copy()  # the same numbers in another order
+    assert len({*found, split.checksum}) == 6
+
+
 def test_a_tensor_is_hashed_once(corners, monkeypatch):
     corners.checksum  # noqa: B018
-    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: pytest.fail("looked at again"))
+    monkeypatch.setattr(torch.Tensor, "flatten", lambda self: pytest.fail("looked at again"))
     assert corners.checksum == data.Data("again", *[corners.train] * 3, 6).checksum
 
 
@@ -440,6 +453,31 @@ def test_accuracy_over_batches_is_that_of_the_whole():
     flat = output.movedim(1, 2).flatten(0, 1)[counted]
     loss = torch.nn.functional.cross_entropy(flat, y.flatten()[counted])
     assert torch.allclose(data.classification.loss(output, y), loss)
+
+
+@pytest.mark.parametrize(
+    ("output", "y"), [((4, 3), (4, 1)), ((4, 1), (4,)), ((4, 3, 2), (4,)), ((4, 3), (4, 3)), ((4,), (4,))]
+)
+def test_labels_that_do_not_fit_outputs_have_no_accuracy(output, y):
+    told = re.escape(f"outputs {output} and labels {y}: expected (N, classes, ...) of 2 classes or more, and (N, ...)")
+    with pytest.raises(data.DataError, match=told):
+        data.accuracy(torch.zeros(output), torch.zeros(y, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("y", "told"),
+    [
+        (torch.arange(1, 5), "corners', validation: labels from 1 to 4: expected 0 to 3"),
+        (torch.tensor([0, 1, -1, 2]), "labels from -1 to 2: expected 0 to 3"),
+        (torch.arange(4.0), r"labels are torch.float32: expected int64"),
+        (torch.eye(4), r"labels are torch.float32: expected int64"),
+    ],
+)
+def test_labels_are_numbers_of_classes(y, told):
+    right = data.Split(torch.zeros(4, 1, 2, 2), torch.tensor([0, 3, data.PADDING, 1]))
+    assert data.Data("corners", right, right, right, 4).classes == 4
+    with pytest.raises(data.DataError, match=told):
+        data.Data("corners", right, replace(right, y=y), right, 4)
 
 
 def test_scores_of_many_chips_at_once():

@@ -163,6 +163,17 @@ def test_hooks_seed_and_progress(name, net):
     assert structure(net) == before  # the modes as well
 
 
+@pytest.mark.parametrize("name", PLANNED)
+def test_masks_of_layers_outside_the_plan_stay(name, net):
+    """Layer after layer may be pruned, each by a recipe of its own."""
+    attach_masks(net, {"one": torch.arange(36).view(4, 1, 3, 3) % 2 == 0, "norm.bias": torch.arange(4) > 0})
+    before = masks(net)
+    run(name, net, ("two", "out"))
+    assert {n: mask.tolist() for n, mask in masks(net).items() if n in before} == {
+        n: mask.tolist() for n, mask in before.items()
+    }
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_a_seed_is_an_order_of_images(name, net):
     orders = []

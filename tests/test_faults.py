@@ -663,6 +663,21 @@ def test_training_under_faults_leaves_an_ordinary_healthy_network(images):
     assert not training.fit(again, images, epochs=1, lr=0.05, hooks=other).equals(log)
 
 
+def test_two_hooks_break_each_its_own_layers(images):
+    net, seen = models.build("lenet300", images.shape, images.classes, seed=1), []
+    hooks = [UnderFaults({name: "two_column"}, StuckAt(rate, ratio=0)) for name, rate in (("fc1", 1.0), ("fc2", 0.0))]
+
+    class Look(training.Hook):
+        def before_step(self, model, step):
+            seen.append([float((layer.weight == 0).float().mean()) for layer in (model.fc1, model.fc2)])
+
+        def after_backward(self, model, step):  # healthy again, for whoever ranks weights between two steps
+            seen.append([float((layer.weight == 0).float().mean()) for layer in (model.fc1, model.fc2)])
+
+    training.fit(net, images, epochs=1, lr=0.01, hooks=(*hooks, Look()))
+    assert seen[:2] == [[1.0, 0.0], [0.0, 0.0]]
+
+
 def test_a_network_learns_to_live_with_faults(trained, images):
     mapping, found = Mapping("differential", clip=0.4), []
     for hooks in ((), (UnderFaults(mapping, StuckAt(0.2)),)):

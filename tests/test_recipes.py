@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from lib.constraint import attach_masks, kept, masks, select, state_of, weights
+from lib.faults import StuckAt, UnderFaults
 from lib.pruning import Unstructured, cubic, uniform_plan
-from lib.recipes import admm, gradual, iterative, one_shot, rewind
+from lib.recipes import MiniBatchDropping, admm, gradual, iterative, one_shot, rewind
 from lib.recipes.admm import _Pull
 from lib.shapes import prunable
 from lib.training import Hook, TrainingError, evaluate, fit
@@ -87,6 +88,22 @@ def test_gradual_pruning_follows_its_sparsities_through_one_training(net, images
     assert {n: int(layer.weight.count_nonzero()) for n, layer in prunable(net).items()} == {
         name: kept(0.9, size) for name, size in sizes.items()
     }
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_gradual_pruning_reaches_its_last_plan_whatever_is_skipped(net, images, seed):
+    """Also where a batch is dropped before which a plan was due, and on chips of which many cells are stuck."""
+    plans = [uniform_plan(net, Unstructured(s)) for s in (0.3, 0.6, 0.9)]
+    dropping = MiniBatchDropping(0.5, seed=seed)
+    gradual(net, plans, images, epochs=1, lr=0.05, batch_size=100, hooks=(dropping,), last=0.99)
+    assert all(int(layer.weight.count_nonzero()) == kept(0.9, layer.weight.numel()) for layer in prunable(net).values())
+
+
+def test_weights_are_ranked_as_they_are_and_not_as_a_chip_gives_them_back(net, images):
+    plan, still = {"fc1": Unstructured(0.9)}, {"lr": 1e-9, "momentum": 0.0}
+    largest, hook = one_shot(net, plan)["fc1"], UnderFaults({"fc1": "two_column"}, StuckAt(0.2))
+    gradual(net, [plan], images, epochs=1, batch_size=100, hooks=(hook,), **still)
+    assert torch.equal(net.fc1.weight != 0, largest)
 
 
 def test_gradual_pruning_names_what_does_not_fit(net, images):

@@ -1,12 +1,13 @@
 """What training computes: the meter against sums by hand."""
 
 from copy import deepcopy
+from dataclasses import replace
 
 import pandas as pd
 import pytest
 import torch
 
-from lib import channels, costs, pruning, recipes, shapes, training
+from lib import channels, costs, layers, models, pruning, recipes, shapes, training
 from lib.constraint import attach_masks, state_of
 from lib.keys import code
 from lib.models import build
@@ -42,6 +43,22 @@ def test_masks_count_at_their_density_and_plain_zeros_do_not(images, net):
     with torch.no_grad():
         net.fc1.weight.zero_()
     assert metered(net, fit, images, epochs=1, **OPTIONS)[1]["macs"].sum() == dense["macs"].sum()
+
+
+def test_frozen_weights_have_no_gradient(images, net):
+    net.fc2.requires_grad_(False)
+    _, spent = metered(net, fit, images, epochs=1, **OPTIONS)
+    assert {*spent.loc[spent["layer"] == "fc2", "product"]} == {"forward", "input_gradient"}
+    assert {*spent.loc[spent["layer"] == "fc3", "product"]} == {"forward", "input_gradient", "weight_gradient"}
+
+
+@pytest.mark.parametrize("way", [layers.checkpointed, layers.reversible])
+def test_a_pass_that_is_made_again_has_one_backward_pass(images, way):
+    few = replace(images.train, x=images.train.x[:100], y=images.train.y[:100])
+    nets = [models.spiking((1, 28, 28), 10, width=4, steps=3, over_time=over) for over in (models.stored, way)]
+    stored, again = (by_product(metered(one, fit, replace(images, train=few), epochs=1, **OPTIONS)[1]) for one in nets)
+    assert (again[["input_gradient", "weight_gradient"]] == stored[["input_gradient", "weight_gradient"]]).all()
+    assert stored["forward"] < again["forward"] <= 2 * stored["forward"]
 
 
 def test_a_smaller_network_costs_what_its_shapes_say(images):

@@ -8,6 +8,7 @@ import sys
 from copy import deepcopy
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -274,6 +275,42 @@ def test_a_function_that_changes_more_than_the_state_is_told_and_not_kept(images
         with pytest.warns(UserWarning, match="freeze changed more"):
             cached(freeze, again, images)
         assert not again.fc1.weight.requires_grad
+
+
+def returns(value):
+    def run(model, data, progress=None):
+        return value
+
+    return run
+
+
+FRAME = pd.DataFrame({"epoch": [1, 2], "loss": [0.5, float("nan")], "name": ["a", "b"]})
+
+
+@pytest.mark.parametrize(
+    "value",
+    [None, 1, "text", (1, [2.0, FRAME]), {"log": FRAME, 3: (True, None)}, np.float64(0.5), []],
+    ids=str,
+)
+def test_what_comes_back_from_the_cache_is_what_came_first(images, net, value):
+    first, again = (cached(returns(value), deepcopy(net), images) for _ in range(2))
+    assert repr(first) == repr(again) == repr(value.item() if isinstance(value, np.generic) else value)
+    assert type(first) is type(again)
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        (torch.Size([1, 2]), "a Size"),
+        (FRAME.set_index("epoch"), "a data frame with an index or types of its own"),
+        (FRAME.astype({"loss": "float32"}), "a data frame with an index or types of its own"),
+        ([{1, 2}], "a set"),
+    ],
+)
+def test_what_would_come_back_as_something_else_is_told_and_not_kept(images, net, value, told):
+    for _ in range(2):
+        with pytest.warns(UserWarning, match=f"run returned {told}.*: nothing is kept"):
+            assert cached(returns(value), deepcopy(net), images) is value
 
 
 def still(model, data, progress=None):

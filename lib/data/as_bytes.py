@@ -7,9 +7,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from lib.data.errors import DataError
 from lib.data.folders import _read, images
 from lib.data.named import NAMES, data_root, read_named
-from lib.data.splits import DataError, Split
+from lib.data.splits import Split
 
 
 def pixels(

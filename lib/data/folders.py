@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from lib.data.errors import DataError
 from lib.data.named import NAMES, Arrays
-from lib.data.splits import DataError
 
 ENDINGS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 

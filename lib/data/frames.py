@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from lib.data.errors import DataError
 from lib.data.loading import _shuffled
 from lib.data.named import NAMES, data_root, read_named
-from lib.data.splits import Data, DataError, Split
+from lib.data.splits import Data, Split
 from lib.data.task import PADDING
 
 WINDOW, HOP, BANDS = 256, 128, 32

@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lib.data.errors import DataError
 from lib.data.folders import read_folder
 from lib.data.named import NAMES, data_root, read_named
-from lib.data.splits import Data, DataError, Split
+from lib.data.splits import Data, Split
 
 
 def check_name(name: str) -> None:
@@ -24,7 +25,7 @@ def check_name(name: str) -> None:
     >>> check_name("imagenet")
     Traceback (most recent call last):
         ...
-    lib.data.splits.DataError: dataset 'imagenet' is unknown: allowed are fashion_mnist, mnist, ...
+    lib.data.errors.DataError: dataset 'imagenet' is unknown: allowed are fashion_mnist, mnist, ...
     """
     folder = Path(os.path.expanduser(name))
     if name not in NAMES and not ((folder / "train").is_dir() and (folder / "test").is_dir()):

@@ -8,9 +8,10 @@ from scipy.stats import mannwhitneyu
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from lib.data.errors import DataError
 from lib.data.loading import _mean_and_std, _shuffled
 from lib.data.named import data_root
-from lib.data.splits import Data, DataError, Split
+from lib.data.splits import Data, Split
 from lib.data.task import Task, classification
 
 
@@ -82,7 +83,7 @@ def medmnist(
     >>> medmnist("no_such_set")
     Traceback (most recent call last):
         ...
-    lib.data.splits.DataError: no_such_set: .../medical/no_such_set.npz is missing; put MedMNIST's file there
+    lib.data.errors.DataError: no_such_set: .../medical/no_such_set.npz is missing; put MedMNIST's file there
     """
     path = data_root(root) / "medical" / f"{name}.npz"
     if not path.is_file():

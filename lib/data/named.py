@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lib.data.splits import DataError
+from lib.data.errors import DataError
 
 SHIPPED_ROOT = Path(__file__).resolve().parent.parent.parent / "data"
 NAMES = ("fashion_mnist", "mnist", "cifar10", "cifar100")
@@ -37,7 +37,7 @@ def data_root(root: str | Path | None = None) -> Path:
     >>> data_root("/no/such/folder")
     Traceback (most recent call last):
         ...
-    lib.data.splits.DataError: data_root '/no/such/folder' is not a folder; give one that exists, or leave it empty
+    lib.data.errors.DataError: data_root '/no/such/folder' is not a folder; give one that exists, or leave it empty
     """
     chosen = Path(os.path.expanduser(root or os.environ.get("DATA_ROOT") or SHIPPED_ROOT))
     if not chosen.is_dir():

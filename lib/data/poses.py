@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from lib.data.errors import DataError
 from lib.data.loading import _shuffled
 from lib.data.named import data_root
 from lib.data.skeletons import FACE, FIGURE, STRIDE
-from lib.data.splits import Data, DataError, Split
+from lib.data.splits import Data, Split
 
 SKELETONS = {"figures": FIGURE, "faces": FACE}
 FACE_POINTS = (30, 8, 0, 16, 36, 39, 42, 45, 48, 54)

@@ -13,7 +13,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn.functional import grid_sample, interpolate, max_pool2d
 
-from lib.data.splits import DataError
+from lib.data.errors import DataError
 from lib.data.task import Task
 
 STRIDE, SIGMA, REACH = 4, 1.0, 0.1

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from lib.data.errors import DataError
+
 PADDING = -100
 """The label that counts for nothing, in `cross_entropy` and in `accuracy`: what fills sequences up to one length."""
 
@@ -13,11 +15,19 @@ PADDING = -100
 def accuracy(output: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """How many labels are right, and of how many: ``output`` ``(N, classes, ...)``, ``y`` ``(N, ...)`` int64.
 
+    Raises:
+        DataError: labels of another shape, such as ``(N, 1)``, or outputs for one class alone.
+
     >>> from lib.data import accuracy
     >>> right, of = accuracy(torch.eye(3), torch.tensor([0, 2, -100]))  # one right, one wrong, one left out
     >>> int(right), int(of)
     (1, 2)
     """
+    if output.ndim < 2 or output.shape[1] < 2 or output[:, 0].shape != y.shape:
+        raise DataError(
+            f"outputs {tuple(output.shape)} and labels {tuple(y.shape)}: expected (N, classes, ...) of 2 classes or "
+            "more, and (N, ...)"
+        )
     return (output.argmax(1) == y).sum(), (y != PADDING).sum()
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lib.data.errors import DataError
 from lib.data.loading import _shuffled
 from lib.data.named import data_root
-from lib.data.splits import Data, DataError, Split
+from lib.data.splits import Data, Split
 
 TEXTS = {"trec": ("TREC.train", "TREC.test"), "sst2": ("stsa.binary.train", "stsa.binary.test")}
 """Files of sentences by name, a line each: the label, a space, the words with spaces between them."""
@@ -52,7 +53,7 @@ def texts(
     >>> texts("imdb")
     Traceback (most recent call last):
         ...
-    lib.data.splits.DataError: texts 'imdb' are unknown: allowed are trec, sst2
+    lib.data.errors.DataError: texts 'imdb' are unknown: allowed are trec, sst2
     """
     if name not in TEXTS:
         raise DataError(f"texts {name!r} are unknown: allowed are {', '.join(TEXTS)}")

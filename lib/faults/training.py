@@ -22,9 +22,9 @@ NEW = 1 << 40
 class _Error(Parametrization):
     """Parametrization ``W -> W + (broken(W) - W)``, the difference a constant: gradients go straight through."""
 
-    def __init__(self, name: str, mapping: Mapping) -> None:
+    def __init__(self, name: str, mapping: Mapping, hook: "UnderFaults") -> None:
         super().__init__()
-        self.name, self.mapping, self.error = name, mapping, None
+        self.name, self.mapping, self.hook, self.error = name, mapping, hook, None
 
     def forward(self, weight: Tensor) -> Tensor:
         """``weight`` as the chip of this step gives it back."""
@@ -40,6 +40,8 @@ class _Error(Parametrization):
 @dataclass(frozen=True)
 class UnderFaults(Hook):
     """Fault-injected training: every step runs on a chip of its own, forward and backward, and moves healthy weights.
+
+    A recipe of several trainings meets the same chips in each, as each begins at step 0.
 
     Put it first among a call's hooks, ``fit(..., hooks=(UnderFaults("differential", StuckAt(0.1)),))``; recipes pass
     ``hooks`` on. It stands behind the masks of pruned layers: a removed weight still has cells that can fail.
@@ -68,7 +70,7 @@ class UnderFaults(Hook):
         """Stand behind every mapped weight."""
         layers = uses(model)
         for name, mapping in on_crossbars(model, self.mapping).items():
-            attach(layers[name], _Error(name, mapping))
+            attach(layers[name], _Error(name, mapping, self))
 
     @torch.no_grad()
     def before_step(self, model: nn.Module, step: int) -> None:
@@ -78,10 +80,15 @@ class UnderFaults(Hook):
             TrainingError: the weights have left the finite numbers.
         """
         try:
-            for layer, last in _faulty(model):
-                last.draw(layer, self.devices, NEW + (self.seed << 24) + step)
+            for layer, error in self._errors(model):
+                error.draw(layer, self.devices, NEW + (self.seed << 24) + step)
         except CrossbarError as error:
             raise TrainingError(f"training under faults diverged in step {step}: {error}; lower lr or clip") from None
+
+    def after_backward(self, model: nn.Module, step: int) -> None:
+        """From here to the next step weights read healthy, also to whoever ranks or pulls them."""
+        for _, error in self._errors(model):
+            error.error = None
 
     def after_epoch(self, model: nn.Module, epoch: int) -> None:
         """Leave the network healthy for whoever looks at it between epochs."""
@@ -92,8 +99,8 @@ class UnderFaults(Hook):
         for modules in uses(model).values():
             detach(modules, _Error)
 
-
-def _faulty(model: nn.Module) -> Iterator[tuple[nn.Module, _Error]]:
-    for layer in prunable(model).values():
-        if parametrize.is_parametrized(layer, "weight") and isinstance(layer.parametrizations["weight"][-1], _Error):
-            yield layer, layer.parametrizations["weight"][-1]
+    def _errors(self, model: nn.Module) -> Iterator[tuple[nn.Module, _Error]]:
+        for layer in prunable(model).values():
+            last = layer.parametrizations["weight"][-1] if parametrize.is_parametrized(layer, "weight") else None
+            if isinstance(last, _Error) and last.hook is self:
+                yield layer, last

@@ -215,14 +215,14 @@ def progressive(
         movable(model, plan)
     inside = {name: w != 0 for name, w in weights(model, dict.fromkeys(prunable(model))).items()}
     logs = []
-    with own_masks(model):
-        attach_masks(model, {name: m for name, m in inside.items() if not m.all()})
+    with own_masks(model, *plans) as others:
+        attach_masks(model, others | {name: m for name, m in inside.items() if not m.all()})
         for i, plan in enumerate(plans):
             plan, step = fitted(model, plan), f"step {i + 1} of {len(plans)}"
             report = part(progress, 2 * i, 1, 2 * len(plans), step)
             logs.append(admm(model, plan, data, progress=report, **fit_options | search).assign(step=i + 1))
             inside |= {name: m & inside[name] for name, m in _support(model, plan).items()}
-            attach_masks(model, {name: m for name, m in inside.items() if not m.all()})
+            attach_masks(model, others | {name: m for name, m in inside.items() if not m.all()})
             values = {name: c for name, c in plan.items() if not c.masklike}
             train = partial(straight_through, plan=values) if values else fit
             report = part(progress, 2 * i + 1, 1, 2 * len(plans), f"{step}, retraining")

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from lib.constraint import Plan, attach_masks, leaf, masks, weights
+from lib.constraint import Masks, Plan, attach_masks, leaf, masks, weights
 from lib.shapes import prunable
 from lib.training import Hook, Progress, TrainingError
 
@@ -51,12 +51,16 @@ class Pulling(Hook):
 
 
 @contextmanager
-def own_masks(model: nn.Module) -> Iterator[None]:
-    """Within, a recipe attaches masks of its own. They are gone afterwards; if it fails, those from before are back."""
+def own_masks(model: nn.Module, *plans: Plan) -> Iterator[Masks]:
+    """Within, a recipe attaches masks of its own beside those of what no plan names, which are given.
+
+    Afterwards its own are gone; if it fails, all from before are back.
+    """
     before = masks(model)
+    others = {name: mask for name, mask in before.items() if not any(name in plan for plan in plans)}
     try:
-        yield
-        before = {}
+        yield others
+        before = others
     finally:
         attach_masks(model, before)
 

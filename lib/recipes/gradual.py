@@ -16,15 +16,18 @@ from lib.training import Hook, TrainingError, fit, steps_per_epoch
 
 
 class _Tighten(Hook):
-    """Before some steps the masks shrink to those of the next plan; what is gone stays gone."""
+    """Before some steps the masks shrink to those of the next plan; what is gone stays gone.
+
+    A plan whose step another hook has skipped comes before the next step that there is.
+    """
 
     def __init__(self, plans: Mapping[int, Plan]) -> None:
-        self.plans = plans
+        self.plans = dict(plans)
 
     def before_step(self, model: nn.Module, step: int) -> None:
-        if step in self.plans:
-            layers = prunable(model)
-            for name, mask in one_shot(model, fitted(model, self.plans[step])).items():
+        layers = prunable(model)
+        for due in [at for at in self.plans if at <= step]:
+            for name, mask in one_shot(model, fitted(model, self.plans.pop(due))).items():
                 mask_of(layers[name]).logical_and_(mask)
 
 
@@ -74,7 +77,9 @@ def gradual(
     if len({*at}) < len(at):
         raise TrainingError(f"gradual: {len(plans)} plans between steps {at[0]} and {at[-1]}: allowed is one a step")
     planned = weights(model, {name: None for plan in plans for name in plan})
-    with own_masks(model):
-        attach_masks(model, {name: torch.ones_like(w, dtype=torch.bool) for name, w in planned.items()})
+    with own_masks(model, *plans) as others:
+        attach_masks(model, others | {name: torch.ones_like(w, dtype=torch.bool) for name, w in planned.items()})
         tighten = _Tighten(dict(zip(at, plans, strict=True)))
-        return fit(model, data, epochs=epochs, hooks=(*hooks, tighten), **fit_options)
+        log = fit(model, data, epochs=epochs, hooks=(tighten, *hooks), **fit_options)
+        tighten.before_step(model, steps if fit_options.get("stop") is None else fit_options["stop"] - 1)
+        return log

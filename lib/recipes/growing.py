@@ -55,8 +55,8 @@ def static(model: nn.Module, plan: Plan, data: Data, *, seed: int = 0, **fit_opt
     0.75
     """
     movable(model, plan)
-    with own_masks(model):
-        attach_masks(model, random_masks(model, plan, seed))
+    with own_masks(model, plan) as others:
+        attach_masks(model, others | random_masks(model, plan, seed))
         return fit(model, data, seed=seed, **fit_options)
 
 
@@ -151,34 +151,41 @@ def grow_and_prune(
     movable(model, plan)
     turns = _turns(plan, parts, rounds, order, seed)
     total, rows, spent = len(turns) * len(turns[0]) * epochs + tune_epochs, [], 0
-    with own_masks(model):
+    with own_masks(model, plan) as others:
         for step, growing in enumerate(chain(*turns)):
             masks = _pruned(model, plan)
             held = {name: mask for name, mask in masks.items() if name not in growing}
             detach_masks(attach_masks(model, masks if step else held))  # at first what grows is as it was initialized
-            attach_masks(model, held)
+            attach_masks(model, others | held)
             report = part(progress, spent, epochs, total, f"step {step + 1}")
             fit(model, data, epochs=epochs, seed=stage_seed(seed, step), progress=report, **fit_options)
             spent += epochs
-            detach_masks(model)
+            attach_masks(model, others)
             found = _pruned(model, plan)
             row = {"round": step // len(turns[0]) + 1, "part": step % len(turns[0]) + 1, "epochs": spent}
             row |= {"exchanged": _exchanged(masks, found, growing), "accuracy": evaluate(model, data.validation)}
-            pruned = attach_masks(deepcopy(model), found)
+            pruned = attach_masks(deepcopy(model), others | found)
             with uncounted():
                 recalibrate(pruned, data)
             rows.append(row | {"pruned_accuracy": evaluate(pruned, data.validation)})
         report = part(progress, spent, tune_epochs, total, "inside the masks")
         rows.append({"round": rounds, "part": 0, "epochs": total})
-        rows[-1] |= _tuned(model, plan, data, tune_epochs, seed, report, fit_options)
+        rows[-1] |= _tuned(model, plan, others, data, tune_epochs, seed, report, fit_options)
     return pd.DataFrame(rows)
 
 
 def _tuned(
-    model: nn.Module, plan: Plan, data: Data, epochs: int, seed: int, progress: Progress | None, fit_options: dict
+    model: nn.Module,
+    plan: Plan,
+    others: Masks,
+    data: Data,
+    epochs: int,
+    seed: int,
+    progress: Progress | None,
+    fit_options: dict,
 ) -> dict[str, float]:
-    """Prune for good and train inside the masks; how accurate that is."""
-    attach_masks(model, _pruned(model, plan))
+    """Prune for good and train inside the masks, and inside those of other layers; how accurate that is."""
+    attach_masks(model, others | _pruned(model, plan))
     fit(model, data, epochs=epochs, seed=stage_seed(seed, 10**6), progress=progress, **fit_options)
     return dict.fromkeys(("accuracy", "pruned_accuracy"), evaluate(model, data.validation))
 
@@ -240,29 +247,30 @@ def parallel_grow_and_prune(
     processes = min(processes or os.cpu_count() or 1, len(groups))
     masks, rows = random_masks(model, plan, seed), []
     total = rounds * len(groups) * epochs + tune_epochs
-    with own_masks(model):
+    with own_masks(model, plan) as others:
         for r in range(rounds):
-            start, bare = state_of(rewind(model, state_of(model), masks)), plain(model)
+            start, bare = state_of(rewind(model, state_of(model), others | masks)), plain(model)
             jobs = []
             for i, group in enumerate(groups):
-                held = {name: mask for name, mask in masks.items() if name not in group}
+                held = others | {name: mask for name, mask in masks.items() if name not in group}
                 seeded = fit_options | {"epochs": epochs, "seed": stage_seed(seed, r * len(groups) + i)}
                 jobs.append(joblib.delayed(_grown)(bare, start, held, data, seeded))
             done = joblib.Parallel(processes)(jobs)
             for _, spent in done if processes > 1 else []:  # in this process the meter saw the replicas
                 charge_all(spent)
             detach_masks(model).load_state_dict(_merged([state for state, _ in done], groups, model))
+            attach_masks(model, others)
             row = {"round": r + 1, "part": 0, "epochs": (r + 1) * len(groups) * epochs}
             row["accuracy"] = evaluate(recalibrate(model, data), data.validation)
             before, masks = masks, _pruned(model, plan)
             row["exchanged"] = _exchanged(before, masks, masks)
-            row["pruned_accuracy"] = evaluate(recalibrate(attach_masks(model, masks), data), data.validation)
+            row["pruned_accuracy"] = evaluate(recalibrate(attach_masks(model, others | masks), data), data.validation)
             rows.append(row)
             if progress:
                 progress(row["epochs"] / total, f"round {r + 1} of {rounds}, {row['pruned_accuracy']:.1%} pruned")
         report = part(progress, total - tune_epochs, tune_epochs, total, "inside the masks")
         rows.append({"round": rounds, "part": 0, "epochs": total})
-        rows[-1] |= _tuned(model, plan, data, tune_epochs, seed, report, fit_options)
+        rows[-1] |= _tuned(model, plan, others, data, tune_epochs, seed, report, fit_options)
     return pd.DataFrame(rows)
 
 

@@ -132,7 +132,7 @@ def rigl(
         raise TrainingError("rigl: optimizer = 'adam': allowed is 'sgd', whose momentum of new weights is cleared")
     movable(model, plan)
     last = round(until * epochs * steps_per_epoch(data, **fit_options))
-    with own_masks(model):
+    with own_masks(model, plan) as others:
         masks = random_masks(model, plan, seed)
-        hook = _Regrow(attach_masks(model, masks), masks, interval, share, last)
+        hook = _Regrow(attach_masks(model, others | masks), masks, interval, share, last)
         return fit(model, data, epochs=epochs, seed=seed, hooks=(*hooks, hook), **fit_options)

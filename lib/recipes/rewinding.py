@@ -96,7 +96,7 @@ def iterative(
     for plan in plans:
         movable(model, plan)
     found: list[Masks] = []
-    with own_masks(model):
+    with own_masks(model, *plans) as others:
         for i, plan in enumerate(plans):
             if i:
                 fit(model, data, progress=part(progress, i - 1, 1, len(plans) - 1, f"round {i}"), **fit_options)
@@ -104,7 +104,7 @@ def iterative(
             if found:  # a survivor that became exactly zero must not be traded for a removed weight
                 masks = {name: m & found[-1].get(name, m) for name, m in masks.items()}
             found.append(masks)
-            rewind(model, start, masks)
+            rewind(model, start, others | masks)
     return found
 
 
@@ -141,9 +141,9 @@ def prune_and_tune(
     for plan in plans:
         movable(model, plan)
     logs = []
-    with own_masks(model):
+    with own_masks(model, *plans) as others:
         for stage, (plan, length) in enumerate([(None, dense_epochs), *((plan, epochs) for plan in plans)]):
-            attach_masks(model, one_shot(model, fitted(model, plan)) if plan else {})
+            attach_masks(model, others | (one_shot(model, fitted(model, plan)) if plan else {}))
             report = part(progress, stage, 1, len(plans) + 1, f"stage {stage}")
             seeded = {"seed": stage_seed(seed, stage), "progress": report}
             logs.append(fit(model, data, epochs=length, **seeded, **fit_options))

@@ -2,12 +2,14 @@
 
 import hashlib
 import io
+import pickle
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from filelock import FileLock
@@ -26,12 +28,13 @@ PARTS = {"state", "training", "value"}
 def cached(function: Callable[..., Any], model: nn.Module, *args: Any, progress: Progress | None = None, **kwargs: Any):
     """``function(model, *args, **kwargs)``, or what it did and returned the last time everything was the same.
 
-    The function changes tensors of the model's ``state_dict`` in place, and nothing else, and returns data that
-    ``torch.save`` can write. The key holds all that determines the result (see `lib.keys.content`): the function's
-    code and all that it refers to, the whole model, the data, the arguments, device kind, thread count and torch
-    version. Two processes that want the same entry compute it once. A file that is damaged or does not fit the model is
-    reported and computed anew; a function that has changed more than it may is reported, and nothing is kept. The
-    cache lies in ``.cache/`` or in the environment's ``CACHE_ROOT``.
+    The function changes tensors of the model's ``state_dict`` in place, and nothing else, and returns numbers, text,
+    tensors and data frames, or tuples, lists and dicts of these; a NumPy scalar comes back as Python's. The key holds
+    all that determines the result (see `lib.keys.content`): the function's code and all that it refers to, the whole
+    model, the data, the arguments, device kind, thread count and torch version. Two processes that want the same entry
+    compute it once. A file that is damaged or does not fit the model is reported and computed anew; a function that has
+    changed more than it may, or returns something else, is reported, and nothing is kept. The cache lies in ``.cache/``
+    or in the environment's ``CACHE_ROOT``.
 
     Raises:
         KeysError: an argument, or an attribute of the model, of which nobody can tell when it is the same.
@@ -59,11 +62,16 @@ def cached(function: Callable[..., Any], model: nn.Module, *args: Any, progress:
             return _from_plain(entry["value"])
         before = _beside(model, args, kwargs)
         value = function(model, *args, progress=progress, **kwargs)
-        if before == _beside(model, args, kwargs):
-            _write(path, model, value)
-        else:
+        if before != _beside(model, args, kwargs):
             warnings.warn(f"{name} changed more than the model's state_dict: nothing is kept", stacklevel=2)
-    return value
+            return value
+        try:
+            stored = _to_plain(value)
+        except TypeError as error:
+            warnings.warn(f"{name} returned {error}: nothing is kept", stacklevel=2)
+            return value
+        _write(path, model, stored)
+        return _from_plain(stored)  # as it will come back
 
 
 @contextmanager
@@ -80,10 +88,10 @@ def _locked(path: Path) -> Iterator[None]:
         lock.release()
 
 
-def _write(path: Path, model: nn.Module, value: Any) -> None:
+def _write(path: Path, model: nn.Module, value: dict[str, Any]) -> None:
     state = {k: v.cpu() for k, v in model.state_dict().items()}
     payload = io.BytesIO()
-    torch.save({"state": state, "training": [m.training for m in model.modules()], "value": _to_plain(value)}, payload)
+    torch.save({"state": state, "training": [m.training for m in model.modules()], "value": value}, payload)
     write_whole(path, hashlib.sha256(payload.getvalue()).digest() + payload.getvalue())
 
 
@@ -93,7 +101,10 @@ def _read(path: Path, model: nn.Module) -> dict | None:
         return None
     raw, wrong = path.read_bytes(), "is damaged"
     if hashlib.sha256(raw[32:]).digest() == raw[:32]:
-        entry, wrong = torch.load(io.BytesIO(raw[32:]), weights_only=True), "is of another network"
+        try:
+            entry, wrong = torch.load(io.BytesIO(raw[32:]), weights_only=True), "is of another network"
+        except pickle.UnpicklingError:
+            entry = None
         if isinstance(entry, dict) and {*entry} == PARTS and _shapes(entry["state"]) == _shapes(model.state_dict()):
             return entry
     warnings.warn(f"cache file {path.parent.name}/{path.name} {wrong}; computing it anew", stacklevel=3)
@@ -105,15 +116,29 @@ def _shapes(state: dict[str, Tensor]) -> dict[str, tuple]:
 
 
 def _to_plain(value: Any) -> dict[str, Any]:
-    if isinstance(value, tuple):
-        return {"tuple": [_to_plain(v) for v in value]}
-    return {"frame": value.to_dict("list")} if isinstance(value, pd.DataFrame) else {"plain": value}
+    """A value as what can be read without running code; TypeError, in words, for what would come back as another."""
+    value = value.item() if isinstance(value, np.generic) else value
+    if type(value) in (tuple, list):
+        return {type(value).__name__: [_to_plain(v) for v in value]}
+    if type(value) is dict:
+        return {"dict": [(_to_plain(k), _to_plain(v)) for k, v in value.items()]}
+    if isinstance(value, pd.DataFrame):
+        columns = value.to_dict("list")
+        if not pd.DataFrame(columns).equals(value):
+            raise TypeError("a data frame with an index or types of its own (reset_index?)")
+        return {"frame": columns}
+    if value is None or type(value) in (bool, int, float, complex, str, bytes) or isinstance(value, Tensor):
+        return {"plain": value}
+    raise TypeError(f"a {type(value).__name__}")
 
 
 def _from_plain(stored: dict[str, Any]) -> Any:
-    if "tuple" in stored:
-        return tuple(_from_plain(v) for v in stored["tuple"])
-    return pd.DataFrame(stored["frame"]) if "frame" in stored else stored["plain"]
+    (kind, held), *_ = stored.items()
+    if kind in ("tuple", "list"):
+        return {"tuple": tuple, "list": list}[kind](_from_plain(v) for v in held)
+    if kind == "dict":
+        return {_from_plain(k): _from_plain(v) for k, v in held}
+    return pd.DataFrame(held) if kind == "frame" else held
 
 
 def _key(function: Callable, model: nn.Module, args: tuple, kwargs: dict) -> str:

@@ -214,9 +214,9 @@ def fit(
 ) -> pd.DataFrame:
     """Train ``model`` in place on ``data.train`` by the loss of its task, where the model and the data already are.
 
-    Bit-identical for the same seed, device and thread count. The last epoch's weights are what is left: nothing is
-    selected by its score. Whatever happens, also an error or an interrupt, hooks are ended and each module is in the
-    mode that it had.
+    Bit-identical for the same seed, device and thread count; torch's global generator is set to ``seed``. The last
+    epoch's weights are what is left: nothing is selected by its score. Whatever happens, also an error or an interrupt,
+    hooks are ended and each module is in the mode that it had.
 
     Args:
         start: step (batch of the whole run, see `steps_per_epoch`) to go on from, with its learning rate and its order
@@ -247,6 +247,8 @@ def fit(
     if epochs < 0 or not lr > 0:
         raise TrainingError(f"{epochs=}, {lr=}: allowed are epochs >= 0 and lr > 0")
     _check_fit(model, data.train)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise TrainingError("no parameter of the model is trained: requires_grad is False in all, or there is none")
     learning_rate(schedule, lr, 0.0)
     steps, task = steps_per_epoch(data, batch_size), data.task
     end = epochs * steps if stop is None else stop

@@ -13,7 +13,7 @@ import pandas as pd
 from torch import Tensor, nn
 
 from lib.constraint import mask_of
-from lib.shapes import all_layers, dense_macs, uses
+from lib.shapes import all_layers, dense_macs, source, uses
 from lib.training.loop import Progress
 
 Product = Literal["forward", "input_gradient", "weight_gradient"]
@@ -25,9 +25,9 @@ class Meter:
 
     A forward pass in training mode costs ``N * positions * weights * density`` multiply-accumulates, its backward pass
     as much for the gradient of the inputs (none for a layer whose inputs need no gradient, such as the first) and as
-    much for that of the weights. ``density`` is that of the layer's mask at that moment, 1 without one: what is zero
-    but held by no mask is computed like all else. Operands count as 32 bits wide. Passes in evaluation mode, norms,
-    activations and the optimizer are not counted.
+    much for that of the weights (none if they are frozen), where a gradient comes to the output. ``density`` is that of
+    the layer's mask at that moment, 1 without one: what is zero but held by no mask is computed like all else. Operands
+    count as 32 bits wide. Passes in evaluation mode, norms, activations and the optimizer are not counted.
 
     >>> from lib.training.spent import Meter
     >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
@@ -58,10 +58,14 @@ class Meter:
             if layer.training and self in _open and not getattr(layer, "charges_itself", False):
                 macs = dense_macs(layer, output) * _density(layer)
                 self.add(name, "forward", macs)
-                if output.requires_grad:
-                    if inputs[0].requires_grad:
-                        self.add(name, "input_gradient", macs)
-                    self.add(name, "weight_gradient", macs)
+                products = ["input_gradient"] * inputs[0].requires_grad + ["weight_gradient"] * _trained(layer)
+
+                def back(_: Tensor) -> None:
+                    for product in products:
+                        self.add(name, product, macs)
+
+                if output.requires_grad:  # where a checkpoint makes it again, no gradient comes to the second
+                    output.register_hook(back)
 
         return count
 
@@ -93,6 +97,12 @@ def uncounted() -> Iterator[None]:
         yield
     finally:
         _open.extend(reversed(paused))
+
+
+def _trained(layer: nn.Module) -> bool:
+    """Whether a gradient of the weights is computed, or of what they are made of."""
+    made_of = source(layer)
+    return not isinstance(made_of, Tensor) or made_of.requires_grad
 
 
 def _density(layer: nn.Module) -> float:
