@@ -626,10 +626,13 @@ def test_gradients_go_straight_through_the_broken_weights(images):
     seen = {}
 
     class Look(training.Hook):
+        def before_step(self, model, step):
+            for n, layer in shapes.prunable(model).items():
+                seen.setdefault(n, layer.weight.detach().clone())
+
         def after_backward(self, model, step):
-            if not seen:
-                seen.update({n: layer.weight.detach().clone() for n, layer in shapes.prunable(model).items()})
-                seen.update({f"grad {n}": leaf(m).grad.clone() for n, m in shapes.prunable(model).items()})
+            for n, layer in shapes.prunable(model).items():
+                seen.setdefault(f"grad {n}", leaf(layer).grad.clone())
 
     start = deepcopy(net)
     training.fit(net, images, epochs=1, lr=1e-6, batch_size=1000, hooks=(hook, Look()))
