@@ -44,6 +44,20 @@ def test_the_ledger_is_the_committed_one(rendered):
         assert ours == pytest.approx(theirs, rel=1e-6, abs=1e-9, nan_ok=True)
 
 
+def test_the_readme_counts_the_ledger():
+    claims = pd.read_csv(PAPER / "claims.csv")
+    ours, verdict = claims["kind"] == "ours", claims["verdict"]
+    reproduced, open_ = ~ours & (verdict == "reproduced"), ~ours & (verdict == "inconclusive")
+    said = (
+        f"Of {(~ours).sum()} claims of papers {reproduced.sum()} are reproduced "
+        f"({(reproduced & (claims['kind'] == 'arithmetic')).sum()} of them sums of published tables), "
+        f"{(~ours & (verdict == 'not reproduced')).sum()} are not, and {open_.sum()} are inconclusive, "
+        f"{(open_ & (claims['n'] < 5)).sum()} of them with fewer than five networks. "
+        f"Another {ours.sum()} claims are our own."
+    )
+    assert said in " ".join((PROJECT / "README.md").read_text("utf-8").split())
+
+
 def test_the_tables_are_the_committed_ones(rendered):
     for table in sorted((PAPER / "results").glob("*.csv")):
         mine, committed = ((folder / "results" / table.name).read_text().splitlines() for folder in (rendered, PAPER))
