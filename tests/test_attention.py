@@ -115,6 +115,22 @@ def test_keys_and_values_in_another_order_are_the_same_attention():
     assert taken.tolist() == [[0, 64]] * 4
 
 
+def test_no_key_of_the_future_is_taken():
+    q, k, v = drawn(n=100)
+    order = torch.arange(100).expand(4, 4, 100).clone()
+    every = [ordered_attention(q / 4, k, v, order, torch.full((4, 4), n), segment=32, queries=16) for n in (96, 999)]
+    assert all(torch.allclose(out, dense_attention(q, k, v).out, atol=2e-6) for out, _ in every)
+    assert every[0][1].tolist() == every[1][1].tolist() == [[0, 0, 32, 32, 64, 64, 96]] * 4
+    with pytest.raises(KernelError, match="rows: the queries of each segment"):
+        ordered_attention(
+            q, k, v, order, order[..., 0], segment=32, queries=16, rows=torch.arange(99, -1, -1).expand(4, 100)
+        )
+    for key in (-1, 32, 1000):
+        order[2, 1, 5] = key
+        with pytest.raises(KernelError, match="order: a key that is to be taken"):
+            ordered_attention(q, k, v, order, torch.full((4, 4), 6), segment=32, queries=16)
+
+
 def test_bad_input_is_named():
     q, k, v = drawn(n=64)
     for wrong, said in (({"tau": 1.0}, "tau = 1.0"), ({"share": -0.1}, "share = -0.1"), ({"rule": "x"}, "rule = 'x'")):
@@ -122,6 +138,8 @@ def test_bad_input_is_named():
             SparseAttention(**wrong)
     with pytest.raises(KernelError, match="segment = 96: a positive multiple of queries = 64"):
         SparseAttention(segment=96)(*drawn(n=200))
+    with pytest.raises(KernelError, match="segment = 0: a positive multiple"):
+        ordered_attention(q, k, v, torch.zeros(4, 1, 64), torch.zeros(4, 1), segment=0)
     with pytest.raises(KernelError, match="no whole groups"):
         SparseAttention()(*drawn(n=64, heads=4, groups=4)[:1], *drawn(n=64, heads=3, groups=3)[1:])
     with pytest.raises(KernelError, match="float32 on a CPU"):

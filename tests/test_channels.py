@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from lib.channels import compact, coupled, follow, residual_groups
+from lib.channels.paths import check_same
 from lib.constraint import ConstraintError, attach_masks, detach_masks, masks, select, weights
 from lib.models import build
 from lib.pruning import Filter
@@ -427,6 +428,42 @@ def test_refusals_of_follow(model, mask, message):
     found = filter_masks(mask, model) if any(isinstance(m, list) for m in mask.values()) else mask
     with pytest.raises(ConstraintError, match=message):
         follow(model, found, example)
+
+
+class Rolled(nn.Sequential):
+    def forward(self, x):
+        return self[1](self[0](x).relu().roll(1, 1))
+
+
+@pytest.mark.parametrize("cut", [follow, lambda model, masks, example: compact(model, example)])
+def test_an_example_of_zeros_hides_no_change(cut):
+    model = Rolled(nn.Conv2d(1, 4, 3, bias=False), nn.Conv2d(4, 2, 1, bias=False))
+    model[0].weight.data[1] = 0
+    with pytest.raises(ConstraintError, match="unseen"):
+        cut(model, {"0": model[0].weight != 0}, torch.zeros(1, 1, 8, 8))
+
+
+class Heads(nn.Sequential):
+    def forward(self, x):
+        x = self[0](x).relu()
+        return {"out": self[1](x), "others": (self[2](x),)}
+
+
+class Words(nn.Sequential):
+    def forward(self, x):
+        return type("Words", (), {"y": super().forward(x)})()
+
+
+def test_all_outputs_are_compared():
+    model, example = Heads(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 2, 1), nn.Conv2d(4, 3, 1)), images((1, 8, 8))
+    model[0].weight.data[1], model[0].bias.data[1] = 0, 0
+    small, other = compact(model, example), deepcopy(model)
+    assert small[0].out_channels == 3
+    other[2].bias.data += 1
+    with pytest.raises(ConstraintError, match="it changes outputs by up to 1"):
+        check_same(model, other, example, "it")
+    with pytest.raises(ConstraintError, match="returns no tensors"):
+        check_same(Words(), Words(), example, "it")
 
 
 def test_a_size_written_into_forward_is_refused():

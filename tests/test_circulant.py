@@ -89,6 +89,10 @@ def test_operations_by_counting():
         conv, linear = (BlockCirculant(k).operations(torch.zeros(64, 64, *kernel)) for kernel in ((3, 3), ()))
         transforms = 2 * (64 // k) * fft_operations(k)
         assert conv - transforms == 9 * (linear - transforms) + (9 - 1) * 64
+    for options in ({"groups": 4}, {"stride": 2}):  # a block straddles groups; a transform of inputs between outputs
+        conv = nn.Sequential(nn.Conv2d(16, 16, 3, **options))
+        with pytest.raises(costs.CostError, match="0: by transforms, a convolution without groups and stride"):
+            costs.network_operations(conv, {"0": BlockCirculant(4)}, (16, 8, 8))
     with pytest.raises(ConstraintError, match="k = 6: operations"):
         BlockCirculant(6).operations(torch.zeros(12, 12))
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from lib.constraint import attach_masks, harden, masks
 from lib.costs.compute import break_even, latency_ratio, product, product_times, sparse_speedup, sparse_weight
+from lib.costs.energy import CostError
 from lib.models import build
 from lib.pruning import Filter
 from lib.shapes import macs, prunable
@@ -150,3 +151,7 @@ def test_speed_up_of_a_networks_own_products_is_a_ratio(images):
     assert 0.1 < ratio < 1000
     with pytest.raises(ValueError, match="structure = 'pattern'"):
         sparse_speedup(net, images.shape, "pattern", batch=4, repeats=3)
+    fc = nn.Linear(64, 32).double()
+    with pytest.raises(CostError, match="block = 5: must divide both sides of a 32 x 64"):
+        sparse_speedup(fc, (64,), "block", repeats=3)
+    assert sparse_speedup(fc, (64,), "block", repeats=3, block=4) > 0

@@ -61,6 +61,8 @@ class TestLoops:
     def test_two_strides_are_refused(self):
         with pytest.raises(ShapeError, match=r"layer 0 has the stride \(2, 1\)"):
             loop_bounds(nn.Sequential(nn.Conv2d(1, 1, 3, stride=(2, 1))), (1, 9, 9))
+        with pytest.raises(CostError, match="dil: D = 2: loops of a kernel without dilation"):
+            Loops.of(pd.DataFrame([{"layer": "dil", "K": 1, "C": 1, "R": 3, "S": 3, "D": 2}]))
 
     def test_splits_are_all_there_and_none_twice(self):
         found = {*map(tuple, splits(12, 3).tolist())}
@@ -255,6 +257,8 @@ class TestNests:
             Nest.parse("dram K2; rf S5")
         with pytest.raises(CostError, match="dataflow = 'no local reuse': known are row stationary"):
             search(SMALL, "no local reuse", EYERISS)
+        with pytest.raises(CostError, match="layer: row stationary tiles of N cover 1 of 4"):
+            search(replace(SMALL, N=4), "row stationary", EYERISS)
         with pytest.raises(CostError, match="chip 'tpu': known are eyeriss, shidiannao"):
             Chip.read("tpu")
         with pytest.raises(CostError, match="unit energy dram = -1"):
@@ -456,6 +460,18 @@ class TestBill:
         assert other.loc["mac", "energy_pJ"] == one.loc["mac", "energy_pJ"] / 4
         with pytest.raises(CostError, match="no layer fc9; there are conv1, conv2, fc1, fc2"):
             digital_bill(RowStationary(), self.LAYERS, {"fc9": Stored(8)})
+
+    def test_a_layer_used_twice_takes_both_uses(self):
+        twice = [Loops(K=8, C=8, Yo=n, Xo=n, R=3, S=3, Yi=n, Xi=n, layer="conv") for n in (16, 4)]
+        apart = [replace(use, layer=name) for use, name in zip(twice, "ab", strict=True)]
+        for column in ("cycles", "energy_pJ"):
+            sums = [digital_bill(RowStationary(), layers)[column].sum() for layers in (twice, apart)]
+            assert sums[0] == pytest.approx(sums[1])
+        spent = [("conv", "forward", 32, 32, sum(use.macs for use in twice))]
+        spent = pd.DataFrame(spent, columns=["layer", "product", "bits_a", "bits_b", "macs"])
+        for layers in (twice, twice[::-1]):  # 4 bytes at 100 pJ: inputs and outputs of 8 channels, 576 weights a use
+            dram = training_bill(spent, layers).set_index("component")["energy_pJ"]["forward, DRAM"]
+            assert dram == 400 * (2 * 8 * (16**2 + 4**2) + 2 * 576)
 
     def test_training_by_hand(self):
         layer = Loops(K=3, C=2, Yo=4, Xo=4, R=3, S=3, Yi=4, Xi=4, groups=2, layer="conv")

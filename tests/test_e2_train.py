@@ -407,6 +407,11 @@ def test_the_gate_stays_at_full_width(gated):
         assert "forward" in vars(gated.block1_1.block.conv1)
 
 
+def test_a_convolution_along_one_dimension_is_refused():
+    with pytest.raises(TrainingError, match="layer 0 is a Conv1d"), predictive_signs(nn.Sequential(nn.Conv1d(1, 2, 3))):
+        pass
+
+
 def test_evaluation_at_eight_bits(images):
     torch.manual_seed(0)
     layer, x = nn.Linear(5, 3).eval(), torch.randn(4, 5)

@@ -144,6 +144,13 @@ def test_the_pull_shrinks_scales(vgg, images):
     assert sums[1] < sums[0]
 
 
+def test_frozen_scales_are_not_pulled(vgg, images):
+    vgg.bn1_1.requires_grad_(False)
+    masks, _, _ = early_bird(vgg, images, sparsity=0.5, draw=False, **OPTIONS)
+    assert len(masks) == 3
+    assert (vgg.bn1_1.weight == 1).all()
+
+
 def test_the_same_detector_for_magnitude(net, images):
     plan = pruning.uniform_plan(net, pruning.Unstructured(0.5))
     masks, _, _ = early_bird(net, images, plan=plan, draw=False, **OPTIONS)

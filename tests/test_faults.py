@@ -119,6 +119,9 @@ def test_faults_in_one_slice_leave_the_others():
     broken = InSlice(StuckAt(0.3), 2).disturb(cells.clone(), mapping, 0, "fc")
     changed = (broken != cells).flatten(1).any(1)
     assert changed.tolist() == [False, False, True, False]
+    both = InSlice((StuckAt(0.3), StuckAt(1.0, ratio=0)), 2).disturb(cells.clone(), mapping, 0, "fc")
+    assert (both[2] == mapping.g_min).all()
+    assert torch.equal(both[:2], cells[:2])
     with pytest.raises(CrossbarError, match="slices 0 to 3"):
         InSlice(StuckAt(0.3), 4).disturb(cells, mapping, 0, "fc")
 

@@ -73,6 +73,12 @@ def test_images_that_are_too_small_are_told_the_size_that_is_needed(name, size, 
         assert build(name, (1, needs, needs), 3).eval()(torch.zeros(1, 1, needs, needs)).shape == (1, 3)
 
 
+def test_both_sides_of_an_image_have_to_do():
+    for shape in ((1, 8, 8), (1, 8, 28), (1, 28, 8)):  # two negative sides make a positive size
+        with pytest.raises(ModelError, match=f"lenet5 takes no images of {shape[1]}x{shape[2]}"):
+            build("lenet5", shape, 10)
+
+
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
 def test_auxiliary_heads_are_off(name):
     net = build(name, (1, 75, 75), 5).train()

@@ -235,6 +235,9 @@ def test_what_is_wrong_with_images_is_said(tmp_path):
         data.pixels(str(tmp_path), classes=3)
     with pytest.raises(DataError, match="has no images"):
         data.pixels("nothing_here", tmp_path, classes=3)
+    for option in ({"resize": 16}, {"crop": 8}):
+        with pytest.raises(DataError, match="images of a known set stay as they are"):
+            data.pixels("fashion_mnist", classes=10, size=20, **option)
 
 
 # --- what a trial costs -----------------------------------------------------------------------------------------------

@@ -291,8 +291,21 @@ class TestSequences:
         assert (peak[found.test.y == 0] > peak[found.test.y == 1].max()).all()  # classes by name: high, low
         with pytest.raises(DataError, match=r"longest = 5: .* 11 frames"):
             data.sequences(str(tmp_path), longest=5)
-        (tmp_path / "train" / "low" / "0.wav").write_bytes(b"RIFF")
-        with pytest.raises(DataError, match=r"0.wav cannot be read"):
+        without = data.sequences(str(tmp_path), validation_size=0)
+        assert [len(s) for s in (without.train, without.validation)] == [12, 0]
+        (tmp_path / "train" / ".hidden").mkdir()
+        (tmp_path / "train" / "low" / "5.wav").rename(tmp_path / "train" / "low" / "5.WAV")
+        assert torch.equal(data.sequences(str(tmp_path)).train.x.nan_to_num(), found.train.x.nan_to_num())
+        whole = (first := tmp_path / "train" / "low" / "0.wav").read_bytes()
+        for damaged, said in ((b"RIFF", "cannot be read"), (whole[:-1], "is cut short"), (whole[:-2], "1198 of 1200")):
+            first.write_bytes(damaged)
+            with pytest.raises(DataError, match=rf"0.wav .*{said}"):
+                data.sequences(str(tmp_path))
+        (tmp_path / "test" / "middle").mkdir()
+        with pytest.raises(DataError, match="different classes: middle in one"):
+            data.sequences(str(tmp_path))
+        (tmp_path / "train" / "middle").mkdir()
+        with pytest.raises(DataError, match=r"train/middle has no sounds \(.wav\)"):
             data.sequences(str(tmp_path))
 
     def test_text(self, tmp_path):

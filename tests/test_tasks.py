@@ -149,6 +149,9 @@ class TestData:
         people = ~faces.train.y[..., 0].isnan().all(2)
         assert (people.sum(1) >= 1).all()
         assert faces.train.y[people][:, 1].isnan().any()
+        (file := tmp_path / "faces" / "faces68_test.npz").write_bytes(file.read_bytes()[:-200])
+        with pytest.raises(DataError, match=r"faces68_test.npz cannot be read"):
+            data.poses("faces", tmp_path, side=96)
 
     @pytest.mark.parametrize(
         ("options", "said"),
@@ -205,8 +208,12 @@ class TestIllness:
         assert abs(float(small.train.x[:, 0].std()) - 1) < 1e-4
         with pytest.raises(DataError, match="train: 10 images of 9"):
             data.medmnist("small", tmp_path, train_size=10)
-        file.write_bytes(b"nothing")
-        with pytest.raises(DataError, match="cannot be read"):
+        for damaged in (b"nothing", file.read_bytes()[:-200]):
+            file.write_bytes(damaged)
+            with pytest.raises(DataError, match="cannot be read"):
+                data.medmnist("small", tmp_path)
+        np.savez(file, **parts | {"test_images": np.zeros((7, 8, 8, 8), np.uint8)})  # of three dimensions
+        with pytest.raises(DataError, match=r"holds images \(7, 8, 8, 8\) uint8"):
             data.medmnist("small", tmp_path)
 
 

@@ -384,6 +384,8 @@ class TestSmartExchange:
         assert bill.data == 4 * int(f.coefficients.count_nonzero())
         assert bill.table == 16 * 9 * 8
         assert bill.index <= f.coefficients.numel()
+        weight[:12] = 0
+        assert c.storage_bits(weight, 8).table == 4 * 9 * 8  # nothing is made of the other bases
 
     def test_refusals(self):
         for bad in ({"threshold": 1.0}, {"bits": 1}, {"iterations": 0}, {"rows": 2}):

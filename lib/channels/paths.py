@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves
 
 from lib.channels.spaces import Space, first_line, groups_of, is_depthwise, own_norms, spaces_of, trace
 from lib.constraint import ConstraintError, Masks, Plan, plain
@@ -232,11 +233,22 @@ def zeroed(model: nn.Module, masks: Masks) -> nn.Module:
 
 @torch.no_grad()
 def check_same(model: nn.Module, other: nn.Module, example: Tensor, what: str) -> None:
-    """Refuse a change of the outputs beyond rounding: the traced graph then misses something that the model does."""
+    """Refuse a change of the outputs beyond rounding: the traced graph then misses something that the model does.
+
+    Outputs are all tensors that it returns, in whatever tuples and dicts, and are compared for the example and, as of
+    zeros most networks make zeros, for noise of its shape; whole numbers other than bytes are their own noise.
+    """
+    noise = torch.rand(example.shape, generator=torch.Generator().manual_seed(0))
+    noise = noise if example.is_floating_point() else noise * 256
+    images = [example, noise.to(example)] if example.is_floating_point() or example.dtype == torch.uint8 else [example]
     try:
-        before, after = (deepcopy(net).eval()(example) for net in (model, other))
-    except RuntimeError as error:
+        before, after = ([deepcopy(net).eval()(x) for x in images] for net in (model, other))
+    except (RuntimeError, IndexError) as error:
         raise ConstraintError(f"{what}: the model does not run any more ({first_line(error)})") from error
-    if not torch.allclose(before, after, rtol=1e-4, atol=1e-5 * max(1.0, float(before.abs().max()))):
-        worst = float((before - after).abs().max())
-        raise ConstraintError(f"{what} changes the outputs by up to {worst:.2g}: the model mixes its channels unseen")
+    pairs = zip(tree_leaves(before), tree_leaves(after), strict=True)
+    if not (tensors := [pair for pair in pairs if isinstance(pair[0], Tensor)]):
+        raise ConstraintError(f"{what}: the model returns no tensors that could be compared")
+    for old, new in tensors:
+        if not torch.allclose(old, new, rtol=1e-4, atol=1e-5 * max(1.0, float(old.abs().max()))):
+            worst = float((old - new).abs().max())
+            raise ConstraintError(f"{what} changes outputs by up to {worst:.2g}: the model mixes its channels unseen")

@@ -37,7 +37,7 @@ def crossbar_bill(design: Design, tiles: pd.DataFrame, cycles: Mapping[str, floa
         tiles: as of `lib.crossbar.tile` or `lib.crossbar.occupied`. cycles: as of `Design.energy`.
 
     Raises:
-        CostError: a design that has no prices.
+        CostError: a design that has no prices, or a layer of ``cycles`` that is not there.
 
     >>> import torch
     >>> from lib import crossbar
@@ -49,7 +49,7 @@ def crossbar_bill(design: Design, tiles: pd.DataFrame, cycles: Mapping[str, floa
     """
     energy = design.energy(tiles, cycles).drop(columns="total")
     energy = energy.melt("layer", var_name="component", value_name="energy_pJ")
-    taken = tiles["layer"].map(cycles or {}).fillna(design.array.steps) / design.array.steps * tiles["steps"]
+    taken = design.share(tiles, cycles) * tiles["steps"]
     area = design.area(int(tiles["arrays"].sum()))
     return _rows(energy, dict(zip(tiles["layer"], taken.astype(float), strict=True)), area.to_dict())
 
@@ -90,7 +90,7 @@ def digital_bill(
         words = with_stored(accesses(layer, best.to_dict()), kept)
         found = tidy(words, units, layer.groups).groupby("level", sort=False)["energy"].sum()
         parts.append(pd.DataFrame({"layer": layer.layer, "component": found.index, "energy_pJ": found.to_numpy()}))
-        cycles[layer.layer] = best["cycles"] * (1 - kept.skipped)
+        cycles[layer.layer] = cycles.get(layer.layer, 0.0) + best["cycles"] * (1 - kept.skipped)  # a row a use
     return _rows(pd.concat(parts), cycles, {"chip": chip.area_mm2})
 
 
@@ -102,7 +102,7 @@ def training_bill(spent: pd.DataFrame, layers: list[Loops], batch: int = 1) -> p
     configuration of Eyeriss says; results are as wide as the wider operand. Time and area are left out.
 
     Args:
-        spent: as `lib.training.metered` returns it. layers: of one input.
+        spent: as `lib.training.metered` returns it, all uses of a layer together. layers: of one input, a row a use.
         batch: inputs that are computed with the same weights.
 
     Returns:
@@ -119,17 +119,18 @@ def training_bill(spent: pd.DataFrame, layers: list[Loops], batch: int = 1) -> p
     >>> [int(pj) for pj in bill["energy_pJ"]]  # arithmetic, and a million weights of four bytes at 100 pJ
     [4600000, 400800000]
     """
-    loops = {layer.layer: layer for layer in layers}
+    loops = {layer.layer: [use for use in layers if use.layer == layer.layer] for layer in layers}
     if unknown := sorted({*spent["layer"]} - {*loops}):
         raise CostError(f"spent: no layer {unknown[0]}; there are {', '.join(loops)}")
     if batch < 1:
         raise CostError(f"batch = {batch}: 1 or more is allowed")
     byte, rows = table("digital_chips")("eyeriss", "dram_pJ"), []
     for row in training_energy(spent).itertuples(index=False):
-        layer = loops[row.layer]
-        numbers = {"x": layer.inputs, "w": layer.weights / batch, "y": layer.outputs}
+        sizes = ("inputs", "weights", "outputs", "macs")
+        inputs, weights, outputs, macs = (sum(getattr(use, size) for use in loops[row.layer]) for size in sizes)
+        numbers = {"x": inputs, "w": weights / batch, "y": outputs}
         a, b, out = (numbers[name] for name in ORDER[row.product])
         bits = a * row.bits_a + b * row.bits_b + out * max(row.bits_a, row.bits_b)
         rows.append((row.layer, f"{row.product}, arithmetic".replace("_", " "), row.energy_J * 1e12))
-        rows.append((row.layer, f"{row.product}, DRAM".replace("_", " "), bits / 8 * byte * row.macs / layer.macs))
+        rows.append((row.layer, f"{row.product}, DRAM".replace("_", " "), bits / 8 * byte * row.macs / macs))
     return _rows(pd.DataFrame(rows, columns=BILL[:3]), {}, {})

@@ -38,6 +38,7 @@ def network_operations(model: nn.Module, plan: Plan, shape: tuple[int, ...], ski
 
     Raises:
         ConstraintError: a plan that cannot be, or blocks whose side is no power of two.
+        CostError: blocks of circulants in a convolution with groups or a stride.
 
     >>> from lib import costs, models, sharing
     >>> model, plan = models.build("lenet300", (1, 16, 16), 10), {"fc1": sharing.BlockCirculant(4)}
@@ -48,6 +49,8 @@ def network_operations(model: nn.Module, plan: Plan, shape: tuple[int, ...], ski
     layers, work, rows = prunable(model), macs(model, shape, skip), []
     for layer, size, dense, left in work[["layer", "weights", "dense_macs", "macs"]].itertuples(index=False):
         own = getattr(plan.get(layer), "operations", None)
+        if own and (getattr(layers[layer], "groups", 1) > 1 or {*getattr(layers[layer], "stride", ())} - {1}):
+            raise CostError(f"{layer}: by transforms, a convolution without groups and stride is counted")
         operations = own(layers[layer].weight.detach()) * (dense // size) if own else 2 * left
         rows.append((layer, 2 * int(dense), int(operations)))
     return pd.DataFrame(rows, columns=["layer", "dense", "operations"])
@@ -130,9 +133,11 @@ def latency_ratio(
     return middle, min(float(found.low), middle), max(float(found.high), middle)
 
 
-def _check(structure: Structure) -> None:
+def _check(structure: Structure, rows: int, columns: int, block: int) -> None:
     if structure not in get_args(Structure):
         raise CostError(f"structure = {structure!r}: allowed are {', '.join(get_args(Structure))}")
+    if structure == "block" and (rows % block or columns % block):
+        raise CostError(f"block = {block}: must divide both sides of a {rows} x {columns} weight")
 
 
 def sparse_weight(
@@ -143,14 +148,12 @@ def sparse_weight(
     Raises:
         CostError: an unknown structure, a density outside (0, 1], or a block that does not divide both sides.
     """
-    _check(structure)
+    _check(structure, rows, columns, block)
     if not 0 < density <= 1:
         raise CostError(f"density = {density}: allowed are numbers in (0, 1]")
     height, width = {"unstructured": (1, 1), "block": (block, block), "filter": (1, columns), "column": (rows, 1)}[
         structure
     ]
-    if rows % height or columns % width:
-        raise CostError(f"block = {block}: must divide both sides of a {rows} x {columns} weight")
     generator = torch.Generator().manual_seed(seed)
     grid = (rows // height, columns // width)
     order = torch.rand(grid, generator=generator).flatten().argsort()
@@ -169,9 +172,9 @@ def product(weight: Tensor, structure: Structure, block: int = 5) -> Callable[[T
     - ``column``: the dense product of the columns that are left, ``(F, N)``, gathering their activations included.
 
     Raises:
-        CostError: an unknown structure.
+        CostError: an unknown structure, or a block that does not divide both sides.
     """
-    _check(structure)
+    _check(structure, *weight.shape, block)
     if structure in ("unstructured", "block"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch calls its sparse layouts a beta
@@ -232,7 +235,12 @@ def product_times(
 
 
 def sparse_speedup(
-    model: nn.Module, shape: tuple[int, int, int], structure: Structure, batch: int = 8, repeats: int = 10
+    model: nn.Module,
+    shape: tuple[int, int, int],
+    structure: Structure,
+    batch: int = 8,
+    repeats: int = 10,
+    block: int = 5,
 ) -> float:
     """How many times faster the products of all prunable layers are when they use ``structure``, on this CPU.
 
@@ -249,8 +257,8 @@ def sparse_speedup(
     totals, generator = np.zeros(2), torch.Generator().manual_seed(0)
     for row in macs(model, shape).itertuples():
         weight = prunable(model)[row.layer].weight.detach().flatten(1).contiguous()
-        x = torch.randn(weight.shape[1], batch * row.dense_macs // row.weights, generator=generator)
-        call = product(weight, structure)
+        x = torch.randn(weight.shape[1], batch * row.dense_macs // row.weights, generator=generator).to(weight)
+        call = product(weight, structure, block)
         with _one_thread():
             pairs = _in_turns(lambda w=weight, x=x: w @ x, lambda call=call, x=x: call(x), repeats, warmup=1)
         totals += [median(side) for side in zip(*pairs, strict=True)]

@@ -33,7 +33,7 @@ def occupied(
 
     Returns:
         The columns of `tile`, ``kept`` weights and ``index_bits``; ``rows`` and ``filters`` are those of dense layers,
-        ``rows_left`` and ``filters_left`` of the largest group that are not all zero.
+        ``rows_left`` and ``filters_left`` of the largest group: under ``none`` all, else those that are not all zero.
 
     Raises:
         CrossbarError: an unknown rule, or more rows in a group than an array has.
@@ -58,7 +58,8 @@ def occupied(
             more, bits = _strips(part, rule, height)
             strips, index = strips + more, index + bits
         row = count(strips, layer.vectors, array, stacked=rule == "shapes")
-        left = [(int(part.any(0).sum()), int(part.any(1).sum())) for part in mask.chunk(layer.groups)]
+        there = mask | (rule == "none")
+        left = [(int(part.any(0).sum()), int(part.any(1).sum())) for part in there.chunk(layer.groups)]
         row |= {"rows_left": max(r for r, _ in left), "filters_left": max(f for _, f in left)}
         found.append(row | {"kept": int(mask.sum()), "index_bits": index})
     return pd.concat([shapes, pd.DataFrame(found, index=shapes.index)], axis=1)

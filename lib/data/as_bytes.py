@@ -23,7 +23,9 @@ def pixels(
     crop: int = 0,
     bicubic: bool = False,
 ) -> Split:
-    """Labelled images as bytes ``(N, 3, H, W)``: a quarter of their size as floats, 150 MB for 1,000 of 224 x 224.
+    """Labelled images as bytes ``(N, C, H, W)``: a quarter of their size as floats, 150 MB for 1,000 of 224 x 224.
+
+    Those of a folder become RGB, those of ``NAMES`` keep their channels.
 
     The class of an image is the folder that it lies in or, where images lie side by side, its name up to the first
     ``_``; labels number the classes in the order of their names, as ImageNet's do. Images come class by class in
@@ -37,7 +39,8 @@ def pixels(
         bicubic: how to resize; else bilinear.
 
     Raises:
-        DataError: images that are missing, differ in size or cannot be read; labels that are not those of ``classes``.
+        DataError: images that are missing, differ in size or cannot be read; labels that are not those of ``classes``;
+            ``resize`` or ``crop`` of one of ``NAMES``.
 
     >>> from pathlib import Path
     >>> from tempfile import TemporaryDirectory
@@ -51,6 +54,8 @@ def pixels(
     (torch.Size([3, 3, 2, 2]), [2, 0, 1], [0, 1, 0])
     """
     if name in NAMES:
+        if resize or crop:
+            raise DataError(f"{name}: resize = {resize}, crop = {crop}; images of a known set stay as they are")
         _, _, x, y = read_named(name, data_root(root))
         labels, take = y.tolist(), lambda index: x[index]
     else:

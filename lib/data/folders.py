@@ -13,6 +13,7 @@ from lib.data.errors import DataError
 from lib.data.named import NAMES, Arrays
 
 ENDINGS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+Parts = dict[tuple[str, str], list[Path]]
 
 
 def fingerprint(name: str) -> str:
@@ -39,7 +40,7 @@ def fingerprint(name: str) -> str:
     return hashlib.sha256(repr(listed).encode()).hexdigest()[:16]
 
 
-def images(folder: Path) -> list[Path]:
+def images(folder: Path, endings: tuple[str, ...] = ENDINGS) -> list[Path]:
     """The images below a folder, by name; links are followed, hidden files and folders left out.
 
     Raises:
@@ -63,7 +64,7 @@ def images(folder: Path) -> list[Path]:
         here = Path(place)
         inner = {f: (here / f).resolve() for f in folders if not f.startswith(".")}
         folders[:] = [f for f, target in inner.items() if not here.resolve().is_relative_to(target)]  # no way back up
-        found += [here / f for f in files if not f.startswith(".") and f.lower().endswith(ENDINGS)]
+        found += [here / f for f in files if not f.startswith(".") and f.lower().endswith(endings)]
     return sorted(found)
 
 
@@ -93,14 +94,7 @@ def read_folder(folder: Path, image_size: int = 0) -> Arrays:
     >>> x.shape, x.unique().tolist(), y_test.tolist()
     (torch.Size([1, 3, 2, 2]), [255], [0])
     """
-    classes, test_classes = (_classes(folder / part) for part in ("train", "test"))
-    if classes != test_classes:
-        only = sorted({*classes} ^ {*test_classes})
-        raise DataError(f"dataset {str(folder)!r}: train/ and test/ hold different classes: {', '.join(only)} in one")
-    found = {(part, name): images(folder / part / name) for part in ("train", "test") for name in classes}
-    for (part, name), paths in found.items():
-        if not paths:
-            raise DataError(f"dataset {str(folder)!r}: {part}/{name} has no images ({', '.join(ENDINGS)})")
+    classes, found = by_class(folder)
     pixels = [_read(path, image_size) for paths in found.values() for path in paths]
     if len({p.shape for p in pixels}) > 1:
         raise DataError(f"dataset {str(folder)!r}: images differ in size; give image_size to resize them")
@@ -110,6 +104,25 @@ def read_folder(folder: Path, image_size: int = 0) -> Arrays:
     y = torch.tensor([classes.index(name) for (_, name), paths in found.items() for _ in paths])
     train = sum(len(paths) for (part, _), paths in found.items() if part == "train")
     return x[:train], y[:train], x[train:], y[train:]
+
+
+def by_class(folder: Path, endings: tuple[str, ...] = ENDINGS, what: str = "images") -> tuple[list[str], Parts]:
+    """The classes of a folder, and the files of each by ``train`` or ``test`` and class.
+
+    Raises:
+        DataError: a folder that cannot be listed, a class that is in one part alone, or one without files.
+    """
+    classes, test_classes = (_classes(folder / part) for part in ("train", "test"))
+    if classes != test_classes:
+        only = sorted({*classes} ^ {*test_classes})
+        raise DataError(f"dataset {str(folder)!r}: train/ and test/ hold different classes: {', '.join(only)} in one")
+    if not classes:
+        raise DataError(f"dataset {str(folder)!r}: train/ and test/ hold no folders, one a class")
+    found = {(part, name): images(folder / part / name, endings) for part in ("train", "test") for name in classes}
+    for (part, name), paths in found.items():
+        if not paths:
+            raise DataError(f"dataset {str(folder)!r}: {part}/{name} has no {what} ({', '.join(endings)})")
+    return classes, found
 
 
 def _classes(folder: Path) -> list[str]:

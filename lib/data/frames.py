@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from lib.data.errors import DataError
+from lib.data.folders import by_class
 from lib.data.loading import _shuffled
 from lib.data.named import NAMES, data_root, read_named
 from lib.data.splits import Data, Split
@@ -48,17 +49,19 @@ def read_sound(path: Path) -> tuple[Tensor, int]:
     """Samples of a wav file between -1 and 1, the mean of its channels, and its rate in hertz.
 
     Raises:
-        DataError: no wav file of whole numbers of 8, 16 or 32 bits, or an empty one.
+        DataError: no wav file of whole numbers of 8, 16 or 32 bits, an empty one, or one that is cut short.
     """
     try:
         with wave.open(str(path)) as file:
             width, channels, rate = file.getsampwidth(), file.getnchannels(), file.getframerate()
-            raw = file.readframes(file.getnframes())
+            raw, said = file.readframes(file.getnframes()), file.getnframes() * channels * width
     except (OSError, EOFError, wave.Error) as error:
         raise DataError(f"{path} cannot be read as a wav file ({error})") from None
     kinds = {1: ("u1", 128, 128), 2: ("<i2", 0, 2**15), 4: ("<i4", 0, 2**31)}
     if width not in kinds or not raw:
         raise DataError(f"{path}: {8 * width} bits, {len(raw)} bytes; sounds of 8, 16 or 32 bits are read")
+    if len(raw) != said:
+        raise DataError(f"{path} is cut short: {len(raw)} of {said} bytes of samples")
     kind, zero, scale = kinds[width]
     numbers = (np.frombuffer(raw, kind).astype(np.float32) - zero) / scale
     return torch.from_numpy(numbers.reshape(-1, channels).mean(1)), rate
@@ -80,7 +83,7 @@ def sequences(
       the last, a row a frame, and what it shows.
     - ``spoken_digits``: `log_mel` frames of recordings, ``speech/fsdd/<digit>_<speaker>_<index>.wav`` in the data root
       as in the Free Spoken Digit Dataset, whose test recordings are those of index 0 to 4. Or the path of a folder with
-      ``train/<class>/*.wav`` and ``test/<class>/*.wav``, all of one rate.
+      ``train/<class>/*.wav`` and ``test/<class>/*.wav``, the same classes, all of one rate.
     - ``shakespeare``: ``text/tinyshakespeare.txt`` in the data root; or the path of another ``.txt``. A line is a
       sequence, a frame a character as one-hot numbers, and what is learned is the next character at every place, the
       line's end among them: ``y`` ``(N, T)``, `PADDING` after the end. The last tenth of the lines is for the test.
@@ -127,13 +130,13 @@ def sequences(
         every = torch.cat([x for x, _ in chosen[0]]).double()
         mean, std = every.mean(0).float(), every.std(0).float()
         std[std == 0] = 1.0
-    splits = [_padded(split, frames, mean, std) for split in chosen]
+    splits = [_padded(split, chosen[0][0], frames, mean, std) for split in chosen]
     return Data(Path(name).stem, *splits, classes)
 
 
-def _padded(examples: list[tuple[Tensor, Tensor]], frames: int, mean, std) -> Split:
-    x = torch.full((len(examples), frames, examples[0][0].shape[1]), torch.nan)
-    each = examples[0][1].ndim  # a label for every frame
+def _padded(examples: list[tuple[Tensor, Tensor]], like: tuple[Tensor, Tensor], frames: int, mean, std) -> Split:
+    x = torch.full((len(examples), frames, like[0].shape[1]), torch.nan)
+    each = like[1].ndim  # a label for every frame
     y = torch.full((len(examples), frames)[: 1 + each], PADDING)
     for i, (sequence, label) in enumerate(examples):
         x[i, : len(sequence)] = (sequence.float() - mean) / std
@@ -160,14 +163,11 @@ def _read(name: str, root: str | Path | None, hop: int) -> tuple[list, list, int
     if name == "shakespeare" or path.suffix == ".txt":
         return _lines(data_root(root) / "text" / "tinyshakespeare.txt" if name == "shakespeare" else path)
     if (path / "train").is_dir() and (path / "test").is_dir():
-        names = sorted(p.name for p in (path / "train").iterdir() if p.is_dir())
-        found = [
-            _sounds([(p, k) for k, c in enumerate(names) for p in sorted((path / part / c).glob("*.wav"))], hop)
-            for part in ("train", "test")
-        ]
-        if not all(found):
-            raise DataError(f"{path}: train/<class>/*.wav and test/<class>/*.wav are expected in both")
-        return *found, len(names), True
+        classes, files = by_class(path, (".wav",), "sounds")
+        found = (
+            _sounds([(p, k) for k, c in enumerate(classes) for p in files[part, c]], hop) for part in ("train", "test")
+        )
+        return *found, len(classes), True
     raise DataError(
         f"sequences {name!r} are unknown: allowed are {', '.join(SEQUENCES)}, the path of a .txt file, "
         "or of a folder with train/<class>/*.wav and test/<class>/*.wav"

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from lib.data.errors import DataError
 from lib.data.loading import _mean_and_std, _shuffled
-from lib.data.named import data_root
+from lib.data.named import DAMAGED, data_root
 from lib.data.splits import Data, Split
 from lib.data.task import Task, classification
 
@@ -91,10 +91,10 @@ def medmnist(
     try:
         with np.load(path, allow_pickle=False) as file:
             parts = [(file[f"{part}_images"], file[f"{part}_labels"]) for part in ("train", "val", "test")]
-    except (OSError, ValueError, KeyError) as error:
+    except DAMAGED as error:
         raise DataError(f"{name}: {path} cannot be read as a set of MedMNIST ({error})") from None
     for x, y in parts:
-        if x.dtype != np.uint8 or x.ndim not in (3, 4) or y.shape != (len(x), 1):
+        if x.dtype != np.uint8 or not (x.ndim == 3 or (x.ndim == 4 and x.shape[3] == 3)) or y.shape != (len(x), 1):
             raise DataError(f"{name}: {path} holds images {x.shape} {x.dtype} with labels {y.shape}")
     kept = []
     for (x, y), size, part in zip(parts, (train_size, 0, test_size), ("train", "val", "test"), strict=True):

@@ -5,6 +5,7 @@ import hashlib
 import os
 import zlib
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -13,6 +14,9 @@ from torch import Tensor
 from lib.data.errors import DataError
 
 SHIPPED_ROOT = Path(__file__).resolve().parent.parent.parent / "data"
+DAMAGED = (OSError, EOFError, ValueError, KeyError, BadZipFile, zlib.error)
+"""What numpy raises of an ``.npz`` that is cut short, changed, or something else."""
+
 NAMES = ("fashion_mnist", "mnist", "cifar10", "cifar100")
 
 # SHA-256 of the four decompressed idx files of Fashion-MNIST (Xiao et al. 2017, as packaged by Debian).

@@ -11,7 +11,7 @@ from torch.nn.functional import interpolate
 
 from lib.data.errors import DataError
 from lib.data.loading import _shuffled
-from lib.data.named import data_root
+from lib.data.named import DAMAGED, data_root
 from lib.data.skeletons import FACE, FIGURE, STRIDE
 from lib.data.splits import Data, Split
 
@@ -153,7 +153,7 @@ def _faces(path: Path) -> tuple[Tensor, Tensor]:
     try:
         with np.load(path, allow_pickle=False) as file:
             x, y = torch.from_numpy(file["images"]), torch.from_numpy(file["keypoints"])
-    except (OSError, ValueError, KeyError) as error:
+    except DAMAGED as error:
         raise DataError(
             f"faces: {path} cannot be read ({error}); it should hold images (N, H, W) uint8 and keypoints (N, 68, 2)"
         ) from None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lib.crossbar import CrossbarError, Device, Mapping
-from lib.crossbar.devices import each
+from lib.crossbar.devices import Devices, each
 from lib.faults.chips import events, failures, time_of
 
 RATIO = 5.2
@@ -131,7 +131,7 @@ class StuckAt(Device):
 
 @dataclass(frozen=True)
 class InSlice(Device):
-    """A device that disturbs the cells of one slice alone, the lowest digit first: which digit hurts most?
+    """A device, or several, that disturb the cells of one slice alone, the lowest digit first: which digit hurts most?
 
     >>> from lib.crossbar import Mapping
     >>> from lib.faults import InSlice, StuckAt, read_back
@@ -142,7 +142,7 @@ class InSlice(Device):
     [-65.0, -127.0]
     """
 
-    device: Device
+    device: Devices
     slice: int
 
     def __post_init__(self) -> None:
@@ -156,6 +156,8 @@ class InSlice(Device):
         """
         if not 0 <= self.slice < len(cells):
             raise CrossbarError(f"slice = {self.slice}: the mapping has slices 0 to {len(cells) - 1}")
-        broken = self.device.disturb(cells.clone(), mapping, chip, layer)
+        broken = cells.clone()
+        for device in each(self.device):
+            broken = device.disturb(broken, mapping, chip, layer)
         cells[self.slice] = broken[self.slice]
         return cells

@@ -88,7 +88,7 @@ def ordered_attention(
     Args:
         q: ``(H, n, d)``, scaled as it should be. k, v: ``(G, n, d)``; ``H / G`` heads share one of keys and values.
         order: of the keys before each segment, ``(H, segments, n)``; what stands after those is not looked at.
-        limit: how many of these at most, ``(H, segments)``.
+        limit: how many of these at most, ``(H, segments)``; more than there are: all.
         segment: length of a segment, a multiple of ``queries``. rows: in which order the queries of each segment form
             blocks, ``(H, n)``; None: as they come.
         queries, block: queries and keys of a block.
@@ -99,7 +99,8 @@ def ordered_attention(
         ``(H, n, d)``, and the keys that every block of queries took from the past, ``(H, blocks)``.
 
     Raises:
-        KernelError: other shapes or types, or a segment that blocks of queries do not fill.
+        KernelError: other shapes or types, a segment that blocks of queries do not fill, keys in an order that do not
+            stand before their segment, or rows that are not each segment's own.
 
     >>> import torch
     >>> from torch.nn.functional import scaled_dot_product_attention
@@ -111,6 +112,8 @@ def ordered_attention(
     True
     """
     heads, n, _ = q.shape
+    if segment < 1 or queries < 1 or block < 1 or (segment % queries and segment < n):
+        raise KernelError(f"segment = {segment}: a positive multiple of queries = {queries} is allowed")
     count = -(-n // segment)
     shapes = {"k": (*k.shape[1:],), "v": (*v.shape[1:],), "order": (*order.shape,), "limit": (*limit.shape,)}
     asked = {"k": (*q.shape[1:],), "v": (*q.shape[1:],), "order": (heads, count, n), "limit": (heads, count)}
@@ -119,11 +122,15 @@ def ordered_attention(
             raise KernelError(f"{name} of {shape}: {asked[name]} is allowed for queries of {(*q.shape,)}")
     if len(k) != len(v) or heads % len(k):
         raise KernelError(f"{heads} heads of queries, {len(k)} of keys and {len(v)} of values: no whole groups")
-    if segment < 1 or queries < 1 or block < 1 or (segment % queries and segment < n):
-        raise KernelError(f"segment = {segment}: a positive multiple of queries = {queries} is allowed")
     if any(t.dtype != torch.float32 or t.device.type != "cpu" for t in (q, k, v)):
         raise KernelError(f"queries, keys, values of {q.dtype}, {k.dtype}, {v.dtype}: float32 on a CPU is allowed")
-    rows = torch.arange(n).expand(heads, n) if rows is None else rows
+    own, past = torch.arange(n).expand(heads, n), segment * torch.arange(count)
+    rows, limit = own if rows is None else rows, torch.minimum(limit, past)
+    looked_at = torch.arange(n) < limit[..., None]  # (H, segments, n)
+    if (looked_at & ((order < 0) | (order >= past[:, None]))).any():
+        raise KernelError("order: a key that is to be taken does not stand before its segment")
+    if not torch.equal(rows.sort().values, own) or not torch.equal(rows // segment, own // segment):
+        raise KernelError("rows: the queries of each segment, each once, are allowed")
     arrays = [t.detach().contiguous().numpy() for t in (q, k, v, rows, order, limit)]
     out, taken = np.empty(q.shape, np.float32), np.zeros((heads, -(-n // queries)), np.int64)
     q_, k_, v_, rows_, order_, limit_ = arrays

@@ -28,8 +28,8 @@ def lenet5(shape: tuple[int, int, int], classes: int) -> nn.Module:
     {'conv1': 500, 'conv2': 25000, 'fc1': 400000, 'fc2': 5000}
     """
     c, h, w = shape
-    flat = 50 * (((h - 4) // 2 - 4) // 2) * (((w - 4) // 2 - 4) // 2)
-    if flat <= 0:
+    rows, columns = (((side - 4) // 2 - 4) // 2 for side in (h, w))
+    if min(rows, columns) <= 0:
         raise ModelError(f"lenet5 takes no images of {h}x{w}: the smallest square ones are 16x16")
     return nn.Sequential(
         OrderedDict(
@@ -40,7 +40,7 @@ def lenet5(shape: tuple[int, int, int], classes: int) -> nn.Module:
             relu2=nn.ReLU(),
             pool2=nn.MaxPool2d(2),
             flat=nn.Flatten(),
-            fc1=nn.Linear(flat, 500),
+            fc1=nn.Linear(50 * rows * columns, 500),
             relu3=nn.ReLU(),
             fc2=nn.Linear(500, classes),
         )

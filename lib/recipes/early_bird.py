@@ -134,7 +134,8 @@ class ScalePull(Hook):
     def after_backward(self, model: nn.Module, step: int) -> None:
         """Add the penalty's subgradient to the gradients."""
         for norm in model.modules():
-            if self.strength and isinstance(norm, _BatchNorm) and norm.affine:
+            learns = isinstance(norm, _BatchNorm) and norm.affine and norm.weight.grad is not None  # not where frozen
+            if self.strength and learns:
                 norm.weight.grad += self.strength * norm.weight.sign()
 
 

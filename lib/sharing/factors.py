@@ -36,9 +36,9 @@ class Factors(NamedTuple):
     errors: tuple[float, ...]
 
     def storage(self, bits: int, basis_bits: int) -> Storage:
-        """Nonzero coefficients, where they are, and the bases."""
+        """Nonzero coefficients, where they are, and the bases of slices that have any."""
         bill = irregular_levels((self.coefficients != 0).flatten(0, 1), bits)  # (slices * rows, n)
-        return bill._replace(table=bill.table + self.basis.numel() * basis_bits)
+        return bill._replace(table=bill.table + self.basis[self.coefficients.flatten(1).any(1)].numel() * basis_bits)
 
 
 @dataclass(frozen=True)

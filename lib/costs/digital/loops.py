@@ -22,10 +22,10 @@ class Loops:
     Attributes:
         K, C: filters, and input channels. Yo, Xo: rows and columns of the output. R, S: of the kernel. U: stride.
         N: inputs in a batch. Yi, Xi: rows and columns of the input; 0: as many as the output takes, unpadded.
-        groups: that compute so, one after the other.
+        groups: that compute so, one after the other. D: dilation, of which only 1 is known.
 
     Raises:
-        CostError: a number that is not positive.
+        CostError: a number that is not positive, or a dilated kernel, whose windows have gaps.
 
     >>> from lib.costs.digital import Loops
     >>> layer = Loops(K=50, C=20, Yo=8, Xo=8, R=5, S=5)
@@ -45,6 +45,7 @@ class Loops:
     Xi: int = 0
     groups: int = 1
     layer: str = "layer"
+    D: int = 1
 
     def __post_init__(self) -> None:
         for size, out, kernel in (("Yi", self.Yo, self.R), ("Xi", self.Xo, self.S)):
@@ -53,6 +54,8 @@ class Loops:
         for name in ("K", "C", "Yo", "Xo", "R", "S", "U", "N", "Yi", "Xi", "groups"):
             if getattr(self, name) < 1:
                 raise CostError(f"{self.layer}: {name} = {getattr(self, name)}: 1 or more is allowed")
+        if self.D != 1:
+            raise CostError(f"{self.layer}: D = {self.D}: loops of a kernel without dilation are known")
 
     @classmethod
     def of(cls, bounds: pd.DataFrame) -> list[Self]:

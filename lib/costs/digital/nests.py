@@ -322,7 +322,7 @@ def search(layer: Loops, dataflow: str, chip: Chip, bits: Mapping[str, int] | No
         ``cycles``, ``tilings`` (how many fitted).
 
     Raises:
-        CostError: an unknown dataflow, or no tiling fits.
+        CostError: an unknown dataflow, one without a place for a loop of the layer (a batch), or no tiling fits.
 
     >>> from lib.costs.digital import Chip, Loops, search
     >>> layer = Loops(K=16, C=16, Yo=8, Xo=8, R=3, S=3)
@@ -340,6 +340,8 @@ def search(layer: Loops, dataflow: str, chip: Chip, bits: Mapping[str, int] | No
         ways[loop] = way[way[:, levels.index("noc")] <= chip.rows * chip.columns] if "noc" in levels else way
     tiles = combined(ways)
     nest = Nest.parse(text, tiles)
+    for loop, product, asked in covered(layer, {level: nest.tiles(level) for level in LEVELS}):
+        raise CostError(f"{layer.layer}: {dataflow} tiles of {loop} cover {product} of {asked}")
     fits = prod(nest.tiles("noc").values()) <= chip.rows * chip.columns
     for memory, needed in held(layer, nest, chip, bits).items():
         fits = fits & (needed <= chip.size[memory])

@@ -228,7 +228,8 @@ def predictive_signs(
         The rule, with the share ``predicted`` and the ``agreement`` since its ``reset``.
 
     Raises:
-        TrainingError: a value that is not allowed, or layers that another such block has swapped.
+        TrainingError: a value that is not allowed, a convolution along one dimension, or layers that another such block
+            has swapped.
 
     >>> from lib.recipes.e2_train import predictive_signs
     >>> layer = torch.nn.Linear(4, 3)
@@ -239,7 +240,10 @@ def predictive_signs(
     """
     rule = SignPrediction(threshold, msb_bits, msb_bits_grad, scale)
     gates = {id(m) for gate in model.modules() if isinstance(gate, RecurrentGate) for m in gate.modules()}
-    layers = [layer for layer in prunable(model).values() if id(layer) not in gates]
+    named = {name: layer for name, layer in prunable(model).items() if id(layer) not in gates}
+    for name in (name for name, layer in named.items() if isinstance(layer, nn.Conv1d)):
+        raise TrainingError(f"predictive_signs: layer {name} is a Conv1d; linear layers and Conv2d are known")
+    layers = [*named.values()]
     if any("forward" in vars(layer) for layer in layers):
         raise TrainingError("predictive_signs: the network's layers are swapped already; leave the other block first")
     for layer in layers:
