@@ -240,30 +240,35 @@ def loop_bounds(model: nn.Module, shape: tuple[int, ...], skip: bool = False) ->
 
     Returns:
         One row per use of a layer: ``layer``; ``groups``; ``K`` filters and ``C`` input channels of one group; ``Yo``
-        and ``Xo`` of the output; ``R`` and ``S`` of the kernel; ``U``, the stride; ``Yi`` and ``Xi`` of the input,
-        without padding. A linear layer is a convolution whose output is as wide as it has tokens.
+        and ``Xo`` of the output; ``R`` and ``S`` of the kernel; ``U``, the stride, and ``D``, the dilation; ``Yi`` and
+        ``Xi`` of the input, without padding. A linear layer is a convolution whose output is as wide as it has tokens.
 
     Raises:
-        ShapeError: as `all_layers`, or a stride that differs between rows and columns.
+        ShapeError: as `all_layers`, or a stride or dilation that differs between rows and columns.
 
     >>> from lib import models, shapes
     >>> shapes.loop_bounds(models.build("lenet5", (1, 28, 28), 10), (1, 28, 28)).iloc[1, 2:].tolist()
-    [50, 20, 8, 8, 5, 5, 1, 12, 12]
+    [50, 20, 8, 8, 5, 5, 1, 1, 12, 12]
     """
     all_layers(model, "loops", skip)
     rows = []
     for name, layer, x, y in _met(model, shape):
         filters, channels, *kernel = layer.weight.shape
         if isinstance(layer, nn.Linear):
-            inside, outside, stride = [x.numel() // channels], [y.numel() // filters], 1
+            inside, outside, both = [x.numel() // channels], [y.numel() // filters], [1, 1]
         else:
-            inside, outside, (stride, *others) = x.shape[-len(kernel) :], y.shape[-len(kernel) :], layer.stride
-            if others not in ([], [stride]):
-                raise ShapeError(f"loops: layer {name} has the stride {layer.stride}; the same both ways is known")
+            inside, outside, both = x.shape[-len(kernel) :], y.shape[-len(kernel) :], []
+            for what in ("stride", "dilation"):
+                first, *others = getattr(layer, what)
+                if others not in ([], [first]):
+                    raise ShapeError(
+                        f"loops: layer {name} has the {what} {first, *others}; the same both ways is known"
+                    )
+                both.append(first)
         groups = getattr(layer, "groups", 1)
         (Yi, Xi), (Yo, Xo), (R, S) = ((1,) * (2 - len(size)) + (*size,) for size in (inside, outside, kernel))
-        rows.append((name, groups, filters // groups, channels, Yo, Xo, R, S, stride, Yi, Xi))
-    return pd.DataFrame(rows, columns=["layer", "groups", "K", "C", "Yo", "Xo", "R", "S", "U", "Yi", "Xi"])
+        rows.append((name, groups, filters // groups, channels, Yo, Xo, R, S, *both, Yi, Xi))
+    return pd.DataFrame(rows, columns=["layer", "groups", "K", "C", "Yo", "Xo", "R", "S", "U", "D", "Yi", "Xi"])
 
 
 @contextmanager

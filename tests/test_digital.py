@@ -61,8 +61,8 @@ class TestLoops:
     def test_two_strides_are_refused(self):
         with pytest.raises(ShapeError, match=r"layer 0 has the stride \(2, 1\)"):
             loop_bounds(nn.Sequential(nn.Conv2d(1, 1, 3, stride=(2, 1))), (1, 9, 9))
-        with pytest.raises(CostError, match="dil: D = 2: loops of a kernel without dilation"):
-            Loops.of(pd.DataFrame([{"layer": "dil", "K": 1, "C": 1, "R": 3, "S": 3, "D": 2}]))
+        with pytest.raises(CostError, match="0: D = 2: loops of a kernel without dilation"):
+            Loops.of(loop_bounds(nn.Sequential(nn.Conv2d(1, 1, 3, dilation=2)), (1, 9, 9)))
 
     def test_splits_are_all_there_and_none_twice(self):
         found = {*map(tuple, splits(12, 3).tolist())}
