@@ -71,7 +71,7 @@ class Design:
             cycles: steps that inputs take on average, by layer, where zeros ahead are skipped
                 (`lib.crossbar.effective_cycles`); others take all of ``array.steps``.
         """
-        share = self.share(tiles, cycles)
+        share = self._share(tiles, cycles)
         parts = {part: tiles[column] * share * pj for part, (column, pj) in self.events().items()}
         found = pd.DataFrame({"layer": tiles["layer"], **parts})
         return found.assign(total=found.drop(columns="layer").sum(axis=1))
@@ -82,21 +82,14 @@ class Design:
 
     def latency(self, tiles: pd.DataFrame, cycles: Dict[str, float] | None = None) -> float:
         """Time of one input in ns, layer after layer."""
-        return float((tiles["steps"] * self.share(tiles, cycles)).sum() * self.read_ns)
+        return float((tiles["steps"] * self._share(tiles, cycles)).sum() * self.read_ns)
 
-    def share(self, tiles: pd.DataFrame, cycles: Dict[str, float] | None) -> pd.Series:
-        """Of all ``array.steps``, what each layer takes.
-
-        Raises:
-            CostError: a layer of ``cycles`` that is not there.
-        """
-        if unknown := sorted({*(cycles or {})} - {*tiles["layer"]}):
-            raise CostError(f"cycles: no layer {unknown[0]}; there are {', '.join(tiles['layer'])}")
+    def _share(self, tiles: pd.DataFrame, cycles: Dict[str, float] | None) -> pd.Series:
         return tiles["layer"].map(cycles or {}).fillna(self.array.steps) / self.array.steps
 
     def summary(self, tiles: pd.DataFrame, cycles: Dict[str, float] | None = None) -> pd.Series:
         """Arrays, conversions, energy (nJ), area (mm2) and time (us) of one network."""
-        share, arrays = self.share(tiles, cycles), int(tiles["arrays"].sum())
+        share, arrays = self._share(tiles, cycles), int(tiles["arrays"].sum())
         return pd.Series(
             {
                 "arrays": arrays,
@@ -262,9 +255,6 @@ class Timely(Design):
 
     A time stands for a whole 8-bit number, so that there are no steps; each input is read from its buffer once. The
     crossbar's own energy is not verified and left out, so is the area of anything but converters and buffers.
-
-    Raises:
-        CostError: inputs of more bits than go in at once, which would take steps.
     """
 
     array: Array = field(default_factory=lambda: Array(256, 256, Mapping("offset", 8, 4), input_bits=8, dac_bits=8))
@@ -274,24 +264,13 @@ class Timely(Design):
     counted: ClassVar[str] = "time converters, analog buffers, adders, comparators, input reads, output writes"
     left_out: ClassVar[str] = "the cells' own energy (not verified); area of arrays, control and digital buffers"
 
-    def __post_init__(self) -> None:
-        if self.array.steps != 1:
-            bits, most = self.array.input_bits, self.array.dac_bits
-            raise CostError(f"{self.name}: inputs of {bits} bits, {most} at a time: one step is allowed")
-
     @property
     def read_ns(self) -> float:
         """Unit latency of the Accelergy library."""
         return table("timely")("unit_latency", "time_ns")
 
     def energy(self, tiles: pd.DataFrame, cycles: Dict[str, float] | None = None) -> pd.DataFrame:
-        """As `Design.energy`; ``cycles`` do not apply, as numbers go in whole.
-
-        Raises:
-            CostError: tiles of the rules ``blocks`` or ``shapes``, whose conversions are not known.
-        """
-        if (tiles.get("index_bits", pd.Series(0)) > 0).any():
-            raise CostError(f"{self.name}: zeros that an index leaves out; the rules none and lines are priced")
+        """As `Design.energy`; ``cycles`` do not apply, as numbers go in whole."""
         timely = table("timely")
         pj = {part: timely(part, "energy_fJ") / 1000 for part in timely.frame.index if part not in UNPRICED}
         mapping, vectors = self.array.mapping, tiles["vectors"]
@@ -329,7 +308,13 @@ UNPRICED = ("array_256x256", "unit_latency")
 
 
 def at_bits(design: Design, weight_bits: int, input_bits: int) -> Design:
-    """The design for numbers of other widths; cells that hold more bits than a weight has hold those."""
+    """The design for numbers of other widths; cells that hold more bits than a weight has hold those.
+
+    Raises:
+        CostError: inputs that take several steps, of a design whose numbers go in whole.
+    """
+    if isinstance(design, Timely) and input_bits > design.array.dac_bits:
+        raise CostError(f"{design.name}: inputs of {input_bits} bits, {design.array.dac_bits} at a time: one step")
     mapping = design.array.mapping
     cell_bits = mapping.cell_bits and min(mapping.cell_bits, weight_bits)
     mapping = replace(mapping, weight_bits=weight_bits, cell_bits=cell_bits)
