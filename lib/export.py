@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from lib.constraint import State, state_of
 from lib.files import write_whole
 from lib.models import ModelError, set_weights
-from lib.shapes import prunable
+from lib.shapes import hides_weights, prunable
 
 __all__ = ["ExportError", "read", "restore", "save"]
 
@@ -80,7 +80,8 @@ def save(model: nn.Module, path: str | Path) -> pd.DataFrame:
         ``table_bits``, as in `lib.costs.network_storage`; the rest of the file is biases, batch norm and its header.
 
     Raises:
-        ExportError: a layer of other numbers than float32, bfloat16 and float16.
+        ExportError: a layer of other numbers than float32, bfloat16 and float16, or a module that keeps its weights
+            where no file would find them: a compiled kernel, a quantized layer of torch.
         OSError: the file cannot be written.
 
     >>> from tempfile import TemporaryDirectory
@@ -91,6 +92,10 @@ def save(model: nn.Module, path: str | Path) -> pd.DataFrame:
     >>> rows.to_dict("records")[0]  # 2 bits for each run of zeros, 2 for each multiple of 0.5, and the step
     {'layer': '0', 'positions': 'runs', 'values': 'step', 'kept': 3, 'data_bits': 6, 'index_bits': 6, 'table_bits': 32}
     """
+    if hidden := [name or "the model" for name, module in model.named_modules() if hides_weights(module)]:
+        raise ExportError(
+            f"{', '.join(hidden)}: its weights are in no state_dict; save the network that it was made of"
+        )
     state, rows = state_of(model), []
     first = _first_names(state)
     said: dict[str, Packed | str] = {name: other for name, other in first.items() if other != name}
@@ -139,7 +144,7 @@ def read(path: str | Path) -> State:
             if isinstance(packed, list):
                 state[name] = _unpack(state[name].numpy(), Packed(*packed))
         return state | {name: state[other] for name, other in said.items() if isinstance(other, str)}
-    except (SafetensorError, TypeError, KeyError, IndexError, json.JSONDecodeError) as error:
+    except (SafetensorError, TypeError, KeyError, IndexError, ValueError, json.JSONDecodeError) as error:
         raise ExportError(f"{path} is damaged, or was not written by lib.export.save: {error}") from None
 
 

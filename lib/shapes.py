@@ -135,6 +135,16 @@ def makers(layer: nn.Module, parameter: str = "weight") -> list[str]:
     return [type(p).__name__ for p in (*hooks, *chain) if not isinstance(p, Parametrization)]
 
 
+def hides_weights(module: nn.Module) -> bool:
+    """Whether a module keeps weights where nobody finds them: kernels as arrays, torch's quantized layers packed.
+
+    >>> from lib.shapes import hides_weights
+    >>> hides_weights(torch.nn.Linear(2, 1))
+    False
+    """
+    return getattr(module, "stands_for_layer", False) or type(module).__module__.startswith("torch.ao.nn.quantized")
+
+
 def others(model: nn.Module) -> list[str]:
     """Modules with weights that are no layers, with their kinds; what is ``digital`` by its own word does not count.
 
@@ -148,7 +158,8 @@ def others(model: nn.Module) -> list[str]:
     return sorted(
         f"{name or 'the model'} ({type(module).__name__})"
         for name, module in model.named_modules()
-        if id(module) not in inside and any(p.ndim > 1 for p in module.parameters(recurse=False))
+        if id(module) not in inside
+        and (hides_weights(module) or any(p.ndim > 1 for p in module.parameters(recurse=False)))
     )
 
 

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from lib import costs, data, faults, models, recipes
 from lib.constraint import ConstraintError, Storage, harden
+from lib.keys import content
 from lib.layers import CirculantConv2d, CirculantLinear, LayerError, as_dense, circulant
 from lib.pruning import Filter
 from lib.shapes import ShapeError, layer_shapes
@@ -160,3 +161,29 @@ def test_training_inside_is_training_by_columns():
     assert torch.allclose(columns.fc1.weight(), net.fc1.weight, atol=1e-6)
     recipes.retrain_inside(net, plan, images, epochs=1, lr=0.05)
     assert plan["fc1"].member(net.fc1.weight, 1e-5)
+
+
+def test_places_ties_and_frozen_layers_are_kept():
+    layer, plan = nn.Linear(8, 8).requires_grad_(False), {"0": BlockCirculant(4)}
+    net = circulant(nn.Sequential(layer, nn.ReLU(), layer), plan)
+    assert net[0] is net[2]
+    dense = as_dense(net)
+    assert dense[0] is dense[2]
+    assert not any(p.requires_grad for one in (net, dense) for p in one.parameters())
+    tied = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    tied[2].weight = tied[0].weight
+    watched = nn.Sequential(nn.Linear(8, 8))
+    watched[0].register_forward_pre_hook(lambda layer, x: (x[0].round(),))
+    for wrong in (tied, watched):
+        with pytest.raises(LayerError, match="0: it has hooks, or shares its weight"):
+            circulant(wrong, plan)
+
+
+def test_a_change_through_data_is_seen_in_evaluation_and_is_no_part_of_a_key():
+    layer, x = CirculantLinear(nn.Linear(8, 8, bias=False), 4).eval(), torch.rand(3, 8)
+    before = content(layer)
+    with torch.no_grad():
+        first = layer(x)
+        assert content(layer) == before
+        layer.columns.data.mul_(3)
+        torch.testing.assert_close(layer(x), 3 * first)

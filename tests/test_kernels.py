@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lib import kernels, models, pruning
+from lib import costs, export, kernels, models, pruning, quantization, shapes
 from lib.constraint import harden
 from lib.kernels import (
     BalancedLinear,
@@ -21,6 +21,7 @@ from lib.kernels import (
 )
 from lib.kernels.convolutions import _strip
 from lib.kernels.network import candidates
+from lib.shapes import ShapeError
 
 
 def near(found, expected):
@@ -215,3 +216,46 @@ def test_storage_of_an_irregular_kernel_counts_every_weight():
     weight[0, 0, 0, 0] = weight[1, 2, 1, 2] = weight[3, 3, 2, 0] = 1.0
     kept = SparseConv.of(weight, patterns=False)
     assert (kept.storage(16).data, len(kept.patterns)) == (48, 9)
+
+
+def thin(layer, kept=0.03):
+    layer.weight.data *= torch.rand(layer.weight.shape, generator=torch.Generator().manual_seed(1)) < kept
+    return layer
+
+
+class TestWhatStandsInANetwork:
+    @pytest.fixture
+    def net(self):
+        return nn.Sequential(thin(nn.Linear(400, 400)), nn.ReLU(), nn.Linear(400, 10)).eval()
+
+    def test_a_compiled_layer_is_no_layer_that_an_account_could_miss(self, net, tmp_path):
+        fast = kernels.compile(net, torch.rand(1, 400), gain=0)  # whatever is faster today
+        with pytest.raises(ShapeError, match=r"storage.*the model also has 0 "):
+            costs.network_storage(fast, {}, 8)
+        with pytest.raises(ShapeError, match="the model also has 0 "):
+            shapes.macs(fast, (400,))
+        with pytest.raises(export.ExportError, match="0: its weights are in no state_dict"):
+            export.save(fast, tmp_path / "fast.safetensors")
+
+    def test_a_layer_with_a_hook_stays(self, net):
+        quantization.quantize_activations(net, 2, torch.rand(64, 400))
+        fast, x = kernels.compile(net, torch.rand(1, 400), gain=0), torch.rand(1, 400)
+        assert fast.choices["kernel"].tolist() == ["dense", "dense"]
+        assert torch.equal(fast(x), net(x))
+
+    @pytest.mark.parametrize("called", ["functional", "keyword"])
+    def test_a_network_that_reads_the_weight_itself_stays_dense(self, called):
+        class Tied(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.enc = thin(nn.Linear(400, 400))
+
+            def forward(self, x):
+                if called == "keyword":
+                    return self.enc(input=x)
+                return nn.functional.linear(self.enc(x).relu(), self.enc.weight.t())
+
+        net, x = Tied().eval(), torch.rand(1, 400)
+        fast = kernels.compile(net, x, gain=0)
+        assert fast.choices["kernel"].tolist() == ["dense"]
+        assert torch.equal(fast(x), net(x))

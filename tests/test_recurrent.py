@@ -28,7 +28,7 @@ from lib.constraint import ConstraintError, attach_masks, fitted, harden, weight
 from lib.costs import network_storage
 from lib.data import PADDING, DataError
 from lib.kernels.recurrent import TorchDirection
-from lib.models import Direction, ModelError, Recurrent, by_gate, fused, lengths_of
+from lib.models import Direction, ModelError, Recurrent, build, by_gate, fused, lengths_of
 
 OPTIONS = {
     "plain": {},
@@ -333,3 +333,36 @@ class TestSequences:
                 data.sequences(**wrong)
         with pytest.raises(ModelError, match="takes sequences"):
             models.build("gru", (1, 28, 28), 10)
+
+
+def test_networks_as_people_write_them():
+    class Theirs(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn = nn.LSTM(4, 8, 2, batch_first=True)
+
+        def forward(self, x):
+            self.rnn.flatten_parameters()
+            start = x.new_zeros(self.rnn.num_layers, len(x), self.rnn.hidden_size)
+            return self.rnn(x, (start, start))[0]
+
+    net, x = Theirs(), torch.rand(2, 5, 4)
+    torch.testing.assert_close(by_gate(net)(x), net(x))
+    with pytest.raises(ModelError, match=r"a state of \(3, 2, 8\): \(2, 2, 8\) is expected"):
+        by_gate(net).rnn(x, (torch.zeros(3, 2, 8), torch.zeros(2, 2, 8)))
+    net.rnn.register_forward_hook(lambda *_: None)
+    with pytest.raises(ModelError, match=r"rnn \(LSTM\): its hooks would be lost"):
+        by_gate(net)
+    assert not any(p.requires_grad for p in fused(by_gate(nn.GRU(4, 8).requires_grad_(False))).parameters())
+
+
+def test_what_is_missing_within_a_sequence_is_no_end():
+    x = torch.rand(2, 6, 3)
+    x[1, 4:] = torch.nan
+    assert lengths_of(x).tolist() == [6, 4]
+    net = build("gru", (6, 3), 2, units=4)
+    for place in ((0, 2), (0, 2, 1), (1, 5)):
+        wrong = x.clone()
+        wrong[place] = 1.0 if place == (1, 5) else torch.nan
+        with pytest.raises(ModelError, match="NaN before its end, or numbers behind it"):
+            net(wrong)

@@ -29,6 +29,8 @@ class Product(nn.Module):
     `one` adds to outputs ``(F,)`` those of a vector ``(K,)``, `many` to ``(F, N)`` those of vectors ``(K, N)``.
     """
 
+    stands_for_layer = True
+
     def __init__(self, layer: nn.Linear, kept) -> None:
         super().__init__()
         self.kept, self.bias = kept, bias_of(layer)

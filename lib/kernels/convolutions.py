@@ -117,6 +117,8 @@ class SparseConv2d(nn.Module):
     True
     """
 
+    stands_for_layer = True
+
     def __init__(self, layer: nn.Conv2d, patterns: bool = True, share: bool = True, reorder: bool = True) -> None:
         super().__init__()
         if isinstance(layer.padding, str) or layer.padding_mode != "zeros":

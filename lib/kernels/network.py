@@ -8,6 +8,7 @@ import pandas as pd
 import scipy.sparse
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from lib.constraint import plain
 from lib.kernels.balanced import BalancedLinear
@@ -15,7 +16,7 @@ from lib.kernels.convolutions import SparseConv2d
 from lib.kernels.errors import KernelError
 from lib.kernels.recurrent import GroupedDirection, TorchDirection
 from lib.kernels.rows import GroupedConv2d, GroupedLinear
-from lib.models import Direction
+from lib.models import Direction, as_built
 from lib.shapes import prunable
 
 
@@ -29,6 +30,8 @@ class CsrLinear(nn.Module):
     True
     """
 
+    stands_for_layer = True
+
     format = "compressed sparse rows"
 
     def __init__(self, layer: nn.Linear) -> None:
@@ -40,7 +43,7 @@ class CsrLinear(nn.Module):
         """Outputs of ``(..., K)``, without a gradient."""
         out = torch.from_numpy((self.kept @ x.detach().reshape(-1, x.shape[-1]).numpy().T).T)
         out = out if self.bias is None else out + self.bias
-        return out.reshape(*x.shape[:-1], -1).contiguous()
+        return out.reshape(*x.shape[:-1], self.kept.shape[0]).contiguous()
 
 
 def candidates(layer: nn.Module) -> list[nn.Module]:
@@ -62,7 +65,8 @@ def compile(model: nn.Module, example: Tensor, repeats: int = 7, gain: float = 1
     """A copy of a network that computes the same, with a kernel in the place of every layer that it makes faster.
 
     Layers with zeros are timed in turns on what they get from ``example``, on one thread: dense in both of PyTorch's
-    layouts, and with each kernel that they can have. The dense layer stays where no kernel is ``gain`` times faster. A
+    layouts, and with each kernel that they can have. The dense layer stays where no kernel is ``gain`` times faster,
+    where it has a hook or a forward pass of its own, and where the network itself looks at its weight. A
     direction of a recurrent layer is one layer here, all gates and all steps; where it stays dense torch's own module
     takes its place if it is faster.
 
@@ -74,7 +78,7 @@ def compile(model: nn.Module, example: Tensor, repeats: int = 7, gain: float = 1
         ``kernel`` (``dense`` where it stays) and ``speedup`` over the faster dense layout.
 
     Raises:
-        KernelError: a kernel's outputs are not those of the dense layer.
+        KernelError: a kernel's outputs are not those of the dense layer, or the network's differ from pass to pass.
 
     >>> from lib import kernels, models, pruning
     >>> from lib.constraint import harden
@@ -90,32 +94,60 @@ def compile(model: nn.Module, example: Tensor, repeats: int = 7, gain: float = 1
     gates = {id(gate) for direction in layers.values() for gate in direction.modules()}
     layers |= {name: layer for name, layer in prunable(fast).items() if id(layer) not in gates}
     hooks = [
-        layer.register_forward_pre_hook(lambda _, given, name=name: seen.setdefault(name, given))
+        layer.register_forward_pre_hook(lambda _, *given, name=name: seen.setdefault(name, given), with_kwargs=True)
         for name, layer in layers.items()
     ]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with torch.inference_mode():
-            fast(example)
+            before = fast(example)
             for hook in hooks:
                 hook.remove()
-            rows = [
-                _choose(fast, name, layer, seen[name], repeats, gain) for name, layer in layers.items() if name in seen
-            ]
+            rows = {
+                name: _choose(fast, name, layer, *seen[name], repeats, gain)
+                for name, layer in layers.items()
+                if name in seen
+            }
+            replaced = [name for name in rows if fast.get_submodule(name) is not layers[name]]
+            while not _same(fast, example, before):  # somebody reads a weight, as torch's transformer layers do
+                if not replaced:
+                    raise KernelError("the network gives other outputs for the same inputs: none can be compared")
+                fast.set_submodule(name := replaced.pop(), layers[name])
+                rows[name] = (*rows[name][:2], "dense", 1.0)
     finally:
         torch.set_num_threads(threads)
-    fast.choices = pd.DataFrame(rows, columns=["layer", "density", "kernel", "speedup"])
+    fast.choices = pd.DataFrame(rows.values(), columns=["layer", "density", "kernel", "speedup"])
     return fast
 
 
-def _choose(model: nn.Module, name: str, layer: nn.Module, given: tuple, repeats: int, gain: float) -> tuple:
+def _same(model: nn.Module, example: Tensor, before: object) -> bool:
+    """Whether a network still gives the outputs that it gave."""
+    try:
+        pairs = zip(tree_leaves(model(example)), tree_leaves(before), strict=True)
+    except Exception:  # whatever its own forward pass does with a layer that is no layer any more
+        return False
+    return all(_close(a, b) for a, b in pairs if isinstance(a, Tensor))
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return bool((a - b).abs().max() <= 1e-3 * float(b.abs().max()) + 1e-6) if b.numel() else a.shape == b.shape
+
+
+def _choose(
+    model: nn.Module, name: str, layer: nn.Module, given: tuple, named: dict, repeats: int, gain: float
+) -> tuple:
     matrices = [w for w in layer.parameters() if w.ndim > 1]
     density = float(sum(w.count_nonzero() for w in matrices) / sum(w.numel() for w in matrices))
+    gates = layer.children() if isinstance(layer, Direction) else ()
+    replaceable = as_built(layer, nn.Conv2d, nn.Linear, Direction) and all(as_built(g, nn.Linear) for g in gates)
+    if not replaceable or named:
+        return name, density, "dense", 1.0
     try:
         found = candidates(layer) if density < 1 else []
+        outputs = [_outputs(kernel(*given)) for kernel in found]
     except KernelError:  # what no kernel takes stays dense, and the table says so
-        found = []
+        found, outputs = [], []
     dense = [layer]
     if isinstance(layer, nn.Conv2d) and found:
         dense.append(plain(layer).to(memory_format=torch.channels_last))
@@ -124,9 +156,9 @@ def _choose(model: nn.Module, name: str, layer: nn.Module, given: tuple, repeats
     if len(dense) + len(found) == 1:
         return name, density, "dense", 1.0
     expected = _outputs(layer(*given))
-    for kernel in found:
-        error = float((_outputs(kernel(*given)) - expected).abs().max())
-        if not error <= 1e-3 * float(expected.abs().max()) + 1e-6:
+    for kernel, output in zip(found, outputs, strict=True):
+        if not _close(output, expected):
+            error = float((output - expected).abs().max())
             raise KernelError(f"{name}: {kernel.format} differs from the dense layer by {error:g}")
     times = in_turns([lambda m=m: m(*given) for m in (*dense, *found)], repeats)
     base, own = min(times[: len(dense)]), times[len(dense) :]

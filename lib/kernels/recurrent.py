@@ -80,6 +80,8 @@ def _sequence(frames, reverse, ih, hh, ih_bias, hh_bias, h, c, scratch, out):
 class _Replacing(nn.Module):
     """What stands in a `Recurrent` in the place of a `Direction`."""
 
+    stands_for_layer = True
+
     def __init__(self, direction: Direction) -> None:
         super().__init__()
         self.kind, self.units, self.outputs = direction.kind, direction.units, direction.outputs

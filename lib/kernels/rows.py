@@ -154,6 +154,8 @@ class GroupedConv2d(nn.Module):
     True
     """
 
+    stands_for_layer = True
+
     format = "grouped filters"
 
     def __init__(self, layer: nn.Conv2d) -> None:

@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 from lib.constraint import Plan, plain, weights
 from lib.layers.gates import LayerError
-from lib.shapes import prunable
+from lib.models import as_built
+from lib.shapes import prunable, uses
 from lib.sharing import BlockCirculant
 
 
@@ -18,8 +19,9 @@ class _Circulant(nn.Module):
     def __init__(self, layer: nn.Module, k: int) -> None:
         super().__init__()
         self.blocks, self.shape = BlockCirculant(k), layer.weight.shape
-        self.columns = nn.Parameter(self.blocks.columns(layer.weight.detach()))
-        self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().clone())
+        self.columns = nn.Parameter(self.blocks.columns(layer.weight.detach()), layer.weight.requires_grad)
+        bias = layer.bias
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), bias.requires_grad)
         self._kept: tuple | None = None
 
     def reset_parameters(self) -> None:
@@ -36,10 +38,14 @@ class _Circulant(nn.Module):
         """Transforms of the first columns, as the product takes them; made once where no gradient is asked for."""
         if torch.is_grad_enabled() or self.columns.is_inference():  # the latter count no changes
             return self._arranged(torch.fft.rfft(self.columns, dim=2))
-        made_of = (self.columns.data_ptr(), self.columns._version)
+        bits = self.columns.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[self.columns.element_size()])
+        made_of = (self.columns.data_ptr(), self.columns._version, int(bits.sum()))  # `.data` leaves the others as are
         if self._kept is None or self._kept[0] != made_of:
             self._kept = made_of, self._arranged(torch.fft.rfft(self.columns, dim=2))
         return self._kept[1]
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_kept": None}
 
 
 class CirculantLinear(_Circulant):
@@ -122,8 +128,9 @@ class CirculantConv2d(_Circulant):
 @torch.no_grad()
 def _filled(layer: nn.Module, circulant: _Circulant) -> nn.Module:
     layer.weight.copy_(circulant.weight())
+    layer.weight.requires_grad_(circulant.columns.requires_grad)
     if layer.bias is not None:
-        layer.bias.copy_(circulant.bias)
+        layer.bias.copy_(circulant.bias).requires_grad_(circulant.bias.requires_grad)
     return layer.to(circulant.columns.device, circulant.columns.dtype)
 
 
@@ -134,7 +141,7 @@ def circulant(model: nn.Module, plan: Plan, fresh: bool = False) -> nn.Module:
         plan: `BlockCirculant` sets, onto which weights are projected. fresh: draw first columns anew.
 
     Raises:
-        LayerError: another set, or a layer that has no such form.
+        LayerError: another set, a layer that has no such form, has hooks, or shares its weight with another.
 
     >>> from lib.layers import circulant
     >>> from lib.sharing import BlockCirculant
@@ -145,15 +152,25 @@ def circulant(model: nn.Module, plan: Plan, fresh: bool = False) -> nn.Module:
     result = plain(model)
     layers = prunable(result)
     weights(result, plan)  # says what is wrong with the plan
+    made = {}
     for name, constraint in plan.items():
         kind = {nn.Linear: CirculantLinear, nn.Conv2d: CirculantConv2d}.get(type(layers[name]))
         if kind is None or not isinstance(constraint, BlockCirculant):
             raise LayerError(f"{name}: {type(constraint).__name__} on {type(layers[name]).__name__} has no transform")
-        layer = kind(layers[name], constraint.k)
+        if not as_built(layers[name], type(layers[name])) or len(uses(result)[name]) > 1:
+            raise LayerError(f"{name}: it has hooks, or shares its weight with another layer, and would lose these")
+        made[id(layers[name])] = layer = kind(layers[name], constraint.k)
         if fresh:
             layer.reset_parameters()
-        result.set_submodule(name, layer)
-    return result
+    return _with(result, made)
+
+
+def _with(model: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
+    """Others in the place of some modules, by id, wherever these stand."""
+    for name, module in [*model.named_modules(remove_duplicate=False)]:
+        if id(module) in made:
+            model.set_submodule(name, made[id(module)])
+    return model
 
 
 def as_dense(model: nn.Module) -> nn.Module:
@@ -166,7 +183,4 @@ def as_dense(model: nn.Module) -> nn.Module:
     True
     """
     result = plain(model)
-    for name, layer in [*result.named_modules()]:
-        if isinstance(layer, _Circulant):
-            result.set_submodule(name, layer.dense())
-    return result
+    return _with(result, {id(layer): layer.dense() for layer in result.modules() if isinstance(layer, _Circulant)})

@@ -37,15 +37,24 @@ def _lstm(x: Sequence[Tensor], h: Sequence[Tensor], state: State) -> State:
     return torch.sigmoid(o) * torch.tanh(cell), cell
 
 
-def _plain(layer: nn.Module) -> bool:
-    """Whether a gate does what a linear layer does and nothing else: no hook, no forward pass of another kind."""
-    watched = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    return type(layer).forward is nn.Linear.forward and "forward" not in vars(layer) and not any(watched)
+def as_built(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Whether a module does what one of these classes does, and nothing else: no hook, no forward pass of its own.
+
+    What replaces a module asks, as a hook (rounded inputs, a user's own) would be gone with it.
+
+    >>> from lib.models import as_built
+    >>> layer = torch.nn.Linear(2, 1)
+    >>> as_built(layer, torch.nn.Linear), layer.register_forward_hook(print) and as_built(layer, torch.nn.Linear)
+    (True, False)
+    """
+    watched = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    same = any(type(module).forward is kind.forward for kind in kinds)
+    return same and "forward" not in vars(module) and not any(watched)
 
 
 def _products(layers: Sequence[nn.Module]) -> Callable[[Tensor], Sequence[Tensor]]:
     """What all gates make of one input: in one product where nobody watches single gates."""
-    if not all(map(_plain, layers)):
+    if not all(as_built(layer, nn.Linear) for layer in layers):
         return lambda x: [layer(x) for layer in layers]
     weight = torch.cat([layer.weight for layer in layers])
     bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
@@ -135,6 +144,7 @@ class Recurrent(nn.Module):
             raise ModelError(f"kind = {kind!r}, proj_size = {proj_size}: allowed are GRU, and LSTM also with proj_size")
         self.kind, self.input_size, self.batch_first = kind, input_size, batch_first
         self.num_layers, self.bidirectional = num_layers, bidirectional
+        self.hidden_size, self.proj_size, self.bias = hidden_size, proj_size, bias
         self.dropout = nn.Dropout(dropout)
         size = input_size
         for i in range(num_layers):
@@ -147,6 +157,9 @@ class Recurrent(nn.Module):
         """In torch's order: layer by layer, forward then reverse."""
         return [m for name, m in self.named_children() if name.startswith("layer")]
 
+    def flatten_parameters(self) -> None:
+        """Nothing: there for networks that call it, as torch's modules have it."""
+
     def forward(self, input: Tensor | PackedSequence, hx=None, lengths: Tensor | None = None):
         """As torch's module: ``(output, h_n)`` of a GRU, ``(output, (h_n, c_n))`` of an LSTM.
 
@@ -155,7 +168,7 @@ class Recurrent(nn.Module):
             lengths: frames of each sequence, ``(N,)``; what follows them is padding.
 
         Raises:
-            ModelError: frames of another size, or lengths that the input has not.
+            ModelError: frames or states of another size, or lengths that the input has not.
         """
         packed = input if isinstance(input, PackedSequence) else None
         if packed is not None:
@@ -176,6 +189,10 @@ class Recurrent(nn.Module):
                 part.unsqueeze(1) if packed is None and alone else part
                 for part in (hx if self.kind == "LSTM" else [hx])
             ]
+            one, count = self.directions()[0], self.num_layers * (1 + self.bidirectional)
+            for part, size in zip(hx, (one.outputs, one.units), strict=False):
+                if part.shape != (count, len(x), size):
+                    raise ModelError(f"a state of {tuple(part.shape)}: {(count, len(x), size)} is expected")
         x, last = self._through(x, hx, mask)
         last = [torch.stack(parts) for parts in zip(*last, strict=True)]
         if packed is not None:
@@ -239,7 +256,8 @@ def by_gate(model: nn.Module) -> nn.Module:
     layers. A network that packs its batches goes on doing so.
 
     Raises:
-        ModelError: a recurrent layer whose tensors something else makes (weight norm, a parametrization), by name.
+        ModelError: a recurrent layer whose tensors something else makes (weight norm, a parametrization), or that has
+            hooks, by name.
 
     >>> from lib.models import by_gate
     >>> from lib.shapes import prunable
@@ -259,6 +277,8 @@ def by_gate(model: nn.Module) -> nn.Module:
                 f"{name or 'the model'} ({type(module).__name__}): its weights are made by something else, "
                 "which would be lost; only torch.nn.GRU and torch.nn.LSTM as they are can be converted"
             )
+        if not as_built(module, nn.GRU, nn.LSTM):
+            raise ModelError(f"{name or 'the model'} ({type(module).__name__}): its hooks would be lost")
         options = ("num_layers", "bias", "batch_first", "dropout", "bidirectional", "proj_size")
         new = Recurrent(module.mode, module.input_size, module.hidden_size, **{o: getattr(module, o) for o in options})
         new.to(tensors["weight_ih_l0"])
@@ -294,7 +314,7 @@ def fused(model: nn.Module) -> nn.Module:
             return None
         first = module.directions()[0]
         for part, gate in module.named_modules():
-            if part.count(".") == 1 and not _plain(gate):
+            if part.count(".") < 2 and not as_built(gate, Recurrent, Direction, nn.Dropout, nn.Linear):
                 place = f"{name}.{part}" if name else part
                 raise ModelError(
                     f"{place} ({type(gate).__name__}) does more than a linear layer: torch's has no place for it"
@@ -315,9 +335,11 @@ def fused(model: nn.Module) -> nn.Module:
         for end, one in _torch_names(module):
             for part in ("ih", "hh"):
                 for kind in ("weight", "bias")[: 1 + (gates[0].bias is not None)]:
-                    own[f"{kind}_{part}_{end}"].copy_(torch.cat([getattr(gate, kind) for gate in one.gates(part)]))
+                    pieces = [getattr(gate, kind) for gate in one.gates(part)]
+                    whole = own[f"{kind}_{part}_{end}"].copy_(torch.cat(pieces))
+                    whole.requires_grad_(any(piece.requires_grad for piece in pieces))
             if one.hr is not None:
-                own[f"weight_hr_{end}"].copy_(one.hr.weight)
+                own[f"weight_hr_{end}"].copy_(one.hr.weight).requires_grad_(one.hr.weight.requires_grad)
         return new
 
     return _replaced(model, convert)
@@ -330,7 +352,7 @@ def lengths_of(x: Tensor) -> Tensor:
     >>> lengths_of(torch.tensor([[[1.0], [2.0]], [[3.0], [torch.nan]]])).tolist()
     [2, 1]
     """
-    return (~x[..., 0].isnan()).sum(1)
+    return x.isnan().all(-1).cumsum(1).eq(0).sum(1)
 
 
 class SequenceNet(nn.Module):
@@ -356,8 +378,14 @@ class SequenceNet(nn.Module):
         self.fc = nn.Linear(rnn.directions()[0].outputs * (1 + rnn.bidirectional), classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(N, T, C)`` -> ``(N, classes)``, or ``(N, classes, T)``."""
+        """``(N, T, C)`` -> ``(N, classes)``, or ``(N, classes, T)``.
+
+        Raises:
+            ModelError: what is not a number within a sequence, which would be taken for 0, or behind its end anything.
+        """
         lengths, time = lengths_of(x), x.shape[1]
+        if (x.isnan().any(-1) != (torch.arange(time, device=x.device) >= lengths[:, None])).any():
+            raise ModelError("a sequence holds NaN before its end, or numbers behind it: fill what is missing")
         longest = int(lengths.max())
         whole = bool((lengths == longest).all())
         out, last = self.rnn(x[:, :longest].nan_to_num(), lengths=None if whole else lengths)
