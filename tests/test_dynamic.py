@@ -27,8 +27,10 @@ from lib.layers import (
     ordered,
     path_costs,
     sandwich,
+    skippable,
     slimmable,
     spent,
+    stages,
     to_budget,
     uneven,
 )
@@ -46,6 +48,11 @@ def resnet(width=8, depth=14):
     for _ in range(3):
         net(torch.rand(32, *SHAPE))
     return net.eval()
+
+
+class Doubled(nn.Sequential):
+    def forward(self, x):
+        return 2 * super().forward(x)
 
 
 def torn(net, spread=40.0):
@@ -229,6 +236,21 @@ def test_exits_have_the_networks_output_at_the_end():
     assert [y.shape for y in net.outputs] == [(24, 10)] * 3
 
 
+def test_a_module_that_stands_in_two_places_runs_twice_with_exits():
+    act = nn.Tanh()
+    tail = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    net, x = nn.Sequential(nn.Conv2d(1, 4, 3), act, nn.Conv2d(4, 4, 3), act, *tail).eval(), pictures()
+    assert torch.equal(Exits(net, ["0"], SHAPE).eval()(x), net(x))
+
+
+@pytest.mark.parametrize(
+    "prepared",
+    [skippable, choosing, lambda net: choosing(net, recurrent=False), lambda net: Exits(net, ["block1_1"], SHAPE)],
+)
+def test_a_network_of_double_precision_gets_gates_and_exits_of_its_own_kind(prepared):
+    assert prepared(resnet(4).double()).eval()(pictures(2).double()).dtype == torch.float64
+
+
 @pytest.mark.parametrize("limit", [{"budget": 0.5}, {"budget": 0.8}, {"budget": 1.0}, {"confidence": 0.25}])
 def test_leaving_is_what_the_whole_pass_says(limit):
     net, costs = with_exits()
@@ -353,6 +375,9 @@ def test_uneven_widths_fit_their_budgets_and_the_first_step_is_the_best():
         (lambda: to_budget({"a": 1.0, "b": (0.0, 3.0)}, 0.2, 1.0, None), "the cheapest path takes 0.25 of the dearest"),
         (lambda: to_budget({"a": 1.0, "b": (0.0, 3.0)}, 1.2, 1.0, None), "allowed are 0.25 to 1"),
         (lambda: Exits(resnet(), ["fc"], SHAPE), "no exit can be after 'fc'; allowed are conv1"),
+        (lambda: Exits(Doubled(), [], SHAPE), "Doubled has a forward of its own; allowed are nn.Sequential"),
+        (lambda: Exits(BasicBlock(1, 1, 1), [], SHAPE), "BasicBlock has a forward of its own"),
+        (lambda: stages(Exits(resnet(), [], SHAPE), {"conv": 1.0}), "the network has no 'conv', for which"),
         (lambda: slimmable(resnet(), [0.0, 1.0]), "width = 0.0: allowed are shares"),
         (lambda: slimmable(resnet(), [{"conv1": 9}]), "width 'conv1': 9; allowed are 1 to 8 channels"),
         (lambda: slimmable(resnet(), [{"fc": 9}]), "allowed are layers conv1"),

@@ -189,7 +189,7 @@ def choosing(
         nn.init.zeros_(read_out.weight)
         nn.init.zeros_(read_out.bias)
         nn.init.ones_(read_out.bias[len(bits) - 1 :])
-    gate.to(leaf(residual[found[0]].conv1).device)
+    gate.to(leaf(residual[found[0]].conv1))
     for index, name in enumerate(found):
         model.set_submodule(name, ChoosingBlock(residual[name], gate, index, name, bits, groups))
     return model.train(residual[found[0]].training)
