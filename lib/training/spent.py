@@ -13,8 +13,8 @@ import pandas as pd
 from torch import Tensor, nn
 
 from lib.constraint import mask_of
-from lib.shapes import all_layers, dense_macs, uses
-from lib.training.loop import Progress
+from lib.shapes import all_layers, dense_macs, source, uses
+from lib.training.loop import Progress, TrainingError
 
 Product = Literal["forward", "input_gradient", "weight_gradient"]
 COLUMNS = ["layer", "product", "bits_a", "bits_b", "macs"]
@@ -41,7 +41,9 @@ class Meter:
         self.layers = {id(layer): name for name, layer in model.named_modules()}
         self.counts: Counter[tuple[str, str, int, int]] = Counter()
         all_layers(model, "what training computes")
-        found = ((name, layer) for name, layers in uses(model).items() for layer in layers)
+        self.uses = uses(model)
+        self.before = {name: getattr(source(layers[0]), "grad", None) for name, layers in self.uses.items()}
+        found = ((name, layer) for name, layers in self.uses.items() for layer in layers)
         self.handles = [layer.register_forward_hook(self._watch(name)) for name, layer in found]
 
     def __enter__(self) -> "Meter":
@@ -70,7 +72,19 @@ class Meter:
         self.counts[layer, product, *bits] += macs
 
     def frame(self) -> pd.DataFrame:
-        """One row per layer, product and widths of its operands: ``layer, product, bits_a, bits_b, macs``."""
+        """One row per layer, product and widths of its operands: ``layer, product, bits_a, bits_b, macs``.
+
+        Raises:
+            TrainingError: a layer has a new gradient, but no pass in training mode has called it: somebody multiplies
+                by its weight directly, or trains in evaluation mode.
+        """
+        met = {name for name, *_ in self.counts}
+        for name, layers in self.uses.items():
+            gradient = getattr(source(layers[0]), "grad", None)
+            if name not in met and gradient is not None and gradient is not self.before[name]:
+                raise TrainingError(
+                    f"{name} was trained, but never called in training mode, so that nothing is counted"
+                )
         return pd.DataFrame([(*key, float(macs)) for key, macs in self.counts.items()], columns=COLUMNS)
 
 
