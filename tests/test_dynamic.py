@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from lib import shapes
-from lib.constraint import leaf
+from lib.constraint import attach_masks, leaf
 from lib.costs import bitwise
 from lib.data import Split
+from lib.faults import ReadNoise, sweep
 from lib.layers import (
     Exits,
     LayerError,
@@ -27,14 +28,18 @@ from lib.layers import (
     ordered,
     path_costs,
     sandwich,
+    skippable,
     slimmable,
     spent,
+    stages,
     to_budget,
     uneven,
 )
 from lib.layers.choices import of_bits
 from lib.models import BasicBlock, build
-from lib.training import evaluate, fit
+from lib.recipes import predictive_signs
+from lib.training import evaluate, fit, recalibrate
+from lib.training.spent import Meter
 
 SHAPE = (1, 14, 14)
 
@@ -46,6 +51,25 @@ def resnet(width=8, depth=14):
     for _ in range(3):
         net(torch.rand(32, *SHAPE))
     return net.eval()
+
+
+class Doubled(nn.Sequential):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Swapped(nn.Module):
+    def forward(self, x):
+        return x.transpose(1, 2)
+
+
+class Standardized(nn.Conv2d):
+    def forward(self, x):
+        return self._conv_forward(x, self.weight / self.weight.std(), self.bias)
+
+
+def masked(net):
+    return attach_masks(net, {"block1_1.conv1": torch.ones(8, 8, 3, 3, dtype=torch.bool)})
 
 
 def torn(net, spread=40.0):
@@ -206,6 +230,37 @@ def test_at_random_the_shares_are_kept():
         assert parts.mean(0).tolist() == pytest.approx([0.5, 0.2, 0.3], abs=0.04)
 
 
+@pytest.mark.parametrize(("bits", "groups"), [((0, 32), 1), ((0, 4, 32), 1), ((32,), 2)])
+def test_the_work_of_blocks_that_choose_is_counted(bits, groups):
+    """In training all choices are computed, each with two gradients."""
+    net = choosing(resnet(), bits, groups).train()
+    with Meter(net) as meter:
+        net(pictures()).sum().backward()
+    found = meter.frame().set_index(["layer", "product"])["macs"]
+    ways = sum(b > 0 for b in bits)
+    for product in ("forward", "input_gradient", "weight_gradient"):
+        assert found["block1_1.block.conv2", product] == ways * 24 * 8 * 8 * 9 * 14 * 14
+
+
+def test_signs_and_few_bits_do_not_mix():
+    net = choosing(resnet()).train()
+    with predictive_signs(net):
+        net(pictures()).sum().backward()
+    assert set(net.block1_1.block.conv1.weight.grad.unique().tolist()) <= {-1.0, 0.0, 1.0}
+    few = choosing(resnet(), (0, 4, 32)).train()
+    with predictive_signs(few), pytest.raises(LayerError, match="whole, and at 32 bits only; here 4"):
+        few(pictures())
+
+
+@pytest.mark.parametrize(("bits", "groups"), [((0, 32), 1), ((0, 4, 32), 1), ((32,), 4)])
+def test_reads_in_blocks_that_choose_are_noisy(bits, groups):
+    net = torn(choosing(resnet(), bits, groups))
+    split = Split(pictures(), net(pictures()).argmax(1))
+    inside = {name: "two_column" for name in shapes.prunable(net) if ".block." in name}
+    found = sweep(net, inside, [0.0, 3.0], 1, split, faults=ReadNoise)["accuracy"]
+    assert found[1] < found[0] == 1
+
+
 def test_the_gates_work_is_counted():
     net = choosing(resnet(), recurrent=False)
     counted = sum(leaf(m).numel() for m in gate_of(net).modules() if isinstance(m, nn.Linear))
@@ -227,6 +282,21 @@ def test_exits_have_the_networks_output_at_the_end():
     x = pictures()
     assert torch.equal(net(x), net.net(x))
     assert [y.shape for y in net.outputs] == [(24, 10)] * 3
+
+
+def test_a_module_that_stands_in_two_places_runs_twice_with_exits():
+    act = nn.Tanh()
+    tail = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    net, x = nn.Sequential(nn.Conv2d(1, 4, 3), act, nn.Conv2d(4, 4, 3), act, *tail).eval(), pictures()
+    assert torch.equal(Exits(net, ["0"], SHAPE).eval()(x), net(x))
+
+
+@pytest.mark.parametrize(
+    "prepared",
+    [skippable, choosing, lambda net: choosing(net, recurrent=False), lambda net: Exits(net, ["block1_1"], SHAPE)],
+)
+def test_a_network_of_double_precision_gets_gates_and_exits_of_its_own_kind(prepared):
+    assert prepared(resnet(4).double()).eval()(pictures(2).double()).dtype == torch.float64
 
 
 @pytest.mark.parametrize("limit", [{"budget": 0.5}, {"budget": 0.8}, {"budget": 1.0}, {"confidence": 0.25}])
@@ -277,6 +347,36 @@ def test_a_width_cut_out_computes_the_same(index):
     assert not kinds & {"SlimConv2d", "SlimLinear", "SlimNorm"}
     macs = shapes.macs(small, SHAPE).set_index("layer")["macs"]
     assert macs["block3_2.conv2"] == 16 * 9 * {0: 8 * 8, 1: 3 * 32, 2: 16 * 16, 3: 32 * 32}[index]
+
+
+def test_a_width_is_recalibrated_alone(small_images):
+    """The others keep what they had, and so do all where the pass fails."""
+    net = slimmable(resnet(), [0.5, 1.0]).train()
+    with at_width(net, 0):
+        net(pictures())
+    narrow = net.bn1.norms[0].running_mean.clone()
+    x = small_images.train.x[:200]
+    recalibrate(net, small_images, batches=2, batch_size=100)
+    means = torch.stack([net.conv1(part).mean((0, 2, 3)) for part in x.split(100)])
+    assert torch.allclose(net.bn1.norms[1].running_mean, means.mean(0), atol=1e-5)
+    assert torch.equal(net.bn1.norms[0].running_mean, narrow)
+    wide = net.bn1.norms[1].running_mean.clone()
+    net.fc.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        recalibrate(net, small_images)
+    assert torch.equal(net.bn1.norms[1].running_mean, wide)
+
+
+def test_a_norm_in_two_places_and_a_layer_of_tokens_slim():
+    norm = nn.BatchNorm2d(4)
+    tokens = nn.Flatten(2), Swapped(), nn.Linear(4, 3)
+    plain = nn.Sequential(nn.Conv2d(1, 4, 3), norm, nn.Conv2d(4, 4, 3), norm, *tokens).eval()
+    net, x = slimmable(deepcopy(plain), [0.5, 1.0]), pictures(2)
+    assert torch.equal(net(x), plain(x))
+    assert net[1] is net[3]
+    with at_width(net, 0):
+        assert net(x).shape == (2, 100, 3)
+        assert cut_to(net, 0, SHAPE)[6].weight.shape == (3, 2)
 
 
 def test_widths_have_statistics_of_their_own():
@@ -350,12 +450,25 @@ def test_uneven_widths_fit_their_budgets_and_the_first_step_is_the_best():
         (lambda: choosing(resnet(), blocks=["fc"]), "'fc' cannot be skipped: it is no BasicBlock"),
         (lambda: choosing(choosing(resnet())), "a gate already"),
         (lambda: block_costs(choosing(resnet()), {"block1_1.conv1": 1.0}), "misses block 'block1_2'"),
+        (lambda: costs_of(choosing(net := resnet()), net), "of a network whose block 'block1_1' chooses"),
         (lambda: to_budget({"a": 1.0, "b": (0.0, 3.0)}, 0.2, 1.0, None), "the cheapest path takes 0.25 of the dearest"),
         (lambda: to_budget({"a": 1.0, "b": (0.0, 3.0)}, 1.2, 1.0, None), "allowed are 0.25 to 1"),
         (lambda: Exits(resnet(), ["fc"], SHAPE), "no exit can be after 'fc'; allowed are conv1"),
+        (lambda: Exits(Doubled(), [], SHAPE), "Doubled has a forward of its own; allowed are nn.Sequential"),
+        (lambda: Exits(BasicBlock(1, 1, 1), [], SHAPE), "BasicBlock has a forward of its own"),
+        (lambda: stages(Exits(resnet(), [], SHAPE), {"conv": 1.0}), "the network has no 'conv', for which"),
         (lambda: slimmable(resnet(), [0.0, 1.0]), "width = 0.0: allowed are shares"),
         (lambda: slimmable(resnet(), [{"conv1": 9}]), "width 'conv1': 9; allowed are 1 to 8 channels"),
         (lambda: slimmable(resnet(), [{"fc": 9}]), "allowed are layers conv1"),
+        (lambda: slimmable(nn.Conv2d(1, 4, 3, 1, 1, padding_mode="reflect"), [1.0]), r"\(Conv2d\); allowed are plain"),
+        (lambda: slimmable(nn.Sequential(Standardized(1, 4, 3)), [1.0]), r"slimmable: 0 \(Standardized\)"),
+        (lambda: slimmable(nn.Sequential(nn.Conv1d(1, 4, 3)), [1.0]), r"slimmable: 0 \(Conv1d\)"),
+        (lambda: slimmable(nn.Sequential(nn.BatchNorm2d(4, affine=False)), [1.0]), r"0 \(BatchNorm2d\)"),
+        (lambda: slimmable(slimmable(resnet(), [1.0]), [1.0]), r"conv1 \(SlimConv2d\).* or slimmable yet"),
+        (lambda: slimmable(masked(resnet()), [1.0]), r"block1_1.conv1 \(ParametrizedConv2d\).*masked"),
+        (lambda: slimmable(build("resnet8", SHAPE, 10, shortcut="A"), [0.5]), "block2_1.shortcut adds a fixed number"),
+        (lambda: sandwich(2)(slimmable(resnet(), [0.5, 0.7, 1.0]), None, None, None), "the network has 3 widths"),
+        (lambda: ordered(masked(resnet())), "ordered: the network is masked"),
         (lambda: at_width(resnet(), 0).__enter__(), "the network has 0"),
         (lambda: uneven(resnet(), None, SHAPE, [1e6, 2e6]), "allowed are falling numbers of at least"),
         (lambda: uneven(resnet(), None, SHAPE, [1e3]), r"budgets = \[1000.0\]: allowed are falling numbers"),

@@ -10,7 +10,7 @@ from torch.nn.functional import conv2d, cross_entropy, linear
 
 from lib.constraint import attach_masks, leaf
 from lib.data import Split
-from lib.layers import LayerError
+from lib.layers import LayerError, choosing
 from lib.layers.gates import RecurrentGate, SkippedBlock, gate_of, skippable
 from lib.models import BasicBlock, build
 from lib.recipes.e2_train import MiniBatchDropping, SignPrediction, e2_train, predictive_signs
@@ -583,6 +583,9 @@ def test_networks_that_do_not_fit_are_refused(plain, net, images):
         e2_train(plain, images, epochs=1, lr=0.1, skip_cost=0.1)
     with pytest.raises(LayerError, match="no gate"):
         e2_train(plain, images, epochs=1, lr=0.1, keep=0.5)
+    with pytest.raises(LayerError, match="gate skips no block"):
+        e2_train(choosing(deepcopy(plain)), images, epochs=1, lr=0.1, keep=0.5)
+    assert e2_train(choosing(deepcopy(plain)), images, epochs=1, lr=0.1)["executed"].isna().all()
     with pytest.raises(LayerError, match="no residual block"):
         skippable(net)
     with pytest.raises(LayerError, match="already"):

@@ -114,6 +114,50 @@ def test_inputs_by_batch_norm(vgg):
     assert torch.equal(x, synthetic_inputs(vgg, 200, (1, 14, 14), kind, epochs=20, lr=0.1))
 
 
+class Twice(torch.nn.Module):
+    """One layer used twice, with dropout in the outermost forward, and one that is never met."""
+
+    def __init__(self, unused=False):
+        super().__init__()
+        self.a, self.b = torch.nn.Linear(16, 16), torch.nn.Linear(16, 4)
+        if unused:
+            self.unused = torch.nn.Linear(4, 4)
+
+    def forward(self, x):
+        h = self.a(self.a(x).relu()).relu()
+        return self.b(torch.nn.functional.dropout(h, 0.5, self.training))
+
+
+@pytest.mark.parametrize("match", ["layers", "logits"])
+def test_the_student_is_at_first_the_teacher_in_all_uses(match):
+    """Also where the outermost forward has a dropout."""
+    norms = []
+
+    class Look(Hook):
+        def after_backward(self, model, step):
+            assert model.training
+            norms.append(float(model.b.weight.grad.norm()))
+
+    plan = {"a": pruning.Unstructured(0.0), "b": pruning.Unstructured(0.0)}
+    options = {"epochs": 1, "lr": 1e-9, "rho": 1e-9, "rho_max": 1.0, "match": match, "hooks": (Look(),)}
+    prune_without_data(Twice(), plan, torch.randn(100, 16), **options)
+    assert norms[0] == 0
+
+
+def test_errors_are_of_all_uses_of_layers_that_are_met():
+    student, teacher, x = Twice().eval(), Twice().eval(), torch.randn(5, 16)
+    aimed, made = ([net.a(x), net.a(net.a(x).relu())] for net in (teacher, student))
+    error = sum((m - t).square().sum() for m, t in zip(made, aimed, strict=True)) / sum(t.square().sum() for t in aimed)
+    assert layer_errors(student, teacher, x)["a"] == pytest.approx(error.item())
+    with pytest.raises(TrainingError, match="does not meet unused"):
+        layer_errors(Twice(True), Twice(True), x)
+
+
+def test_inputs_come_back_as_they_are_made_for_any_network():
+    norm = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.BatchNorm2d(2)).double()
+    assert synthetic_inputs(norm, 5, (1, 4, 4), "batch norm", epochs=1).dtype == torch.float32
+
+
 def test_refusals(net):
     plan = {"fc1": pruning.Unstructured(0.5)}
     x = torch.randn(40, 1, 28, 28)

@@ -12,7 +12,7 @@ from lib.constraint import attach_masks, state_of
 from lib.keys import code
 from lib.models import build
 from lib.pruning import Unstructured, uniform_plan
-from lib.training import Hook, cached, fit, metered
+from lib.training import Hook, TrainingError, cached, fit, metered
 from lib.training.spent import Meter
 
 OPTIONS = {"lr": 0.05, "batch_size": 100}
@@ -193,6 +193,25 @@ def test_recalibration_gives_the_plain_average_of_batches(images):
     assert torch.allclose(net.bn1_1.running_mean, torch.stack(outputs).mean(0), atol=1e-4)
     assert net.bn1_1.momentum == 0.1
     assert all(torch.equal(weights[n], p) for n, p in net.named_parameters())
+
+
+class Bypassed(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.unused = torch.nn.Linear(784, 10), torch.nn.Linear(10, 10)
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x.flatten(1), self.fc.weight)
+
+
+def test_a_layer_that_is_trained_and_never_called_is_named(images):
+    net = Bypassed()
+    with pytest.raises(TrainingError, match="fc was trained, but never called in training mode"):
+        metered(net, fit, images, epochs=1, lr=0.01)
+    net.fc.requires_grad_(False)
+    with Meter(net) as meter:
+        net(images.test.x[:5])
+    assert meter.frame().empty
 
 
 def test_an_open_meter_is_no_part_of_a_key(net):

@@ -180,6 +180,17 @@ class TestTernary:
         assert isinstance(parts.fc1, nn.Linear)
         assert is_parametrized(net.conv2)  # the original stays as it is
 
+    def test_modules_that_share_a_weight_share_its_branches(self):
+        a, b = nn.Linear(4, 4), nn.Linear(4, 4)
+        b.weight = a.weight
+        net, x = nn.Sequential(a, nn.Tanh(), b, a), torch.randn(3, 4)
+        plan = {"0": Expansion((0.4, 0.8))}
+        harden(net, plan)
+        parts = branched(net, plan)
+        assert torch.allclose(parts(x), net(x), atol=1e-5)
+        assert parts[0] is parts[3]
+        assert [*prunable(parts)] == ["0.layers.0", "0.layers.1"]
+
     @pytest.mark.parametrize("betas", [(), (0.1, 0.05), (0.1, 0.1), (0.0,), (1.5,)])
     def test_refusals(self, betas):
         with pytest.raises(ConstraintError, match="beta"):

@@ -52,11 +52,21 @@ class _Bench:
         for name, weight in self.weights(devices, chip).items():
             self.layers[name][0].weight.copy_(weight)
         hooks = [hook for device in _reads(devices) for hook in self._read_noise(device, chip)]
+        never = set(self.layers) if hooks else set()
+        for name in never:
+            watch = lambda *_, name=name: never.discard(name)  # noqa: E731
+            hooks += [module.register_forward_hook(watch) for module in self.layers[name]]
         try:
-            return evaluate(self.model, self.split, self.batch_size)
+            accuracy = evaluate(self.model, self.split, self.batch_size)
+            for name in [*never]:  # it had no noise, which is right only if its weight has no say either
+                self.layers[name][0].weight.fill_(torch.nan)
+                if self.model(self.split.x[: self.batch_size]).isnan().any() and name in never:
+                    raise CrossbarError(f"{name}: its weight is used, but not by its forward, which noise would reach")
+                self.layers[name][0].weight.copy_(self.healthy[name])
         finally:
             for hook in hooks:
                 hook.remove()
+        return accuracy
 
     def _read_noise(self, device: ReadNoise, chip: int) -> Iterator:
         for name, modules in self.layers.items():
@@ -98,6 +108,10 @@ def _add_noise(layer: nn.Module, sigma: float, random: torch.Generator):
     energy.weight = nn.Parameter(torch.ones_like(layer.weight), requires_grad=False)
 
     def add(_, inputs, output):
+        axis = 1 - layer.weight.ndim  # of the channels; a block that chooses lets some of them rest
+        size = output.shape[axis], inputs[0].shape[axis] // getattr(layer, "groups", 1)
+        if size != energy.weight.shape[:2]:
+            energy.weight = nn.Parameter(output.new_ones(*size, *layer.weight.shape[2:]), requires_grad=False)
         spread = energy(inputs[0].square()).sqrt_()  # the same for all outputs of a group, so a plain convolution
         return output + sigma * spread * torch.randn(output.shape, generator=random, device=output.device).to(output)
 
@@ -204,7 +218,8 @@ def sweep(
         One row per trial: ``rate``, ``chip``, ``accuracy`` in [0, 1].
 
     Raises:
-        CrossbarError: a rate, chip, mapping or model that cannot be.
+        CrossbarError: a rate, chip, mapping or model that cannot be; noise of reads in a layer that is never called,
+            though its weight is used.
         OSError: the cache folder cannot be written.
 
     >>> from functools import partial

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lib.constraint import Plan, plain, weights
 from lib.layers.gates import LayerError
-from lib.shapes import prunable
+from lib.shapes import uses
 
 
 class Branches(nn.Module):
@@ -33,7 +33,8 @@ def branched(model: nn.Module, plan: Plan) -> nn.Module:
     """A copy of the network in which every layer of ``plan`` is the sum of its ternary branches.
 
     So they lie in arrays: a weight of each branch fits a pair of one-bit cells, outputs are added digitally. A layer
-    has as many branches as magnitudes, the bias goes with the first, and outputs stay the same up to rounding.
+    has as many branches as magnitudes, the bias goes with the first, and outputs stay the same up to rounding. Modules
+    that share a weight share its branches.
 
     Args:
         plan: sets that the weights are in, `Expansion` or `TernaryRule`.
@@ -49,16 +50,23 @@ def branched(model: nn.Module, plan: Plan) -> nn.Module:
     [[[0.0, -0.75, 0.75]], [[0.0, 0.0, 1.0]]]
     """
     result = plain(model)
-    layers = prunable(result)
+    layers = uses(result)
     for name, weight in weights(result, plan).items():
         if not plan[name].member(weight, 1e-6 * float(weight.abs().max())):  # means are rounded
             raise LayerError(f"{name}: its weights are no sum of ternary branches; harden the network first")
         magnitudes = [0.0, *weight[weight != 0].abs().unique()]
-        branches = []
-        for smaller, larger in pairwise(magnitudes):
-            branches.append(deepcopy(layers[name]))
-            branches[-1].weight.data = torch.where(weight.abs() >= larger, (larger - smaller) * weight.sign(), 0.0)
-        for further in branches[1:]:
-            further.bias = None
-        result.set_submodule(name, Branches(branches or [layers[name]]))
+        parts = [
+            nn.Parameter(torch.where(weight.abs() >= b, (b - a) * weight.sign(), 0.0), weight.requires_grad)
+            for a, b in pairwise(magnitudes)
+        ]
+        for layer in layers[name]:
+            branches = [deepcopy(layer) for _ in parts]
+            for branch, part in zip(branches, parts, strict=True):
+                branch.weight = part
+            for further in branches[1:]:
+                further.bias = None
+            new = Branches(branches or [layer])
+            for place, module in [*result.named_modules(remove_duplicate=False)]:
+                if module is layer:
+                    result.set_submodule(place, new)
     return result

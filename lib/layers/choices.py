@@ -44,7 +44,11 @@ class ChoosingBlock(nn.Module):
 
     In training all choices are computed and added up with weights 0 and 1, whose gradient is that of the softmax and
     of the sigmoid (straight through). In evaluation only what is chosen is computed, with what of the layers it needs;
-    ``masked`` computes everything there too.
+    ``masked`` computes everything there too. Every product runs through the call of its convolution, so that meters,
+    noise and signs see it; at few bits, or for some channels, not through a ``forward`` that somebody has put there.
+
+    Raises:
+        LayerError: in a forward pass, few bits or some channels of a convolution with such a ``forward``.
 
     >>> from lib.layers import ChoosingBlock, RecurrentGate
     >>> from lib.models import BasicBlock
@@ -95,21 +99,16 @@ class ChoosingBlock(nn.Module):
     def _run(self, x: Tensor, bits: int, on: Tensor, kept: Tensor | None = None) -> Tensor:
         """The block at so many bits: all of its middle channels, times the groups that are ``on``, or those kept."""
         conv1, bn1 = self.block.conv1, self.block.bn1
-        weights = conv1.weight, self.block.conv2.weight
-        w1, w2 = (w if bits == FULL else few_bits(w, bits, (0, 1, 2, 3)) for w in weights)
-        inputs = x if bits == FULL else few_bits(x, bits, (1, 2, 3))
         if kept is None:
-            h = bn1(F.conv2d(inputs, w1, None, 1, 1)).relu()
+            h = bn1(_product(conv1, x, bits)).relu()
             if on.shape[1] > 1:
                 h = h * on.repeat_interleave(conv1.out_channels // self.groups, 1)[..., None, None]
         elif len(kept):
             statistics = (t[kept] for t in (bn1.running_mean, bn1.running_var, bn1.weight, bn1.bias))
-            h = F.batch_norm(F.conv2d(inputs, w1[kept], None, 1, 1), *statistics, eps=bn1.eps).relu()
-            w2 = w2[:, kept]
+            h = F.batch_norm(_product(conv1, x, bits, filters=kept), *statistics, eps=bn1.eps).relu()
         else:
             return (self.block.bn2(torch.zeros_like(x)) + x).relu()
-        y = F.conv2d(h if bits == FULL else few_bits(h, bits, (1, 2, 3)), w2, None, 1, 1)
-        return (self.block.bn2(y) + x).relu()
+        return (self.block.bn2(_product(self.block.conv2, h, bits, channels=kept)) + x).relu()
 
     def _run_chosen(self, x: Tensor, choice: Tensor, on: Tensor) -> Tensor:
         """Images that chose alike together, and nothing that they did not choose."""
@@ -130,6 +129,26 @@ class ChoosingBlock(nn.Module):
             out = x.clone() if out is None else out
             out[rows] = some
         return out
+
+
+def _product(
+    conv: nn.Conv2d, x: Tensor, bits: int, filters: Tensor | None = None, channels: Tensor | None = None
+) -> Tensor:
+    """A convolution at so many bits, of some of its filters or input channels, as a call of the layer."""
+    if bits == FULL and filters is None and channels is None:
+        return conv(x)
+    if "forward" in vars(conv):
+        raise LayerError(f"a convolution that computes in another way runs whole, and at {FULL} bits only; here {bits}")
+    weight = conv.weight
+    if bits != FULL:
+        x, weight = few_bits(x, bits, (1, 2, 3)), few_bits(weight, bits, (0, 1, 2, 3))
+    weight = weight if filters is None else weight[filters]
+    weight = weight if channels is None else weight[:, channels]
+    conv.forward = lambda inputs: conv._conv_forward(inputs, weight, None)
+    try:
+        return conv(x)
+    finally:
+        del conv.forward
 
 
 def _through(hard: Tensor, soft: Tensor) -> Tensor:
@@ -189,7 +208,7 @@ def choosing(
         nn.init.zeros_(read_out.weight)
         nn.init.zeros_(read_out.bias)
         nn.init.ones_(read_out.bias[len(bits) - 1 :])
-    gate.to(leaf(residual[found[0]].conv1).device)
+    gate.to(leaf(residual[found[0]].conv1))
     for index, name in enumerate(found):
         model.set_submodule(name, ChoosingBlock(residual[name], gate, index, name, bits, groups))
     return model.train(residual[found[0]].training)
@@ -227,7 +246,7 @@ def block_costs(model: nn.Module, by_layer: Mapping[str, float], share: Callable
         By block a number for each choice; by layer one for all else.
 
     Raises:
-        LayerError: a block for which there is nothing in the table.
+        LayerError: a block for which there is nothing in the table, or a table of the network with its gates.
 
     >>> from lib import models, shapes
     >>> from lib.layers import block_costs, choosing
@@ -237,11 +256,14 @@ def block_costs(model: nn.Module, by_layer: Mapping[str, float], share: Callable
     >>> costs["conv1"], costs["block1_1"]  # 784 positions: 36 weights; 2 * 144 of them
     (28224.0, (0.0, 14112.0, 225792.0))
     """
-    found, left = {}, dict(by_layer)
+    found, table = {}, dict(by_layer)
+    left = dict(table)
     for name, block in choosing_blocks(model).items():
         own = [left.pop(layer) for layer in list(left) if layer == name or layer.startswith(f"{name}.")]
+        if any(layer.startswith((f"{name}.block.", f"{name}.gate.")) for layer in table):
+            raise LayerError(f"the cost table is of a network whose block {name!r} chooses; give that of the plain one")
         if not own:
-            raise LayerError(f"the cost table misses block {name!r}; it has {', '.join(map(str, by_layer))}")
+            raise LayerError(f"the cost table misses block {name!r}; it has {', '.join(map(str, table))}")
         found[name] = (0.0,) * block.idles + tuple(float(sum(own)) * share(bits) for bits in block.bits)
     return found | {layer: float(cost) for layer, cost in left.items()}
 

@@ -19,6 +19,10 @@ LAST = "end"
 class Exits(nn.Module):
     """A sequential network with a classifier after some of its blocks: pooling over positions and one linear layer.
 
+    Raises:
+        LayerError: no plain ``nn.Sequential``, as then its children in order need not be the network; or an exit after
+            what gives no ``(N, C, H, W)``.
+
     >>> from lib import models
     >>> from lib.layers import Exits
     >>> net = Exits(models.build("resnet8", (1, 28, 28), 10, width=4), ["block1_1"], (1, 28, 28)).eval()
@@ -28,11 +32,14 @@ class Exits(nn.Module):
 
     def __init__(self, net: nn.Sequential, after: Sequence[str], shape: tuple[int, ...], seed: int = 0) -> None:
         super().__init__()
+        if getattr(type(net), "forward", None) is not nn.Sequential.forward:
+            raise LayerError(f"Exits: {type(net).__name__} has a forward of its own; allowed are nn.Sequential")
         self.net, self.heads, self.outputs = net, nn.ModuleDict(), []
-        x = next(net.parameters()).new_zeros(1, *shape)
+        weight = next(net.parameters())
+        x = weight.new_zeros(1, *shape)
         sizes = {}
         with torch.no_grad(), in_mode(net, training=False):
-            for name, layer in net.named_children():
+            for name, layer in net._modules.items():  # named_children leaves out what stands there a second time
                 sizes[name] = (x := layer(x)).shape
         for name in after:
             if name not in sizes or len(sizes[name]) != 4:
@@ -42,11 +49,11 @@ class Exits(nn.Module):
             torch.manual_seed(seed)
             for name in (name for name in sizes if name in after):
                 head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(sizes[name][1], x.shape[1]))
-                self.heads[name] = head.to(x.device)
+                self.heads[name] = head.to(weight)
 
     def steps(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Exit after exit its name and its logits: who takes no more of them computes no more."""
-        for name, layer in self.net.named_children():
+        for name, layer in self.net._modules.items():
             x = layer(x)
             if name in self.heads:
                 yield name, self.heads[name](x)
@@ -79,7 +86,7 @@ def stages(model: Exits, costs: Costs) -> dict[str, list[str]]:
     """What of a cost table is spent on the way from one exit to the next, classifiers (``exit <name>``) included.
 
     Raises:
-        LayerError: an exit whose classifier the table misses.
+        LayerError: an exit whose classifier the table misses, or an entry that is of no stage.
 
     >>> from lib import models
     >>> from lib.layers import Exits, stages
@@ -88,13 +95,18 @@ def stages(model: Exits, costs: Costs) -> dict[str, list[str]]:
     {'block1_1': ['conv1', 'block1_1.conv1', 'exit block1_1'], 'end': ['fc']}
     """
     found, here = {}, []
-    for name, _ in model.net.named_children():
+    for name in model.net._modules:
         here += [entry for entry in costs if entry == name or entry.startswith(f"{name}.")]
         if name in model.heads:
             if f"exit {name}" not in costs:
                 raise LayerError(f"the cost table misses 'exit {name}', the classifier after {name!r}")
             found[name], here = [*here, f"exit {name}"], []
-    return found | {LAST: here}
+    found[LAST] = here
+    if left := costs.keys() - {entry for entries in found.values() for entry in entries}:
+        raise LayerError(
+            f"the network has no {', '.join(map(repr, sorted(left)))}, for which the cost table has entries"
+        )
+    return found
 
 
 def _spent(model: Exits, costs: Costs, entries: list[str], images: int) -> Tensor:

@@ -244,7 +244,7 @@ def skippable(model: nn.Module, seed: int = 0, hidden: int = 10) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         gate = RecurrentGate([block.conv1.in_channels for _, block in found], hidden)
-    gate.to(leaf(found[0][1].conv1).device)
+    gate.to(leaf(found[0][1].conv1))
     for index, (name, block) in enumerate(found):
         model.set_submodule(name, SkippedBlock(block, gate, index).train(block.training))
     return model

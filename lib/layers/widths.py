@@ -13,10 +13,12 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from lib.constraint import masks
 from lib.data import Split
 from lib.layers.gates import LayerError
-from lib.models import BasicBlock
+from lib.models import BasicBlock, PaddedShortcut
 from lib.shapes import in_mode, macs
 from lib.training import Objective
 
@@ -41,8 +43,8 @@ class SlimLinear(nn.Linear):
     counts: tuple[int, ...] = ()
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(N, c)`` -> ``(N, F)``."""
-        return F.linear(x, self.weight[:, : x.shape[1]], self.bias)
+        """``(..., c)`` -> ``(..., F)``."""
+        return F.linear(x, self.weight[:, : x.shape[-1]], self.bias)
 
 
 class SlimNorm(nn.Module):
@@ -55,10 +57,13 @@ class SlimNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``(N, c, H, W)`` -> ``(N, c, H, W)``."""
         norm, c = self.norms[self.active], x.shape[1]
+        momentum = norm.momentum
         if norm.training:
             norm.num_batches_tracked += 1
+            if momentum is None:
+                momentum = 1 / float(norm.num_batches_tracked)  # the plain average, as in torch's own
         means, variances, scale, shift = (t[:c] for t in (norm.running_mean, norm.running_var, norm.weight, norm.bias))
-        return F.batch_norm(x, means, variances, scale, shift, norm.training, norm.momentum, norm.eps)
+        return F.batch_norm(x, means, variances, scale, shift, norm.training, momentum or 0.0, norm.eps)
 
 
 def slimmable(model: nn.Module, widths: Sequence[Width]) -> nn.Module:
@@ -69,8 +74,9 @@ def slimmable(model: nn.Module, widths: Sequence[Width]) -> nn.Module:
             their outputs. Layers that residual sums add up must keep as many, which shares do.
 
     Raises:
-        LayerError: no width, a share outside (0, 1], a layer that is no convolution, channels it does not have, or
-            grouped convolutions.
+        LayerError: no width, a share outside (0, 1], a layer that is no convolution, channels it does not have;
+            modules with weights other than the three that are known (so grouped or masked convolutions, and networks
+            that are slimmable already); shares of a network with `lib.models.PaddedShortcut`. Nothing is changed then.
 
     >>> from lib import models
     >>> from lib.layers import at_width, slimmable
@@ -80,18 +86,43 @@ def slimmable(model: nn.Module, widths: Sequence[Width]) -> nn.Module:
     (1, 2, 28, 28)
     """
     convs = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
-    if not widths or any(m.groups > 1 for m in convs.values()):
-        raise LayerError(f"widths = {list(widths)}: allowed are one or more, of convolutions without groups")
+    if not widths:
+        raise LayerError(f"widths = {list(widths)}: allowed are one or more")
+    if unknown := [f"{name} ({type(m).__name__})" for name, m in model.named_modules() if not _known(m)]:
+        raise LayerError(
+            f"slimmable: {', '.join(unknown)}; allowed are plain Conv2d without groups and padded with zeros, "
+            "Linear, and BatchNorm2d with scales and statistics, none masked (lib.constraint.plain) or slimmable yet"
+        )
     for width in widths:
         _check_width(width, convs)
-    for name, layer in [*model.named_modules()]:
-        if isinstance(layer, nn.Conv2d | nn.Linear):
+    padded = [name for name, m in model.named_modules() if isinstance(m, PaddedShortcut)]
+    if padded and any(not isinstance(width, Mapping) and width < 1 for width in widths):
+        raise LayerError(
+            f"slimmable: {padded[0]} adds a fixed number of channels, which no share fits (PaddedShortcut)"
+        )
+    norms = {}
+    for name, layer in [*model.named_modules(remove_duplicate=False)]:  # what stands in two places stays one
+        if type(layer) in (nn.Conv2d, nn.Linear):
             layer.__class__ = SlimConv2d if isinstance(layer, nn.Conv2d) else SlimLinear
             layer.counts = tuple(_count(layer, name, width) for width in widths)
             layer.active = len(widths) - 1
         elif isinstance(layer, nn.BatchNorm2d):
-            model.set_submodule(name, SlimNorm(layer, len(widths)).train(layer.training))
+            if layer not in norms:
+                norms[layer] = SlimNorm(layer, len(widths)).train(layer.training)
+            model.set_submodule(name, norms[layer])
     return model
+
+
+def _known(layer: nn.Module) -> bool:
+    """Whether a module has no weights of channels, or is one whose first channels alone can run."""
+    if type(layer) is nn.BatchNorm2d:
+        return layer.affine and layer.running_mean is not None
+    if type(layer) is nn.Conv2d:
+        return layer.groups == 1 and layer.padding_mode == "zeros" and "weight" in layer._parameters
+    if type(layer) is nn.Linear:
+        return "weight" in layer._parameters
+    other = isinstance(layer, nn.Conv2d | nn.Linear | _BatchNorm)  # a subclass, or masked
+    return not other and all(p.numel() == 1 for p in layer.parameters(recurse=False))
 
 
 def _check_width(width: Width, convs: Mapping[str, nn.Conv2d]) -> None:
@@ -116,6 +147,10 @@ def _slim(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if isinstance(m, SlimConv2d | SlimLinear | SlimNorm)]
 
 
+def _widths(model: nn.Module) -> int:
+    return max((len(m.counts) for m in _slim(model) if not isinstance(m, SlimNorm)), default=0)
+
+
 @contextmanager
 def at_width(model: nn.Module, index: int) -> Iterator[nn.Module]:
     """Within, the network runs at its width of this number.
@@ -131,8 +166,7 @@ def at_width(model: nn.Module, index: int) -> Iterator[nn.Module]:
     >>> torch.equal(wide, net(x))
     True
     """
-    slim = _slim(model)
-    count = max((len(m.counts) for m in slim if not isinstance(m, SlimNorm)), default=0)
+    slim, count = _slim(model), _widths(model)
     if not 0 <= index < count:
         raise LayerError(f"width {index}: the network has {count}; allowed are 0 to {count - 1}")
     before = [m.active for m in slim]
@@ -152,6 +186,9 @@ def sandwich(widths: int) -> Objective:
     Kullback-Leibler divergence from the widest's softmax as their loss (sandwich rule, in-place distillation: Yu and
     Huang, ICCV 2019).
 
+    Raises:
+        LayerError: in training, a network of another number of widths.
+
     >>> from lib import models
     >>> from lib.layers import sandwich, slimmable
     >>> net, x = slimmable(models.build("resnet8", (1, 8, 8), 10, width=4), [0.5, 1.0]), torch.rand(2, 1, 8, 8)
@@ -161,6 +198,8 @@ def sandwich(widths: int) -> Objective:
     """
 
     def objective(model: nn.Module, x: Tensor, y: Tensor, output: Tensor) -> Tensor:
+        if widths != _widths(model):
+            raise LayerError(f"sandwich({widths}): the network has {_widths(model)} widths; give their number")
         loss, teacher = F.cross_entropy(output, y), output.detach().softmax(1)
         between = [int(torch.randint(1, widths - 1, ()))] if widths > 2 else []
         for index in [*between, *([0] if widths > 1 else [])]:
@@ -189,7 +228,10 @@ def cut_to(model: nn.Module, index: int, shape: tuple[int, ...]) -> nn.Module:
     """
     small, met = deepcopy(model), {}
     handles = [
-        m.register_forward_pre_hook(lambda _, args, m=m: met.update({m: args[0].shape[1]})) for m in _slim(small)
+        m.register_forward_pre_hook(
+            lambda _, x, m=m: met.update({m: x[0].shape[-1 if isinstance(m, SlimLinear) else 1]})
+        )
+        for m in _slim(small)
     ]
     with at_width(small, index), in_mode(small, training=False):
         small(next(small.parameters()).new_zeros(1, *shape))
@@ -227,6 +269,9 @@ def ordered(model: nn.Module) -> nn.Module:
     Channel ``c`` gives ``|gamma_c| * ||W2[:, c]||``, the scale of its norm times the weights that read it. The network
     computes what it did, and its first channels are those to keep.
 
+    Raises:
+        LayerError: a masked network, as masks would stay where they are; a block whose weights cannot be written.
+
     >>> from lib import models
     >>> from lib.layers import ordered
     >>> net, x = models.build("resnet8", (1, 8, 8), 10, width=4).eval(), torch.rand(2, 1, 8, 8)
@@ -237,7 +282,11 @@ def ordered(model: nn.Module) -> nn.Module:
     >>> bool((reads.diff() <= 0).all())
     True
     """
-    for block in _blocks(model).values():
+    blocks = _blocks(model).values()
+    if masks(model) or any("weight" not in m._parameters for b in blocks for m in (b.conv1, b.bn1, b.conv2)):
+        raise LayerError("ordered: the network is masked, or something else makes its weights; give it before that, or "
+                         "lib.constraint.plain(model)")  # fmt: skip
+    for block in blocks:
         gives = block.bn1.weight.abs() * torch.linalg.vector_norm(block.conv2.weight, dim=(0, 2, 3))  # (C,)
         order = gives.argsort(descending=True)
         for tensor in (block.conv1.weight, *block.bn1.parameters(), block.bn1.running_mean, block.bn1.running_var):

@@ -1,5 +1,6 @@
 """Pruning a trained network without its data: made-up inputs, and a copy of the network as it came for a teacher."""
 
+from collections import defaultdict
 from collections.abc import Iterable
 from copy import deepcopy
 from typing import Any, Literal
@@ -10,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lib.constraint import Plan, State, plain
+from lib.constraint import Plan, plain
 from lib.data import Data, Split, Task
 from lib.recipes.admm import admm
 from lib.recipes.common import movable
-from lib.shapes import all_layers, in_mode, prunable
+from lib.shapes import all_layers, in_mode, uses
 from lib.training import Hook, TrainingError, fit
 
 
@@ -91,11 +92,29 @@ def _answered(teacher: nn.Module, x: Tensor) -> Data:
 
 
 class _Frozen(Hook):
-    """Keeps batch norm and dropout as they are in use: made-up inputs would ruin running statistics."""
+    """Keeps batch norm and dropout as they are in use: made-up inputs would ruin running statistics.
+
+    The model itself is in training mode between passes, which is how hooks tell training from a look at it.
+    """
+
+    def begin(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self.mode = model.training
+
+        def still(model, args):
+            self.mode, model.training = model.training, False  # a dropout in its own forward asks
+
+        def back(model, args, output):
+            model.training = self.mode
+
+        self.handles = [model.register_forward_pre_hook(still), model.register_forward_hook(back, always_call=True)]
 
     def before_step(self, model: nn.Module, step: int) -> None:
         for child in model.children():
-            child.eval()  # the model itself stays in training mode, which is how hooks tell training from a look at it
+            child.eval()
+
+    def end(self, model: nn.Module) -> None:
+        for handle in self.handles:
+            handle.remove()
 
 
 class _LayerMatching(_Frozen):
@@ -107,9 +126,7 @@ class _LayerMatching(_Frozen):
     def __init__(self, model: nn.Module, plan: Plan, of_student: bool) -> None:
         self.layers, self.of_student = list(plan), of_student
         self.teacher = plain(model).requires_grad_(False).eval()
-        self.given: State = {}
-        self.aimed: State = {}
-        self.made: State = {}
+        self.given, self.aimed, self.made = _Uses(), _Uses(), _Uses()
         self.on = False
         _recorded(self.teacher, self.layers, self.given, self.aimed)
 
@@ -117,69 +134,91 @@ class _LayerMatching(_Frozen):
         def ask(model, args):
             self.on = model.training
             if self.on:
+                for each in (self.given, self.aimed, self.made):
+                    each.clear()
                 self.teacher(*args)
 
         def cut(name):
-            return lambda layer, args: (
-                ((args[0].detach() if self.of_student else self.given[name]),) if self.on else None
-            )
+            def hook(layer, args):
+                if self.on:
+                    return (args[0].detach() if self.of_student else self.given[name][len(self.made[name])],)
+
+            return hook
 
         def keep(name):
-            return lambda layer, args, output: self.made.update({name: output}) if self.on else None
+            return lambda layer, args, output: self.made[name].append(output) if self.on else None
 
-        self.handles = [model.register_forward_pre_hook(ask)]
+        asking = model.register_forward_pre_hook(ask)  # before the model's own mode is changed
+        super().begin(model, optimizer)
+        self.handles.append(asking)
+        found = uses(model)
         for name in self.layers:
-            layer = prunable(model)[name]
-            self.handles += [layer.register_forward_pre_hook(cut(name)), layer.register_forward_hook(keep(name))]
-
-    def end(self, model: nn.Module) -> None:
-        for handle in self.handles:
-            handle.remove()
+            for layer in found[name]:
+                self.handles += [layer.register_forward_pre_hook(cut(name)), layer.register_forward_hook(keep(name))]
 
     def loss(self, model: nn.Module, x: Tensor, y: Tensor, output: Tensor) -> Tensor:
         """The sum of the layers' relative squared errors, ``()``."""
-        if missing := [name for name in self.layers if name not in self.made]:
-            raise TrainingError(f"the forward pass does not meet {missing[0]}: leave it out of the plan")
+        _all_met(self.layers, self.made, "leave it out of the plan")
         return sum(_relative(self.made[name], self.aimed[name]) for name in self.layers)
 
 
-def _relative(made: Tensor, aimed: Tensor) -> Tensor:
-    return (made - aimed).square().sum() / aimed.square().sum().clamp_min(1e-12)
+class _Uses(defaultdict):
+    """By layer the tensors of all of its uses in a pass, in their order."""
+
+    def __init__(self) -> None:
+        super().__init__(list)
 
 
-def _recorded(model: nn.Module, layers: Iterable[str], given: State, made: State) -> list:
-    """Hooks that write what layers get and make into two dicts."""
+def _all_met(layers: Iterable[str], made: _Uses, advice: str) -> None:
+    if missing := [name for name in layers if not made[name]]:
+        raise TrainingError(f"the forward pass does not meet {missing[0]}: {advice}")
+
+
+def _relative(made: list[Tensor], aimed: list[Tensor]) -> Tensor:
+    error = sum((a - b).square().sum() for a, b in zip(made, aimed, strict=True))
+    return error / sum(b.square().sum() for b in aimed).clamp_min(1e-12)
+
+
+def _recorded(model: nn.Module, layers: Iterable[str], given: _Uses, made: _Uses) -> list:
+    """Hooks that write what layers get and make, use by use, into two dicts."""
 
     def keep(name):
         def hook(layer, args, output):
-            given[name], made[name] = args[0].detach(), output.detach()
+            given[name].append(args[0].detach())
+            made[name].append(output.detach())
 
         return hook
 
-    return [prunable(model)[name].register_forward_hook(keep(name)) for name in layers]
+    found = uses(model)
+    return [layer.register_forward_hook(keep(name)) for name in layers for layer in found[name]]
 
 
 @torch.no_grad()
 def layer_errors(model: nn.Module, teacher: nn.Module, x: Tensor) -> dict[str, float]:
     """How far each layer's output is from the teacher's: ``||f_n - t_n||^2 / ||t_n||^2`` on inputs ``(N, ...)``.
 
-    Each network feeds its layers itself, so that errors of earlier layers are in it.
+    Each network feeds its layers itself, so that errors of earlier layers are in it. Of a layer that is used twice both
+    uses are summed.
+
+    Raises:
+        TrainingError: a layer that the forward pass does not meet.
 
     >>> from lib.recipes import layer_errors
     >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU(), torch.nn.Linear(2, 1))
     >>> layer_errors(model, model, torch.randn(5, 2))
     {'0': 0.0, '2': 0.0}
     """
-    found: list[State] = []
+    found: list[_Uses] = []
     names = list(all_layers(teacher, "layer_errors", skip=True))
     for net in (model, teacher):
-        made: State = {}
-        handles = _recorded(net, names, {}, made)
+        made = _Uses()
+        handles = _recorded(net, names, _Uses(), made)
         with in_mode(net, training=False):
             net(x)
         for handle in handles:
             handle.remove()
         found.append(made)
+        _all_met(names, made, "there is no error of it")
     return {name: float(_relative(found[0][name], found[1][name])) for name in names}
 
 
@@ -254,11 +293,12 @@ def _as_batch_norm_saw(model: nn.Module, x: Tensor, epochs: int, lr: float, seed
         net(images)
         return sum(apart)
 
-    numbers = Split(torch.arange(len(x)), torch.zeros(len(x), *x.shape[1:]), Task("nothing", mse_loss, _no_score))
-    inputs = _Inputs(x)
+    like = norms[0].running_mean
+    index, nothing = torch.arange(len(x), device=like.device), torch.zeros(len(x), *x.shape[1:], device=like.device)
+    numbers, inputs = Split(index, nothing, Task("nothing", mse_loss, _no_score)), _Inputs(x.to(like))
     options = {"epochs": epochs, "lr": lr, "optimizer": "adam", "schedule": "cosine", "batch_size": 100, "seed": seed}
     fit(inputs, Data("inputs", numbers, numbers, numbers, classes=1), objective=distance, **options)
-    return inputs.x.detach()
+    return inputs.x.detach().to(x)
 
 
 def _no_score(output: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

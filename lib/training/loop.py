@@ -339,7 +339,8 @@ def recalibrate(model: nn.Module, data: Data, batch_size: int = 200, batches: in
     """Find the mean and variance of every batch norm anew on training images, in place. Returns the model.
 
     They are plain averages over the batches; what else the network holds is not touched. A pruned or merged network
-    otherwise carries the statistics of another one.
+    otherwise carries the statistics of another one. A batch norm that no batch meets (of a width that is not active, of
+    a block that is skipped) keeps its statistics, and all of them do if the pass fails.
 
     >>> from lib import data, models, training
     >>> images = data.load(train_size=200, test_size=100, validation_size=100)
@@ -347,7 +348,12 @@ def recalibrate(model: nn.Module, data: Data, batch_size: int = 200, batches: in
     >>> float(training.recalibrate(model, images, batches=1).bn1_1.running_mean.abs().max()) > 0  # it was 0
     True
     """
-    norms = {m: m.momentum for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None}
+    norms = {
+        m: (m.momentum, [b.clone() for b in m.buffers(recurse=False)])
+        for m in model.modules()
+        if isinstance(m, _BatchNorm) and m.running_mean is not None
+    }
+    done = False
     try:
         for norm in norms:
             norm.reset_running_stats()
@@ -355,7 +361,11 @@ def recalibrate(model: nn.Module, data: Data, batch_size: int = 200, batches: in
         with in_mode(model, training=True):
             for x in data.train.x.split(_sizes(len(data.train), batch_size))[: batches if norms else 0]:
                 model(x)
+        done = True
     finally:
-        for norm, momentum in norms.items():
+        for norm, (momentum, before) in norms.items():
             norm.momentum = momentum
+            if not done or not norm.num_batches_tracked:
+                for buffer, value in zip(norm.buffers(recurse=False), before, strict=True):
+                    buffer.copy_(value)
     return model

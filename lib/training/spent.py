@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lib.constraint import mask_of
 from lib.shapes import all_layers, dense_macs, source, uses
-from lib.training.loop import Progress
+from lib.training.loop import Progress, TrainingError
 
 Product = Literal["forward", "input_gradient", "weight_gradient"]
 COLUMNS = ["layer", "product", "bits_a", "bits_b", "macs"]
@@ -41,7 +41,9 @@ class Meter:
         self.layers = {id(layer): name for name, layer in model.named_modules()}
         self.counts: Counter[tuple[str, str, int, int]] = Counter()
         all_layers(model, "what training computes")
-        found = ((name, layer) for name, layers in uses(model).items() for layer in layers)
+        self.uses = uses(model)
+        self.before = {name: getattr(source(layers[0]), "grad", None) for name, layers in self.uses.items()}
+        found = ((name, layer) for name, layers in self.uses.items() for layer in layers)
         self.handles = [layer.register_forward_hook(self._watch(name)) for name, layer in found]
 
     def __enter__(self) -> "Meter":
@@ -65,6 +67,8 @@ class Meter:
                         self.add(name, product, macs)
 
                 if output.requires_grad:  # where a checkpoint makes it again, no gradient comes to the second
+                    for product in products:
+                        self.add(name, product, 0.0)  # its place in the frame, layer by layer
                     output.register_hook(back)
 
         return count
@@ -74,8 +78,20 @@ class Meter:
         self.counts[layer, product, *bits] += macs
 
     def frame(self) -> pd.DataFrame:
-        """One row per layer, product and widths of its operands: ``layer, product, bits_a, bits_b, macs``."""
-        return pd.DataFrame([(*key, float(macs)) for key, macs in self.counts.items()], columns=COLUMNS)
+        """One row per layer, product and widths of its operands: ``layer, product, bits_a, bits_b, macs``.
+
+        Raises:
+            TrainingError: a layer has a new gradient, but no pass in training mode has called it: somebody multiplies
+                by its weight directly, or trains in evaluation mode.
+        """
+        met = {name for name, *_ in self.counts}
+        for name, layers in self.uses.items():
+            gradient = getattr(source(layers[0]), "grad", None)
+            if name not in met and gradient is not None and gradient is not self.before[name]:
+                raise TrainingError(
+                    f"{name} was trained, but never called in training mode, so that nothing is counted"
+                )
+        return pd.DataFrame([(*key, float(n)) for key, n in self.counts.items() if n], columns=COLUMNS)
 
 
 _open: deque[Meter] = deque()  # not a list: which meters are open is no part of what code does (`lib.keys.code`)

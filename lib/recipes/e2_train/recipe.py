@@ -9,7 +9,7 @@ import pandas as pd
 from torch import Tensor, nn
 
 from lib.data import Data
-from lib.layers.gates import RecurrentGate, gate_of
+from lib.layers.gates import LayerError, RecurrentGate, SkippedBlock, gate_of
 from lib.recipes.e2_train.signs import SignPrediction, predictive_signs
 from lib.training import Hook, TrainingError, fit
 
@@ -103,7 +103,8 @@ def e2_train(
         gradient's. NaN where there is no gate, or no sign.
 
     Raises:
-        TrainingError: a value that is not allowed. LayerError: a network without a gate, where one is asked for.
+        TrainingError: a value that is not allowed. LayerError: a network without skippable blocks, where
+            a gate is asked for.
 
     >>> from lib import data, models
     >>> from lib.recipes.e2_train import e2_train
@@ -117,7 +118,10 @@ def e2_train(
     """
     _check(skip_cost, least, keep, sign_scale)
     dropping = MiniBatchDropping(drop, fit_options.get("seed", 0))
-    gate = gate_of(model) if _gated(model) or skip_cost is not None or keep is not None else None
+    asks = skip_cost is not None or keep is not None
+    gate = gate_of(model) if _gated(model) or asks else None
+    if gate and not _gated(model):
+        raise LayerError("e2_train: the network's gate skips no block: call skippable(model) before it is trained")
     if gate and (skip_cost is not None or keep is not None):
         gate.keep.fill_(keep or 0.0)
     if skip_cost:
@@ -137,7 +141,7 @@ def e2_train(
 
 
 def _gated(model: nn.Module) -> bool:
-    return any(isinstance(m, RecurrentGate) for m in model.modules())
+    return any(isinstance(m, SkippedBlock) for m in model.modules())
 
 
 def _check(skip_cost: float | None, least: float, keep: float | None, sign_scale: float) -> None:
