@@ -118,6 +118,8 @@ class TestSplits:
     def test_refusals(self, images):
         with pytest.raises(TrainingError, match="allowed are alpha > 0 and 3 examples in all"):
             dirichlet_split(torch.zeros(3), 4, 1.0)
+        with pytest.raises(TrainingError, match=r"labels \(20, 5\): allowed is one for each example"):
+            dirichlet_split(torch.zeros(20, 5, dtype=torch.long), 2, 1.0)
         with pytest.raises(TrainingError, match="no draw of 1000"):
             dirichlet_split(torch.zeros(40), 20, 0.001, least=2)
         with pytest.raises(TrainingError, match="seed 1 has no data"):
@@ -156,6 +158,13 @@ class TestRounds:
         change, log = moved([Adds(0.5), fails, Adds(0.25)])
         assert log[["survivors", "failed", "reason"]].values.tolist() == [[2, 1, "RuntimeError: out of memory"]]
         assert all(torch.equal(change[key], expected[key]) for key in expected)
+
+    @pytest.mark.parametrize("fraction_bits", [None, 16])
+    def test_a_client_that_gives_back_no_numbers_has_failed(self, fraction_bits):
+        change, log = moved([Adds(0.25), Adds(float("nan")), Adds(float("inf"))], fraction_bits=fraction_bits)
+        assert all(torch.allclose(c, torch.tensor(0.25)) for c in change.values())
+        assert log[["survivors", "failed"]].values.tolist() == [[1, 2]]
+        assert "not finite: 0.weight" in log["reason"][0]
 
     def test_shares_and_the_open_end_at_the_same_network(self, small_images):
         parts = dirichlet_split(small_images.train.y, 4, 0.5)
@@ -226,6 +235,13 @@ class TestRounds:
             moved([fails])
         with pytest.raises(TrainingError, match=r"client 1: 0.weight is from 9000 to 9000"):
             moved([Adds(1.0), Adds(9000.0), Adds(1.0), Adds(0.0)], fraction_bits=16)
+        with pytest.raises(TrainingError, match="sum to 0: a mean needs a weight above 0"):
+            moved([Adds(0.1, 0), Adds(0.1, 0)])
+        with pytest.raises(TrainingError, match=r"plans for rounds \[2\]: allowed are 0 to 0"):
+            moved([Adds(0.1)], plans={2: {}})
+        few = {"leaves": lambda round, client: "" if client else "training", "fraction_bits": 12}
+        with pytest.raises(TrainingError, match=r"clients \[1\] sum to 0.00293 of the largest, which 12 fraction bits"):
+            moved([Adds(0.01, 1000), Adds(0.01, 3)], **few)
         with pytest.raises(TrainingError, match="leaves at 'lunch': allowed are asked, training, sending, sent"):
             moved([Adds(1.0)], leaves=lambda round, client: "lunch")
         with pytest.raises(TrainingError, match="asked=3"):

@@ -30,6 +30,10 @@ STAGES = ("", "asked", "training", "sending", "sent")
 two servers has its share (in the open: in the middle of the message); after everything was sent, when it counts."""
 
 
+LEAST_UNITS = 2**7
+"""Of the last fraction bit, in the sum of sizes in shares: with fewer the mean is off by more than half a percent."""
+
+
 @dataclass(frozen=True)
 class Local:
     """A client that trains on data of its own by `fit`, with a new order of batches in every round.
@@ -84,7 +88,7 @@ def dirichlet_split(labels: Tensor, clients: int, alpha: float, seed: int = 0, l
     Draws are repeated until every client has ``least`` examples.
 
     Raises:
-        TrainingError: a wrong number, or no such draw in a thousand.
+        TrainingError: a wrong number, labels that are not ``(N,)``, or no such draw in a thousand.
 
     >>> from lib.recipes import dirichlet_split
     >>> labels = torch.arange(100) % 2
@@ -96,6 +100,8 @@ def dirichlet_split(labels: Tensor, clients: int, alpha: float, seed: int = 0, l
     """
     if not 1 <= clients * least <= len(labels) or not alpha > 0:
         raise TrainingError(f"{clients=}, {alpha=}, {least=}: allowed are alpha > 0 and {len(labels)} examples in all")
+    if labels.ndim != 1:
+        raise TrainingError(f"dirichlet_split: labels {tuple(labels.shape)}: allowed is one for each example, (N,)")
     random = np.random.default_rng(seed)
     if np.isinf(alpha):
         return [torch.from_numpy(part) for part in np.array_split(random.permutation(len(labels)), clients)]
@@ -165,8 +171,9 @@ def fed_avg(
     Args:
         asked: clients of a round, drawn anew; None: all.
         leaves: ``(round, client)`` -> one of `STAGES`, where the client leaves that round; None: nobody does.
-        plans: ``{round: plan}``: before that round the server prunes the mean network to the plan. Its masks hold at
-            clients too, so that both directions carry kept values only; the download says which these are.
+        plans: ``{round: plan}``, where rounds count from 0, as for ``leaves`` and clients: before that round the
+            server prunes the mean network to the plan. Its masks hold at clients too, so that both directions carry
+            kept values only; the download says which these are.
         keep: the share of an upload's values, the largest, that a client picks by itself and sends with their indices.
             What is left out is lost: clients remember nothing.
         fraction_bits: of a sum in two servers' shares (`FixedPoint`), in the setting of SEFL (EMNLP 2021); None: in
@@ -174,8 +181,9 @@ def fed_avg(
             each other whose share they have, and one sends its sum over the clients that both have to the other. With
             ``keep`` the servers learn which values a client has picked.
         judge: asked for its score after every round.
-        processes: clients at the same time; the result does not depend on it. A client that raises an error is one that
-            left in training, and so is one whose process dies (which with 1 is this process).
+        processes: clients at the same time; the result does not depend on it. A client that raises an error, or gives
+            back a NaN or an infinity, is one that left in training, and so is one whose process dies (which with 1 is
+            this process).
 
     Returns:
         One row per round, from 1: ``asked``, ``survivors``, ``failed`` (with ``reason``), ``down_bytes``,
@@ -183,8 +191,9 @@ def fed_avg(
         a size too; a message that was broken off is counted as a whole one.
 
     Raises:
-        TrainingError: no client, no survivor in a round, a client that gives back another network, or a change that
-            the fixed point does not hold, in which case nothing of that round has been sent.
+        TrainingError: no client, no survivor in a round, a plan for a round that there is not, a client that gives back
+            another network, survivors whose sizes sum to nothing or to little beside the largest size for so few
+            fraction bits, or a change that the fixed point does not hold: then nothing of that round has been sent.
 
     >>> from lib import data, models, recipes
     >>> images = data.load(train_size=300, test_size=100, validation_size=100)
@@ -199,6 +208,8 @@ def fed_avg(
     if not 1 <= asked <= len(clients) or not 0 < keep <= 1 or rounds < 1:
         raise TrainingError(f"{len(clients)} clients, {asked=}, {keep=}, {rounds=}: allowed are 1 <= asked <= clients, "
                             "0 < keep <= 1 and rounds from 1")  # fmt: skip
+    if late := sorted(set(plans or {}) - set(range(rounds))):
+        raise TrainingError(f"plans for rounds {late}: allowed are 0 to {rounds - 1}; the log counts from 1")
     sizes = [getattr(client, "size", 1) for client in clients]
     rows = []
     for r in range(rounds):
@@ -284,6 +295,8 @@ def _mean(
 
     In shares, weights are sizes over the largest size of all clients, which is taken to be public.
     """
+    if not sum(sizes[c] for c in complete) > 0:
+        raise TrainingError(f"the sizes of clients {[*complete]} sum to 0: a mean needs a weight above 0")
     if fraction_bits is None:
         weight = np.array([sizes[c] for c in complete], float) / sum(sizes[c] for c in complete)
         flat = [torch.cat([changes[c][key][place] for key, place in places.items()]).double() for c in complete]
@@ -302,6 +315,11 @@ def _mean(
             second.receive(c, other)
     both = [c for c in first.received if c in second.received]
     total = point.decode(first.total(both) + second.total(both))
+    if float(total[-1]) * 2**fraction_bits < LEAST_UNITS:
+        raise TrainingError(
+            f"the sizes of clients {both} sum to {float(total[-1]):.3g} of the largest, which {fraction_bits} fraction "
+            "bits round too much; more fraction bits, or more clients"
+        )
     return total[:-1] / total[-1]
 
 
@@ -310,7 +328,7 @@ def _moved(start: State, change: Tensor, places: Mapping[str, Tensor]) -> State:
     pieces = change.split([int(place.sum()) for place in places.values()])
     moved = {key: value.clone() for key, value in start.items()}
     for (key, place), piece in zip(places.items(), pieces, strict=True):
-        moved[key][place] += piece.to(moved[key].dtype)
+        moved[key][place] += piece.to(moved[key])
     return moved
 
 
@@ -340,4 +358,7 @@ def _trained(model: nn.Module, client: Client, round: int) -> State | str:
         client(own, round)
     except Exception as error:  # whatever breaks a client, the others go on
         return f"{type(error).__name__}: {error}"
-    return state_of(own)
+    state = state_of(own)
+    if strange := [key for key, value in state.items() if not value.isfinite().all()]:
+        return f"it gave back numbers that are not finite: {strange[0]}"
+    return state

@@ -55,7 +55,7 @@ class FixedPoint:
                 f"{self.clients} clients leave room for {self.largest:.4g}; fewer fraction bits, or smaller updates"
             )
         whole = torch.round(values * 2**self.fraction_bits).long()
-        return (whole % 2**32).numpy().astype(np.uint32)
+        return (whole % 2**32).cpu().numpy().astype(np.uint32)
 
     def decode(self, total: np.ndarray) -> Tensor:
         """Flat float64 of a sum of encoded numbers."""
