@@ -87,6 +87,14 @@ class TestConversion:
         assert type(back) is type(theirs)
         assert back.extra_repr() == theirs.extra_repr()
         assert all(torch.equal(a, b) for a, b in zip(back.parameters(), theirs.parameters(), strict=True))
+        frozen = fused(by_gate(deepcopy(theirs).requires_grad_(False)))
+        assert not any(p.requires_grad for p in frozen.parameters())
+
+    def test_what_networks_ask_of_their_recurrent_layer(self, theirs):
+        mine = by_gate(theirs)
+        mine.flatten_parameters()
+        for name in ("hidden_size", "proj_size", "num_layers", "bias", "dropout", "bidirectional", "batch_first"):
+            assert getattr(mine, name) == getattr(theirs, name)
 
     def test_inside_a_network(self):
         class Twice(nn.Module):
@@ -115,6 +123,23 @@ class TestConversion:
         mine[0].layer1.hh_new = kernels.CsrLinear(mine[0].layer1.hh_new)
         with pytest.raises(ModelError, match=r"0.layer1.hh_new \(CsrLinear\)"):
             fused(mine)
+        hooked, tied = nn.GRU(4, 4), nn.ModuleList([nn.GRU(4, 4), nn.GRU(4, 4)])
+        hooked.register_forward_hook(lambda *_: None)
+        with pytest.raises(ModelError, match=r"^0 \(GRU\) does more than its class"):
+            by_gate(nn.Sequential(hooked))
+        tied[1].weight_hh_l0 = tied[0].weight_hh_l0
+        with pytest.raises(ModelError, match="0: weight_hh_l0 is also another module's"):
+            by_gate(tied)
+        mine = Recurrent("GRU", 4, 4)
+        mine.layer1.hh_new.weight.requires_grad = False
+        with pytest.raises(ModelError, match="of weight_hh_l0 some gates are frozen"):
+            fused(mine)
+        mine.layer1.register_forward_hook(lambda *_: None)
+        with pytest.raises(ModelError, match=r"^layer1 \(Direction\) does more"):
+            fused(mine)
+        for wrong in (torch.zeros(1, 1, 4), torch.zeros(3, 2, 4)):
+            with pytest.raises(ModelError, match=r"\(1, 2, 4\)\] is expected"):
+                Recurrent("GRU", 4, 4, batch_first=True)(torch.zeros(2, 3, 4), wrong)
         with pytest.raises(ModelError, match="numbers: 4 are expected"):
             Recurrent("GRU", 4, 4)(torch.zeros(2, 3, 5))
         with pytest.raises(ModelError, match=r"lengths \[0, 3\]"):
@@ -273,6 +298,16 @@ class TestSequences:
         net = models.build("gru", rows.shape, rows.classes, units=8)
         short = rows.train.x[:1, : int(lengths_of(rows.train.x[:1]))]
         assert torch.allclose(net(rows.train.x)[0], net(short)[0], atol=1e-6)
+
+    def test_missing_values_are_no_end(self):
+        nan = torch.nan
+        x = torch.tensor([[[1.0, 1], [nan, 1], [nan, nan], [4, 4]], [[1, 1], [2, 2], [3, 3], [nan, nan]]])
+        assert lengths_of(x).tolist() == [2, 3]
+        net = models.build("gru", (4, 2), 3, units=4, layers=1)
+        assert net(x[1:]).isfinite().all()
+        for wrong in (x[:1, :2], x[:1, [0, 2, 3]]):
+            with pytest.raises(ModelError, match="NaN before the end of a sequence"):
+                net(wrong)
 
     def test_sounds(self, tmp_path):
         for part in ("train", "test"):

@@ -16,6 +16,7 @@ from lib.models.builders import (
 from lib.models.errors import ModelError
 from lib.models.poses import PoseNet
 from lib.models.recurrent import Direction, Recurrent, SequenceNet, by_gate, fused, gru, lengths_of, lstm
+from lib.models.replacing import more_than, replaced
 from lib.models.spiking import LeakyNeurons, SpikingLayer, SpikingNetwork, spike, spiking, stored, unrolled
 
 __all__ = [
@@ -40,6 +41,8 @@ __all__ = [
     "lenet300",
     "lengths_of",
     "lstm",
+    "more_than",
+    "replaced",
     "resnet",
     "set_weights",
     "spike",
