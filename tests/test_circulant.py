@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from lib import costs, data, faults, models, recipes
 from lib.constraint import ConstraintError, Storage, harden
+from lib.keys import content
 from lib.layers import CirculantConv2d, CirculantLinear, LayerError, as_dense, circulant
 from lib.pruning import Filter
 from lib.shapes import ShapeError, layer_shapes
@@ -138,6 +139,44 @@ def test_refusals():
         CirculantConv2d(nn.Conv2d(4, 4, 3, groups=2), 2)
     with pytest.raises(LayerError, match="0: Filter on Linear has no transform"):
         circulant(nn.Sequential(nn.Linear(4, 4)), {"0": Filter(0.5)})
+    plan, tied, hooked = {"0": BlockCirculant(2)}, nn.Sequential(nn.Linear(4, 4), nn.Embedding(4, 4)), nn.Linear(4, 4)
+    tied[1].weight = tied[0].weight
+    with pytest.raises(LayerError, match="0: weight is also another module's"):
+        circulant(tied, plan)
+    hooked.register_forward_hook(lambda *_: None)
+    with pytest.raises(LayerError, match=r"0 \(Linear\) does more than its class"):
+        circulant(nn.Sequential(hooked), plan)
+    fast = circulant(nn.Sequential(nn.Linear(4, 4)), plan)
+    fast[0].register_forward_hook(lambda *_: None)
+    with pytest.raises(LayerError, match=r"0 \(CirculantLinear\) does more than its class"):
+        as_dense(fast)
+
+
+def test_what_is_written_past_the_optimizer_counts():
+    layer, x = CirculantLinear(nn.Linear(8, 8), 4), random(3, 8)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            before = content(layer)
+            layer(x)
+            assert content(layer) == before  # what is kept between two calls is no part of the network
+            layer.columns.data.mul_(3)
+            assert torch.allclose(layer(x), F.linear(x, layer.weight(), layer.bias), atol=1e-5)
+
+
+def test_a_layer_used_twice_is_one_and_frozen_ones_stay_frozen():
+    fc = nn.Linear(8, 8).requires_grad_(False)
+    fast = circulant(nn.Sequential(fc, nn.ReLU(), fc), {"0": BlockCirculant(4)})
+    dense = as_dense(fast)
+    assert (type(fast[0]), type(dense[0])) == (CirculantLinear, nn.Linear)
+    assert (fast[0], dense[0]) == (fast[2], dense[2])
+    assert not any(p.requires_grad for p in (*fast.parameters(), *dense.parameters()))
+
+
+def test_half_precision():
+    net = nn.Sequential(nn.Conv2d(4, 6, 3), nn.Flatten(), nn.Linear(24, 4)).half()
+    fast, x = circulant(net, {"0": BlockCirculant(2), "2": BlockCirculant(4)}), random(2, 4, 4, 4)
+    with torch.no_grad():
+        assert torch.allclose(fast(x.half()).float(), as_dense(fast).float()(x), atol=1e-2)
 
 
 def test_training_inside_is_training_by_columns():
