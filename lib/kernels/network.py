@@ -16,7 +16,7 @@ from lib.kernels.convolutions import SparseConv2d
 from lib.kernels.errors import KernelError
 from lib.kernels.recurrent import GroupedDirection, TorchDirection
 from lib.kernels.rows import GroupedConv2d, GroupedLinear
-from lib.models import Direction, as_built
+from lib.models import Direction, more_than
 from lib.shapes import prunable
 
 
@@ -139,9 +139,7 @@ def _choose(
 ) -> tuple:
     matrices = [w for w in layer.parameters() if w.ndim > 1]
     density = float(sum(w.count_nonzero() for w in matrices) / sum(w.numel() for w in matrices))
-    gates = layer.children() if isinstance(layer, Direction) else ()
-    replaceable = as_built(layer, nn.Conv2d, nn.Linear, Direction) and all(as_built(g, nn.Linear) for g in gates)
-    if not replaceable or named:
+    if named or more_than(layer, nn.Conv2d, nn.Linear, Direction):
         return name, density, "dense", 1.0
     try:
         found = candidates(layer) if density < 1 else []

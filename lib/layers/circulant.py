@@ -1,15 +1,18 @@
 """Layers of block-circulant weights, trained by first columns, computed by Fourier transforms (CirCNN, MICRO 2017)."""
 
 from math import sqrt
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lib.constraint import Plan, plain, weights
+from lib.constraint.views import wide
 from lib.layers.gates import LayerError
-from lib.models import as_built
-from lib.shapes import prunable, uses
+from lib.models import replaced
+from lib.shapes import KINDS, prunable
 from lib.sharing import BlockCirculant
 
 
@@ -35,16 +38,20 @@ class _Circulant(nn.Module):
         return self.blocks.weight(self.columns, self.shape)
 
     def spectrum(self) -> Tensor:
-        """Transforms of the first columns, as the product takes them; made once where no gradient is asked for."""
-        if torch.is_grad_enabled() or self.columns.is_inference():  # the latter count no changes
-            return self._arranged(torch.fft.rfft(self.columns, dim=2))
-        bits = self.columns.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[self.columns.element_size()])
-        made_of = (self.columns.data_ptr(), self.columns._version, int(bits.sum()))  # `.data` leaves the others as are
-        if self._kept is None or self._kept[0] != made_of:
-            self._kept = made_of, self._arranged(torch.fft.rfft(self.columns, dim=2))
+        """Transforms of the first columns, as the product takes them; on a CPU made once, without a gradient.
+
+        Kept with the values that they are of: what is written through ``.data`` counts no version.
+        """
+        columns = wide(self.columns)
+        if torch.is_grad_enabled() or columns.device.type != "cpu":
+            return self._arranged(torch.fft.rfft(columns, dim=2))
+        now = columns.detach().numpy()
+        if self._kept is None or self._kept[0].dtype != now.dtype or not np.array_equal(self._kept[0], now):
+            self._kept = now.copy(), self._arranged(torch.fft.rfft(columns, dim=2))
         return self._kept[1]
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied and saved: all but the transforms."""
         return self.__dict__ | {"_kept": None}
 
 
@@ -71,8 +78,8 @@ class CirculantLinear(_Circulant):
         """``(..., C)`` -> ``(..., F)``."""
         k, (outputs, inputs) = self.blocks.k, self.shape
         parts = F.pad(x.reshape(-1, inputs), (0, -inputs % k)).unflatten(1, (-1, k))  # (N, S, k)
-        product = torch.fft.rfft(parts).permute(2, 0, 1) @ self.spectrum()  # (frequencies, N, R)
-        out = torch.fft.irfft(product.permute(1, 2, 0), n=k).flatten(1)[:, :outputs]
+        product = torch.fft.rfft(wide(parts)).permute(2, 0, 1) @ self.spectrum()  # (frequencies, N, R)
+        out = torch.fft.irfft(product.permute(1, 2, 0), n=k).flatten(1)[:, :outputs].to(x.dtype)
         return (out if self.bias is None else out + self.bias).reshape(*x.shape[:-1], outputs)
 
     def dense(self) -> nn.Linear:
@@ -109,13 +116,13 @@ class CirculantConv2d(_Circulant):
         """``(N, C, H, W)`` -> ``(N, F, H', W')``."""
         k, (outputs, inputs) = self.blocks.k, self.shape[:2]
         parts = F.pad(x, (0, 0, 0, 0, 0, -inputs % k)).unflatten(1, (-1, k))  # (N, S, k, H, W)
-        spectrum = torch.fft.rfft(parts, dim=2).transpose(1, 2)  # (N, frequencies, S, H, W)
+        spectrum = torch.fft.rfft(wide(parts), dim=2).transpose(1, 2)  # (N, frequencies, S, H, W)
         groups = spectrum.shape[1]
         product = F.conv2d(
             spectrum.flatten(1, 2), self.spectrum(), None, self.stride, self.padding, self.dilation, groups
         )
         product = product.unflatten(1, (groups, -1)).transpose(1, 2)  # (N, R, frequencies, H', W')
-        out = torch.fft.irfft(product, n=k, dim=2).flatten(1, 2)[:, :outputs]
+        out = torch.fft.irfft(product, n=k, dim=2).flatten(1, 2)[:, :outputs].to(x.dtype)
         return out if self.bias is None else out + self.bias[:, None, None]
 
     def dense(self) -> nn.Conv2d:
@@ -127,8 +134,7 @@ class CirculantConv2d(_Circulant):
 
 @torch.no_grad()
 def _filled(layer: nn.Module, circulant: _Circulant) -> nn.Module:
-    layer.weight.copy_(circulant.weight())
-    layer.weight.requires_grad_(circulant.columns.requires_grad)
+    layer.weight.copy_(circulant.weight()).requires_grad_(circulant.columns.requires_grad)
     if layer.bias is not None:
         layer.bias.copy_(circulant.bias).requires_grad_(circulant.bias.requires_grad)
     return layer.to(circulant.columns.device, circulant.columns.dtype)
@@ -141,7 +147,8 @@ def circulant(model: nn.Module, plan: Plan, fresh: bool = False) -> nn.Module:
         plan: `BlockCirculant` sets, onto which weights are projected. fresh: draw first columns anew.
 
     Raises:
-        LayerError: another set, a layer that has no such form, has hooks, or shares its weight with another.
+        LayerError: another set, a layer that has no such form, that shares its weight with another module, or that has
+            a hook.
 
     >>> from lib.layers import circulant
     >>> from lib.sharing import BlockCirculant
@@ -152,29 +159,24 @@ def circulant(model: nn.Module, plan: Plan, fresh: bool = False) -> nn.Module:
     result = plain(model)
     layers = prunable(result)
     weights(result, plan)  # says what is wrong with the plan
-    made = {}
-    for name, constraint in plan.items():
-        kind = {nn.Linear: CirculantLinear, nn.Conv2d: CirculantConv2d}.get(type(layers[name]))
-        if kind is None or not isinstance(constraint, BlockCirculant):
-            raise LayerError(f"{name}: {type(constraint).__name__} on {type(layers[name]).__name__} has no transform")
-        if not as_built(layers[name], type(layers[name])) or len(uses(result)[name]) > 1:
-            raise LayerError(f"{name}: it has hooks, or shares its weight with another layer, and would lose these")
-        made[id(layers[name])] = layer = kind(layers[name], constraint.k)
+
+    def convert(name: str, dense: nn.Module) -> nn.Module:
+        kind = {nn.Linear: CirculantLinear, nn.Conv2d: CirculantConv2d}.get(type(dense))
+        if kind is None or not isinstance(plan[name], BlockCirculant):
+            raise LayerError(f"{name}: {type(plan[name]).__name__} on {type(dense).__name__} has no transform")
+        layer = kind(dense, plan[name].k)
         if fresh:
             layer.reset_parameters()
-    return _with(result, made)
+        return layer
 
-
-def _with(model: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
-    """Others in the place of some modules, by id, wherever these stand."""
-    for name, module in [*model.named_modules(remove_duplicate=False)]:
-        if id(module) in made:
-            model.set_submodule(name, made[id(module)])
-    return model
+    return replaced(result, {name: layers[name] for name in plan}, convert, *KINDS, error=LayerError)
 
 
 def as_dense(model: nn.Module) -> nn.Module:
     """A copy of the network with circulant layers as dense ones, which faults, arrays and accounts speak of.
+
+    Raises:
+        LayerError: a circulant layer that shares its columns with another, or that has a hook.
 
     >>> from lib.layers import circulant, as_dense
     >>> from lib.sharing import BlockCirculant
@@ -183,4 +185,6 @@ def as_dense(model: nn.Module) -> nn.Module:
     True
     """
     result = plain(model)
-    return _with(result, {id(layer): layer.dense() for layer in result.modules() if isinstance(layer, _Circulant)})
+    found = {name: layer for name, layer in result.named_modules() if isinstance(layer, _Circulant)}
+    kinds = CirculantLinear, CirculantConv2d
+    return replaced(result, found, lambda _, layer: layer.dense(), *kinds, error=LayerError)

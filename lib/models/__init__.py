@@ -15,7 +15,8 @@ from lib.models.builders import (
 )
 from lib.models.errors import ModelError
 from lib.models.poses import PoseNet
-from lib.models.recurrent import Direction, Recurrent, SequenceNet, as_built, by_gate, fused, gru, lengths_of, lstm
+from lib.models.recurrent import Direction, Recurrent, SequenceNet, by_gate, fused, gru, lengths_of, lstm
+from lib.models.replacing import more_than, replaced
 from lib.models.spiking import LeakyNeurons, SpikingLayer, SpikingNetwork, spike, spiking, stored, unrolled
 
 __all__ = [
@@ -31,7 +32,6 @@ __all__ = [
     "SequenceNet",
     "SpikingLayer",
     "SpikingNetwork",
-    "as_built",
     "build",
     "builder",
     "by_gate",
@@ -41,6 +41,8 @@ __all__ = [
     "lenet300",
     "lengths_of",
     "lstm",
+    "more_than",
+    "replaced",
     "resnet",
     "set_weights",
     "spike",

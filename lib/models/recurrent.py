@@ -10,11 +10,12 @@ from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import dropout, linear
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from lib.models.errors import ModelError
+from lib.models.replacing import more_than, replaced
 
 GATES = {"GRU": ("reset", "update", "new"), "LSTM": ("input", "forget", "cell", "output")}
 """In the order of torch's tensors."""
@@ -37,24 +38,9 @@ def _lstm(x: Sequence[Tensor], h: Sequence[Tensor], state: State) -> State:
     return torch.sigmoid(o) * torch.tanh(cell), cell
 
 
-def as_built(module: nn.Module, *kinds: type[nn.Module]) -> bool:
-    """Whether a module does what one of these classes does, and nothing else: no hook, no forward pass of its own.
-
-    What replaces a module asks, as a hook (rounded inputs, a user's own) would be gone with it.
-
-    >>> from lib.models import as_built
-    >>> layer = torch.nn.Linear(2, 1)
-    >>> as_built(layer, torch.nn.Linear), layer.register_forward_hook(print) and as_built(layer, torch.nn.Linear)
-    (True, False)
-    """
-    watched = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    same = any(type(module).forward is kind.forward for kind in kinds)
-    return same and "forward" not in vars(module) and not any(watched)
-
-
 def _products(layers: Sequence[nn.Module]) -> Callable[[Tensor], Sequence[Tensor]]:
     """What all gates make of one input: in one product where nobody watches single gates."""
-    if not all(as_built(layer, nn.Linear) for layer in layers):
+    if any(more_than(layer, nn.Linear) for layer in layers):
         return lambda x: [layer(x) for layer in layers]
     weight = torch.cat([layer.weight for layer in layers])
     bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
@@ -144,8 +130,7 @@ class Recurrent(nn.Module):
             raise ModelError(f"kind = {kind!r}, proj_size = {proj_size}: allowed are GRU, and LSTM also with proj_size")
         self.kind, self.input_size, self.batch_first = kind, input_size, batch_first
         self.num_layers, self.bidirectional = num_layers, bidirectional
-        self.hidden_size, self.proj_size, self.bias = hidden_size, proj_size, bias
-        self.dropout = nn.Dropout(dropout)
+        self.hidden_size, self.proj_size, self.bias, self.dropout = hidden_size, proj_size, bias, dropout
         size = input_size
         for i in range(num_layers):
             for reverse in (False, True)[: 1 + bidirectional]:
@@ -158,7 +143,7 @@ class Recurrent(nn.Module):
         return [m for name, m in self.named_children() if name.startswith("layer")]
 
     def flatten_parameters(self) -> None:
-        """Nothing: there for networks that call it, as torch's modules have it."""
+        """Nothing: networks written for torch's module call it, whose tensors it lays side by side."""
 
     def forward(self, input: Tensor | PackedSequence, hx=None, lengths: Tensor | None = None):
         """As torch's module: ``(output, h_n)`` of a GRU, ``(output, (h_n, c_n))`` of an LSTM.
@@ -168,7 +153,7 @@ class Recurrent(nn.Module):
             lengths: frames of each sequence, ``(N,)``; what follows them is padding.
 
         Raises:
-            ModelError: frames or states of another size, or lengths that the input has not.
+            ModelError: frames or a state of another size, or lengths that the input has not.
         """
         packed = input if isinstance(input, PackedSequence) else None
         if packed is not None:
@@ -189,10 +174,10 @@ class Recurrent(nn.Module):
                 part.unsqueeze(1) if packed is None and alone else part
                 for part in (hx if self.kind == "LSTM" else [hx])
             ]
-            one, count = self.directions()[0], self.num_layers * (1 + self.bidirectional)
-            for part, size in zip(hx, (one.outputs, one.units), strict=False):
-                if part.shape != (count, len(x), size):
-                    raise ModelError(f"a state of {tuple(part.shape)}: {(count, len(x), size)} is expected")
+            states = self.num_layers * (1 + self.bidirectional)
+            asked = [(states, len(x), size) for size in self._sizes()]
+            if (given := [(*part.shape,) for part in hx]) != asked:
+                raise ModelError(f"a state of {given}: {asked} is expected")
         x, last = self._through(x, hx, mask)
         last = [torch.stack(parts) for parts in zip(*last, strict=True)]
         if packed is not None:
@@ -205,41 +190,24 @@ class Recurrent(nn.Module):
             x = x.transpose(0, 1)
         return x, tuple(last) if self.kind == "LSTM" else last[0]
 
+    def _sizes(self) -> tuple[int, ...]:
+        """Numbers of a state, ``h`` and, of an LSTM, ``c``."""
+        return (self.proj_size or self.hidden_size, self.hidden_size)[: 1 + (self.kind == "LSTM")]
+
     def _through(self, x: Tensor, hx: Sequence[Tensor] | None, mask: Tensor | None) -> tuple[Tensor, list[State]]:
         """All layers on ``(N, T, C)``: outputs of the last, and the last state of each direction."""
         last: list[State] = []
         sides: list[Tensor] = []
         both = 1 + self.bidirectional
         for i, one in enumerate(directions := self.directions()):
-            sizes = (one.outputs, one.units)[: 1 + (self.kind == "LSTM")]
-            state = tuple(part[i] for part in hx) if hx else tuple(x.new_zeros(len(x), size) for size in sizes)
+            state = tuple(p[i] for p in hx) if hx else tuple(x.new_zeros(len(x), size) for size in self._sizes())
             found, state = one(x, state, mask)
             last.append(state)
             sides.append(found)
             if len(sides) == both:
                 x, sides = torch.cat(sides, -1) if both == 2 else found, []
-                x = self.dropout(x) if i + 1 < len(directions) else x
+                x = dropout(x, self.dropout, self.training) if i + 1 < len(directions) else x
         return x, last
-
-
-def _places(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Every module under each of its names: one that is used twice has two."""
-    return [*model.named_modules(remove_duplicate=False)]
-
-
-def _replaced(model: nn.Module, make: Callable[[str, nn.Module], nn.Module | None]) -> nn.Module:
-    """A copy, with what ``make`` has another module for replaced wherever it stands."""
-    copy, made = deepcopy(model), {}
-    for name, module in _places(copy):
-        if id(module) not in made:
-            made[id(module)] = module, make(name, module)  # the module as well, so that its id stays its own
-        if (new := made[id(module)][1]) is None:
-            continue
-        new.train(module.training)
-        if not name:
-            return new
-        copy.set_submodule(name, new)
-    return copy
 
 
 def _torch_names(module: Recurrent) -> list[tuple[str, Direction]]:
@@ -256,8 +224,8 @@ def by_gate(model: nn.Module) -> nn.Module:
     layers. A network that packs its batches goes on doing so.
 
     Raises:
-        ModelError: a recurrent layer whose tensors something else makes (weight norm, a parametrization), or that has
-            hooks, by name.
+        ModelError: a recurrent layer whose tensors something else makes (weight norm, a parametrization) or another
+            module has as well, or that has a hook, by name.
 
     >>> from lib.models import by_gate
     >>> from lib.shapes import prunable
@@ -268,17 +236,13 @@ def by_gate(model: nn.Module) -> nn.Module:
     """
 
     @torch.no_grad()
-    def convert(name: str, module: nn.Module) -> Recurrent | None:
-        if not isinstance(module, nn.GRU | nn.LSTM):
-            return None
+    def convert(name: str, module: nn.Module) -> Recurrent:
         tensors = module._parameters
         if type(module) not in (nn.GRU, nn.LSTM) or not all(n in tensors for n in module._flat_weights_names):
             raise ModelError(
                 f"{name or 'the model'} ({type(module).__name__}): its weights are made by something else, "
                 "which would be lost; only torch.nn.GRU and torch.nn.LSTM as they are can be converted"
             )
-        if not as_built(module, nn.GRU, nn.LSTM):
-            raise ModelError(f"{name or 'the model'} ({type(module).__name__}): its hooks would be lost")
         options = ("num_layers", "bias", "batch_first", "dropout", "bidirectional", "proj_size")
         new = Recurrent(module.mode, module.input_size, module.hidden_size, **{o: getattr(module, o) for o in options})
         new.to(tensors["weight_ih_l0"])
@@ -293,7 +257,9 @@ def by_gate(model: nn.Module) -> nn.Module:
                 one.hr.weight = nn.Parameter(whole.clone(), whole.requires_grad)
         return new
 
-    return _replaced(model, convert)
+    copy = deepcopy(model)
+    found = {name: module for name, module in copy.named_modules() if isinstance(module, nn.GRU | nn.LSTM)}
+    return replaced(copy, found, convert, nn.GRU, nn.LSTM)
 
 
 def fused(model: nn.Module) -> nn.Module:
@@ -301,7 +267,7 @@ def fused(model: nn.Module) -> nn.Module:
 
     Raises:
         ModelError: a gate that does something else than a linear layer, by name: on arrays, with rounded inputs, or
-            with a kernel.
+            with a kernel; gates of which some are frozen, as torch's tensor of all is trained or is not.
 
     >>> from lib.models import Recurrent, fused
     >>> type(fused(Recurrent("LSTM", 4, 8))).__name__
@@ -309,44 +275,44 @@ def fused(model: nn.Module) -> nn.Module:
     """
 
     @torch.no_grad()
-    def convert(name: str, module: nn.Module) -> nn.Module | None:
-        if not isinstance(module, Recurrent):
-            return None
+    def convert(name: str, module: nn.Module) -> nn.Module:
         first = module.directions()[0]
-        for part, gate in module.named_modules():
-            if part.count(".") < 2 and not as_built(gate, Recurrent, Direction, nn.Dropout, nn.Linear):
-                place = f"{name}.{part}" if name else part
-                raise ModelError(
-                    f"{place} ({type(gate).__name__}) does more than a linear layer: torch's has no place for it"
-                )
         gates = first.gates("ih")
         options = {"proj_size": first.outputs} if first.hr is not None else {}
         new = getattr(nn, module.kind)(
             module.input_size,
             first.units,
             module.num_layers,
-            bias=gates[0].bias is not None,
+            bias=module.bias,
             batch_first=module.batch_first,
-            dropout=module.dropout.p,
+            dropout=module.dropout,
             bidirectional=module.bidirectional,
             **options,
         ).to(gates[0].weight)
         own = dict(new.named_parameters())
+
+        def fill(tensor: str, kind: str, gates: Sequence[nn.Module]) -> None:
+            trained = {p.requires_grad for gate in gates for n, p in gate.named_parameters() if kind in n.split(".")}
+            if len(trained) > 1:
+                raise ModelError(f"{name or 'the model'}: of {tensor} some gates are frozen, others not")
+            own[tensor].copy_(torch.cat([getattr(gate, kind) for gate in gates]))
+            own[tensor].requires_grad = trained.pop()
+
         for end, one in _torch_names(module):
             for part in ("ih", "hh"):
-                for kind in ("weight", "bias")[: 1 + (gates[0].bias is not None)]:
-                    pieces = [getattr(gate, kind) for gate in one.gates(part)]
-                    whole = own[f"{kind}_{part}_{end}"].copy_(torch.cat(pieces))
-                    whole.requires_grad_(any(piece.requires_grad for piece in pieces))
+                for kind in ("weight", "bias")[: 1 + module.bias]:
+                    fill(f"{kind}_{part}_{end}", kind, one.gates(part))
             if one.hr is not None:
-                own[f"weight_hr_{end}"].copy_(one.hr.weight).requires_grad_(one.hr.weight.requires_grad)
+                fill(f"weight_hr_{end}", "weight", [one.hr])
         return new
 
-    return _replaced(model, convert)
+    copy = deepcopy(model)
+    found = {name: module for name, module in copy.named_modules() if isinstance(module, Recurrent)}
+    return replaced(copy, found, convert, Recurrent, Direction, nn.Linear)
 
 
 def lengths_of(x: Tensor) -> Tensor:
-    """Frames of each sequence of a batch ``(N, T, C)``: those before the first that is not a number, ``(N,)``.
+    """Frames of each sequence of a batch ``(N, T, C)``: those before the first that has no number, ``(N,)``.
 
     >>> from lib.models import lengths_of
     >>> lengths_of(torch.tensor([[[1.0], [2.0]], [[3.0], [torch.nan]]])).tolist()
@@ -381,11 +347,12 @@ class SequenceNet(nn.Module):
         """``(N, T, C)`` -> ``(N, classes)``, or ``(N, classes, T)``.
 
         Raises:
-            ModelError: what is not a number within a sequence, which would be taken for 0, or behind its end anything.
+            ModelError: a missing value, NaN before the end of a sequence.
         """
         lengths, time = lengths_of(x), x.shape[1]
-        if (x.isnan().any(-1) != (torch.arange(time, device=x.device) >= lengths[:, None])).any():
-            raise ModelError("a sequence holds NaN before its end, or numbers behind it: fill what is missing")
+        ended = torch.arange(time, device=x.device) >= lengths[:, None]
+        if (x.isnan() != ended.unsqueeze(-1)).any():
+            raise ModelError("NaN before the end of a sequence: only what follows it is NaN; fill in missing values")
         longest = int(lengths.max())
         whole = bool((lengths == longest).all())
         out, last = self.rnn(x[:, :longest].nan_to_num(), lengths=None if whole else lengths)

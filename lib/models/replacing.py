@@ -1,0 +1,75 @@
+"""One module in the place of another: where it stands, and what it must not lose on the way."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+
+from torch import nn
+
+from lib.models.errors import ModelError
+
+FORWARD = ("forward", "_conv_forward")
+"""Where a layer says what it computes."""
+
+
+def _lone(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
+    watched = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    alike = (all(getattr(type(module), f, None) is getattr(kind, f, None) for f in FORWARD) for kind in kinds)
+    return any(alike) and not any(watched) and not vars(module).keys() & set(FORWARD)
+
+
+def more_than(module: nn.Module, *kinds: type[nn.Module]) -> list[str]:
+    """Parts of a module, ``''`` for itself, that do more than one of ``kinds`` does: what replaces it would lose that.
+
+    A hook (rounded inputs, errors), a forward pass of its own, a child of another kind. A parametrized weight is none.
+
+    >>> from lib.models import more_than
+    >>> layer = torch.nn.Linear(2, 1)
+    >>> more_than(layer, torch.nn.Linear)
+    []
+    >>> hook = layer.register_forward_pre_hook(lambda layer, x: (x[0].round(),))
+    >>> more_than(layer, torch.nn.Linear)
+    ['']
+    """
+    parts = ((name, part) for name, part in module.named_modules() if "parametrizations" not in name.split("."))
+    return [name for name, part in parts if not _lone(part, kinds)]
+
+
+def replaced(
+    model: nn.Module,
+    found: Mapping[str, nn.Module],
+    make: Callable[[str, nn.Module], nn.Module],
+    *kinds: type[nn.Module],
+    error: type[ValueError] = ModelError,
+) -> nn.Module:
+    """The network with what ``make`` gives for each of the modules found in it, wherever that stands. In place.
+
+    Args:
+        found: modules by one of their names. kinds: what they, and all inside of them, have to be.
+
+    Returns:
+        The model, or what replaces it as a whole.
+
+    Raises:
+        ModelError, or ``error``: a module that does `more_than` its class, or shares a tensor with another.
+
+    >>> from lib.models import replaced
+    >>> relu = torch.nn.ReLU()
+    >>> net = torch.nn.Sequential(relu, torch.nn.Linear(2, 2), relu)
+    >>> replaced(net, {"0": relu}, lambda name, module: torch.nn.Tanh(), torch.nn.ReLU)[2]
+    Tanh()
+    """
+    held = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+    made = {}
+    for name, module in found.items():
+        for part in more_than(module, *kinds):
+            place, kind = ".".join(filter(None, (name, part))), type(module.get_submodule(part)).__name__
+            raise error(f"{place or 'the model'} ({kind}) does more than its class, which would be lost: a hook, say")
+        if shared := [own for own, p in module.named_parameters() if held[id(p)] > 1]:
+            raise error(f"{name or 'the model'}: {shared[0]} is also another module's: they would go separate ways")
+        made[id(module)] = make(name, module).train(module.training)
+    for name, module in [*model.named_modules(remove_duplicate=False)]:
+        if (new := made.get(id(module))) is not None:
+            if not name:
+                return new
+            model.set_submodule(name, new)
+    return model
