@@ -55,6 +55,10 @@ class Meter:
         for handle in self.handles:
             handle.remove()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What goes to other processes with a copy of the network, whose hooks know the meter: not the network."""
+        return self.__dict__ | {"uses": {}, "before": {}}
+
     def _watch(self, name: str) -> Callable:
         def count(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:  # a closure: copies share it
             if layer.training and self in _open and not getattr(layer, "charges_itself", False):
