@@ -216,7 +216,8 @@ def fed_avg(
         random = np.random.default_rng([seed, r])
         if r in (plans or {}):
             bare = plain(model)
-            rewind(model, bare.state_dict(), one_shot(bare, fitted(bare, plans[r])))
+            others = {name: mask for name, mask in masks(model).items() if name not in plans[r]}
+            rewind(model, bare.state_dict(), others | one_shot(bare, fitted(bare, plans[r])))
         chosen = sorted(random.choice(len(clients), asked, replace=False).tolist())
         stage = {c: leaves(r, c) if leaves else "" for c in chosen}
         if odd := [c for c in chosen if stage[c] not in STAGES]:
