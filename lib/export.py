@@ -80,8 +80,8 @@ def save(model: nn.Module, path: str | Path) -> pd.DataFrame:
         ``table_bits``, as in `lib.costs.network_storage`; the rest of the file is biases, batch norm and its header.
 
     Raises:
-        ExportError: a layer of other numbers than float32, bfloat16 and float16, or a module that keeps its weights
-            where no file would find them: a compiled kernel, a quantized layer of torch.
+        ExportError: a layer of other numbers than float32, bfloat16 and float16; a module that keeps its weights where
+            no file would find them (a compiled kernel, a quantized layer of torch); an entry that is no tensor.
         OSError: the file cannot be written.
 
     >>> from tempfile import TemporaryDirectory
@@ -101,7 +101,7 @@ def save(model: nn.Module, path: str | Path) -> pd.DataFrame:
     said: dict[str, Packed | str] = {name: other for name, other in first.items() if other != name}
     stored = {name: state[name].cpu().contiguous().clone() for name in state if first[name] == name}
     for layer in prunable(model):
-        name = first[f"{layer}.weight"]
+        name = first[f"{layer}.weight".lstrip(".")]
         weight, dtype = stored[name], str(stored[name].dtype).removeprefix("torch.")
         if dtype not in KINDS:
             raise ExportError(f"layer {layer!r} is {dtype}: a file holds {', '.join(KINDS)}; convert the network first")
@@ -116,7 +116,14 @@ def save(model: nn.Module, path: str | Path) -> pd.DataFrame:
 
 
 def _first_names(state: State) -> dict[str, str]:
-    """For every entry, the first of those that are the same tensor."""
+    """For every entry, the first of those that are the same tensor.
+
+    Raises:
+        ExportError: an entry that is no tensor of numbers.
+    """
+    for name, t in state.items():
+        if not isinstance(t, Tensor) or t.is_meta or t.is_quantized or t.layout != torch.strided:
+            raise ExportError(f"{name} is no dense tensor of numbers ({type(t).__name__}): it cannot be in a file")
     first: dict[tuple, str] = {}
     place = {name: (t.data_ptr(), t.shape, t.stride()) if t.numel() else (name,) for name, t in state.items()}
     return {name: first.setdefault(place[name], name) for name in state}
@@ -144,7 +151,7 @@ def read(path: str | Path) -> State:
             if isinstance(packed, list):
                 state[name] = _unpack(state[name].numpy(), Packed(*packed))
         return state | {name: state[other] for name, other in said.items() if isinstance(other, str)}
-    except (SafetensorError, TypeError, KeyError, IndexError, ValueError, json.JSONDecodeError) as error:
+    except (SafetensorError, TypeError, KeyError, IndexError, AttributeError, ValueError) as error:
         raise ExportError(f"{path} is damaged, or was not written by lib.export.save: {error}") from None
 
 
@@ -197,7 +204,7 @@ Streams = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def _ways(weight: np.ndarray, dtype: str) -> Iterator[tuple[Packed, Streams]]:
-    flat, matrix = weight.reshape(-1), weight.reshape(len(weight), -1)
+    flat, matrix = weight.reshape(-1), weight.reshape(len(weight), np.prod(weight.shape[1:]))
     nonzero, rows, columns = flat != 0, matrix.any(1), matrix.any(0)
     runs, width = _runs(nonzero)
     for positions, *sizes, index, stored in (

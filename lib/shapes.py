@@ -142,7 +142,9 @@ def hides_weights(module: nn.Module) -> bool:
     >>> hides_weights(torch.nn.Linear(2, 1))
     False
     """
-    return getattr(module, "stands_for_layer", False) or type(module).__module__.startswith("torch.ao.nn.quantized")
+    return getattr(module, "stands_for_layer", False) or any(
+        type(value) is torch.ScriptObject for value in vars(module).values()
+    )
 
 
 def others(model: nn.Module) -> list[str]:
@@ -158,9 +160,14 @@ def others(model: nn.Module) -> list[str]:
     return sorted(
         f"{name or 'the model'} ({type(module).__name__})"
         for name, module in model.named_modules()
-        if id(module) not in inside
-        and (hides_weights(module) or any(p.ndim > 1 for p in module.parameters(recurse=False)))
+        if id(module) not in inside and (hides_weights(module) or any(tensor.ndim > 1 for tensor in _weights(module)))
     )
+
+
+def _weights(module: nn.Module) -> list[Tensor]:
+    """Its own parameters, and buffers called weights; others are masks of attention, positions and the like."""
+    buffers = [buffer for name, buffer in module.named_buffers(recurse=False) if name.endswith("weight")]
+    return [*module.parameters(recurse=False), *buffers]
 
 
 def all_layers(model: nn.Module, what: str, skip: bool = False) -> dict[str, nn.Module]:

@@ -200,6 +200,37 @@ def test_bad_files_are_named(tmp_path):
         export.read(tmp_path / "nothing.safetensors")
 
 
+def test_every_damage_that_shows_is_named(tmp_path):
+    torch.manual_seed(0)
+    net, path = nn.Sequential(nn.Linear(20, 9)), tmp_path / "net.safetensors"
+    net[0].weight.data *= torch.rand(9, 20) < 0.5
+    assert export.save(net, path)["positions"].tolist() == ["bitmask"]
+    raw, found = path.read_bytes(), 0
+    for bit in range(0, 8 * len(raw), 5):
+        other = bytearray(raw)
+        other[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(other)
+        try:
+            export.read(path)
+        except ExportError:
+            found += 1
+    assert found > 100
+
+
+class Extra(nn.Linear):
+    def get_extra_state(self):
+        return {}
+
+
+def test_what_is_no_tensor_of_numbers_is_named(tmp_path):
+    path = tmp_path / "net.safetensors"
+    for net, name in ((nn.Sequential(Extra(2, 2)), "0._extra_state"), (nn.Linear(2, 2).to("meta"), "weight")):
+        with pytest.raises(ExportError, match=f"{name} is no dense tensor of numbers"):
+            export.save(net, path)
+    export.save(nn.Linear(4, 0), path)
+    assert export.read(path)["weight"].shape == (0, 4)
+
+
 def test_any_reader_of_the_format_opens_it(tmp_path):
     net, _ = compressed("binary")
     export.save(net, tmp_path / "a.safetensors")

@@ -25,7 +25,8 @@ from lib.shapes import ShapeError
 
 
 def near(found, expected):
-    return torch.allclose(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()) + 1e-7)
+    largest = float(expected.abs().max()) if expected.numel() else 0.0
+    return torch.allclose(found, expected, rtol=1e-4, atol=1e-5 * largest + 1e-7)
 
 
 def thinned(layer, kept, seed):
@@ -106,7 +107,7 @@ def test_strips_fill_the_registers_and_waste_little():
         assert -(-height // rows) * rows <= height + 3
 
 
-@pytest.mark.parametrize("batch", [(), (1,), (7,), (2, 3)])
+@pytest.mark.parametrize("batch", [(), (1,), (7,), (2, 3), (0,)])
 @pytest.mark.parametrize("kind", [GroupedLinear, CsrLinear])
 def test_linear_layers(batch, kind):
     torch.manual_seed(len(batch))
@@ -191,6 +192,8 @@ def test_the_network_given_stays_as_it_was():
 
 def test_refusals():
     with pytest.raises(KernelError, match="without any weight"):
+        SparseConv.of(torch.zeros(2, 3, 3, 3))
+    with pytest.raises(KernelError, match="without any weight"):
         SparseConv2d(thinned(nn.Conv2d(1, 1, 1), 0.0, 0).apply(lambda layer: layer.weight.data.zero_()))
     kernel = SparseConv2d(thinned(nn.Conv2d(2, 2, 3), 0.5, 0))
     with pytest.raises(KernelError, match=r"inputs \(1, 3, 9, 9\), torch.float32 on cpu: \(N, 2, H, W\) of float32"):
@@ -242,6 +245,39 @@ class TestWhatStandsInANetwork:
         fast, x = kernels.compile(net, torch.rand(1, 400), gain=0), torch.rand(1, 400)
         assert fast.choices["kernel"].tolist() == ["dense", "dense"]
         assert torch.equal(fast(x), net(x))
+
+    def test_layers_of_other_numbers_and_subclasses_stay(self, net):
+        class Doubled(nn.Linear):
+            def forward(self, x):
+                return 2 * super().forward(x)
+
+        gru = models.by_gate(nn.Sequential(nn.GRU(8, 8, batch_first=True)))
+        gru[0].layer1.hh_new.weight.data.zero_()
+        for other, x in (
+            (nn.Sequential(thin(Doubled(40, 8), 0.1)), torch.rand(2, 40)),
+            (net.double(), torch.rand(2, 400).double()),
+            (gru.bfloat16(), torch.rand(2, 5, 8).bfloat16()),
+        ):
+            assert set(kernels.compile(other, x, repeats=3, gain=0.0).choices["kernel"]) == {"dense"}
+
+    def test_gates_that_are_frozen_in_part(self):
+        gru = models.by_gate(nn.Sequential(nn.GRU(8, 8, batch_first=True)))
+        gru[0].layer1.hh_new.weight.requires_grad_(False).zero_()
+        fast = kernels.compile(gru, torch.rand(2, 5, 8), repeats=3, gain=0.0)
+        assert fast.choices["kernel"].tolist() == ["grouped rows"]
+
+    def test_networks_with_draws_and_infinite_outputs(self, net):
+        class Drawn(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.net = net
+
+            def forward(self, x):
+                y = self.net(x) + torch.rand(10)
+                return {"scores": y.where(y > y.mean(), -torch.inf), "any": y > 0}
+
+        fast = kernels.compile(Drawn(), torch.rand(1, 400), repeats=3, gain=0.0)
+        assert fast.choices["kernel"].tolist() != ["dense", "dense"]
 
     @pytest.mark.parametrize("called", ["functional", "keyword"])
     def test_a_network_that_reads_the_weight_itself_stays_dense(self, called):

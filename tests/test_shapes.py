@@ -179,6 +179,13 @@ class TestOneTensorIsOneLayer:
             attach_masks(net, {"second.weight": HALF})
         assert not masks(net)
 
+    def test_weights_that_are_no_parameters_are_seen(self):
+        packed, net = torch.ao.nn.quantized, nn.Sequential(nn.Linear(4, 4), nn.Module(), nn.Module())
+        net[1].register_buffer("qweight", torch.zeros(4, 4, dtype=torch.int8))
+        net[2].register_buffer("mask", torch.zeros(4, 4))  # of attention, say
+        net += nn.Sequential(packed.Conv2d(3, 8, 3), packed.dynamic.Linear(4, 4), packed.FloatFunctional())
+        assert shapes.others(net) == ["1 (Module)", "3 (Conv2d)", "4._packed_params (LinearPackedParams)"]
+
     def test_errors_of_a_chip_are_added_once(self):
         net = Tied()
         hook = faults.UnderFaults("two_column", faults.StuckAt(0.3))

@@ -61,7 +61,12 @@ class SparseConv:
 
         Args:
             patterns: look for them; without, every weight stands alone. reorder: a filter's kernels by pattern.
+
+        Raises:
+            KernelError: no weight is left.
         """
+        if not weight.any():
+            raise KernelError("a convolution without any weight")
         filters, channels, height, width = weight.shape
         w = weight.detach().cpu().float().numpy().reshape(filters, channels, -1)
         kept = w != 0
@@ -123,8 +128,6 @@ class SparseConv2d(nn.Module):
         super().__init__()
         if isinstance(layer.padding, str) or layer.padding_mode != "zeros":
             raise KernelError(f"padding {layer.padding!r}, {layer.padding_mode}: numbers of zeros are known")
-        if not layer.weight.any():
-            raise KernelError("a convolution without any weight")
         plain = layer.stride == (1, 1) and layer.dilation == (1, 1)
         self.kept = SparseConv.of(layer.weight, patterns and plain, reorder)
         self.bias = bias_of(layer)

@@ -1,5 +1,7 @@
 """Recurrent layers with few weights: all steps of a sequence in one compiled loop, the matrices in groups of rows."""
 
+from copy import deepcopy
+
 import numpy as np
 import torch
 from numba import njit
@@ -114,7 +116,7 @@ class GroupedDirection(_Replacing):
         self.kept = {p: GroupedRows.of(torch.cat([gate.weight for gate in own])) for p, own in gates.items()}
         self.bias = {
             part: np.concatenate(
-                [np.zeros(self.units) if g.bias is None else g.bias.detach().cpu().numpy() for g in own]
+                [np.zeros(self.units) if g.bias is None else g.bias.detach().cpu().float().numpy() for g in own]
             ).astype(np.float32)
             for part, own in gates.items()
         }
@@ -158,7 +160,7 @@ class TorchDirection(_Replacing):
         options = {"batch_first": True, "proj_size": direction.outputs if direction.hr is not None else 0}
         with torch.inference_mode(False):  # tensors made in that mode could not be used outside of it
             whole = Recurrent(self.kind, gate.in_features, self.units, bias=gate.bias is not None, **options)
-            whole.layer1 = direction
+            whole.layer1 = deepcopy(direction).requires_grad_(False)  # frozen in part or not: this is inference
             self.rnn = fused(whole).eval()
 
     def forward(self, x: Tensor, state: tuple[Tensor, ...], mask: Tensor | None = None):
