@@ -117,7 +117,7 @@ def test_a_single_example_left_over_joins_the_batch_before(examples, batch_size,
     found = [y for _, y in batches(split, batch_size, seed=1, epoch=2)]
     assert [len(y) for y in found] == sizes
     assert sorted(torch.cat(found).tolist()) == [*range(examples)]
-    assert steps_per_epoch(Data("zeros", split, split, split, 1), batch_size) == len(sizes)
+    assert steps_per_epoch(Data("zeros", split, split, split, examples), batch_size) == len(sizes)
 
 
 def test_batch_norm_on_one_position_trains_with_an_odd_number_of_images():

@@ -238,8 +238,9 @@ def check_same(model: nn.Module, other: nn.Module, example: Tensor, what: str) -
     Outputs are all tensors that it returns, in whatever tuples and dicts, and are compared for the example and, as of
     zeros most networks make zeros, for noise of its shape; whole numbers other than bytes are their own noise.
     """
-    noise = torch.rand(example.shape, generator=torch.Generator().manual_seed(0))
-    noise = noise if example.is_floating_point() else noise * 256
+    draws = torch.Generator().manual_seed(0)
+    noise = torch.randn(example.shape, generator=draws)
+    noise = noise if example.is_floating_point() else torch.rand(example.shape, generator=draws) * 256
     images = [example, noise.to(example)] if example.is_floating_point() or example.dtype == torch.uint8 else [example]
     try:
         before, after = ([deepcopy(net).eval()(x) for x in images] for net in (model, other))
