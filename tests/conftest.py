@@ -69,3 +69,19 @@ def chromium():
     if not found:
         pytest.skip("no headless browser on this machine")
     return found
+
+
+class Bypassed(torch.nn.Module):
+    """Multiplies by the weight of a layer that it never calls, so that no hook of that layer fires."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.unused = torch.nn.Linear(784, 10), torch.nn.Linear(10, 10)
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x.flatten(1), self.fc.weight)
+
+
+@pytest.fixture
+def bypassed():
+    return Bypassed()

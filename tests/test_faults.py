@@ -250,19 +250,10 @@ def test_read_noise_is_that_of_independent_reads():
     assert float(slow.mean()) == pytest.approx(float(steady), abs=5 * float(slow.std()) / sqrt(4000))
 
 
-def test_reads_of_a_layer_that_is_never_called_are_refused(images):
-    class Bypassed(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.fc, self.unused = torch.nn.Linear(784, 10), torch.nn.Linear(10, 10)
-
-        def forward(self, x):
-            return torch.nn.functional.linear(x.flatten(1), self.fc.weight)
-
-    net = Bypassed()
+def test_reads_of_a_layer_that_is_never_called_are_refused(images, bypassed):
     with pytest.raises(CrossbarError, match="fc: its weight is used, but not by its forward"):
-        sweep(net, "two_column", [0.1], 1, images.test, faults=ReadNoise)
-    assert len(sweep(net, {"unused": "two_column"}, [0.1], 1, images.test, faults=ReadNoise)) == 1
+        sweep(bypassed, "two_column", [0.1], 1, images.test, faults=ReadNoise)
+    assert len(sweep(bypassed, {"unused": "two_column"}, [0.1], 1, images.test, faults=ReadNoise)) == 1
 
 
 def test_read_noise_is_new_for_every_chip_and_the_same_for_the_same(trained, images):

@@ -195,22 +195,12 @@ def test_recalibration_gives_the_plain_average_of_batches(images):
     assert all(torch.equal(weights[n], p) for n, p in net.named_parameters())
 
 
-class Bypassed(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.fc, self.unused = torch.nn.Linear(784, 10), torch.nn.Linear(10, 10)
-
-    def forward(self, x):
-        return torch.nn.functional.linear(x.flatten(1), self.fc.weight)
-
-
-def test_a_layer_that_is_trained_and_never_called_is_named(images):
-    net = Bypassed()
+def test_a_layer_that_is_trained_and_never_called_is_named(images, bypassed):
     with pytest.raises(TrainingError, match="fc was trained, but never called in training mode"):
-        metered(net, fit, images, epochs=1, lr=0.01)
-    net.fc.requires_grad_(False)
-    with Meter(net) as meter:
-        net(images.test.x[:5])
+        metered(bypassed, fit, images, epochs=1, lr=0.01)
+    bypassed.fc.requires_grad_(False)
+    with Meter(bypassed) as meter:
+        bypassed(images.test.x[:5])
     assert meter.frame().empty
 
 

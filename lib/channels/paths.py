@@ -238,10 +238,11 @@ def check_same(model: nn.Module, other: nn.Module, example: Tensor, what: str) -
     Outputs are all tensors that it returns, in whatever tuples and dicts, and are compared for the example and, as of
     zeros most networks make zeros, for noise of its shape; whole numbers other than bytes are their own noise.
     """
-    draws = torch.Generator().manual_seed(0)
-    noise = torch.randn(example.shape, generator=draws)
-    noise = noise if example.is_floating_point() else torch.rand(example.shape, generator=draws) * 256
-    images = [example, noise.to(example)] if example.is_floating_point() or example.dtype == torch.uint8 else [example]
+    images, draws = [example], torch.Generator().manual_seed(0)
+    if example.is_floating_point():
+        images.append(torch.randn(example.shape, generator=draws).to(example))
+    elif example.dtype == torch.uint8:
+        images.append(torch.randint(256, example.shape, generator=draws).to(example))
     try:
         before, after = ([deepcopy(net).eval()(x) for x in images] for net in (model, other))
     except (RuntimeError, IndexError) as error:
