@@ -4,6 +4,11 @@
 last good run is left alone, and inside a study every finished training run comes from the cache.
 """
 
+import sys
+
+# jsonschema would build its parsers of international addresses, for seconds; no notebook's schema asks for them.
+sys.modules.setdefault("rfc3987_syntax", None)
+
 from lib.reproduce.batch import reproduce
 from lib.reproduce.index import write_index
 from lib.reproduce.page import render

@@ -3,9 +3,11 @@
 import ast
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 from IPython.core.inputtransformer2 import TransformerManager
@@ -74,8 +76,13 @@ def question(study: str) -> str:
 
 def python_of(study: str) -> str:
     """A notebook's code as Python: IPython's magics as calls, without cells that are none, as a kernel will say."""
+    return _python(tuple(source for kind, source, _ in _cells(study) if kind == "code"))
+
+
+@cache  # a batch asks more than once, and each time it takes a second for all studies
+def _python(sources: tuple[str, ...]) -> str:
     found = []
-    for source in (source for kind, source, _ in _cells(study) if kind == "code"):
+    for source in sources:
         try:
             ast.parse(python := TransformerManager().transform_cell(source))
         except SyntaxError:
@@ -147,7 +154,7 @@ def check_parameters(study: str, given: dict[str, Any]) -> dict[str, Any]:
             raise ParameterError(f"{name} = {value!r} is {type(value).__name__}: expected {known[name].type}")
         if said := known[name].refused(value):
             raise ParameterError(f"{name} = {value!r}: {said}")
-    for rule in _rules(study):
+    for rule in _rules(python_of(study)):
         try:
             name, holds, expected = (eval(part, dict(values)) for part in rule)
         except NameError:
@@ -166,11 +173,12 @@ def require(values: dict[str, Any], name: str, holds: bool, expected: str) -> No
         raise ParameterError(f"{name} = {values[name]!r}: expected {expected}")
 
 
-def _rules(study: str) -> Iterator[list]:
+@cache
+def _rules(python: str) -> list[list[CodeType]]:
     """The arguments of every ``study.require(name, holds, expected)`` of a notebook, compiled."""
-    for node in ast.walk(ast.parse(python_of(study))):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "require":
-            yield [compile(ast.Expression(part), study, "eval") for part in node.args]
+    calls = (n for n in ast.walk(ast.parse(python)) if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute))
+    asked = (call.args for call in calls if call.func.attr == "require")
+    return [[compile(ast.Expression(part), "<require>", "eval") for part in parts] for parts in asked]
 
 
 def injected(cells: Sequence[str]) -> list[str]:
