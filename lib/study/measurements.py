@@ -142,8 +142,8 @@ class Store:
         audited = sum(bool(m.audited) for m, _ in self.used.values())
         commits = dict.fromkeys(m.commit for m, current in self.used.values() if not current)
         said = f"{len(self.used)} measurements" + (f", {audited} of them of audited experiments" if audited else "")
-        if len(self.used) > today:
-            said += f"; {len(self.used) - today} by earlier code ({', '.join(commits)})"
+        if old := len(self.used) - today:
+            said += f"; {old if today else 'all'} by earlier code ({', '.join(commits)})"
         return f"{said}."
 
     def _point(self, name: str, arguments: Row, variables: dict[str, str]) -> str:
