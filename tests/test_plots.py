@@ -203,8 +203,8 @@ def test_a_phone_sees_the_panels_one_under_another_each_with_its_numbers_and_lab
     figure.draw_without_rendering()
     assert [ax.get_subplotspec().rowspan.start for ax in figure.axes] == [0, 1]
     assert len(figure.legends) == 1
+    assert [ax.get_ylabel() for ax in figure.axes] == ["times", "points"]
     for ax in figure.axes:
-        assert ax.get_ylabel()
         assert any(tick.label1.get_visible() for tick in ax.yaxis.get_major_ticks())
     assert not stack(plots.pictures({"a": torch.eye(3)}, label="weight"))
 

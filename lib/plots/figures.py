@@ -114,7 +114,7 @@ def stack(figure: Figure) -> bool:
         ax.set_title(fill(ax.get_title(), 40))
         if ax.get_shared_y_axes().joined(ax, first):  # whose label and numbers stood for all in its line
             ax.tick_params(labelleft=True)
-            ax.set_ylabel(fill(first.get_ylabel(), 28))
+            ax.set_ylabel(fill(ax.get_ylabel() or first.get_ylabel(), 28))
     for old in [*figure.legends]:
         old.remove()
     legend(figure, letters=52)
