@@ -51,6 +51,7 @@ def test_the_readme_counts_the_ledger():
     said = (
         f"Of {(~ours).sum()} claims of papers {reproduced.sum()} are reproduced "
         f"({(reproduced & (claims['kind'] == 'arithmetic')).sum()} of them sums of published tables), "
+        f"{(~ours & (verdict == 'direction only')).sum()} in its direction only, "
         f"{(~ours & (verdict == 'not reproduced')).sum()} are not, and {open_.sum()} are inconclusive, "
         f"{(open_ & (claims['n'] < 5)).sum()} of them with fewer than five networks. "
         f"Another {ours.sum()} claims are our own."

@@ -115,7 +115,10 @@ def ledger_table(ledger: pd.DataFrame) -> HTML:
         judged = f"Criterion ({said['kind']}, fixed {said['fixed']}): {said['criterion']}"
         judged += f"<br>Condition: {said['condition']}" if said["condition"] else ""
         more = f"<details><summary>criterion</summary>{judged}<br>{of}</details>"
-        few = f"{row['n']} of {NETWORKS}" if row["n"] < NETWORKS else said["n"]
+        open_ = (
+            row["n"] < NETWORKS and row["verdict"] == "inconclusive"
+        )  # others' criteria ask for no more than there are
+        few = f"{row['n']} of {NETWORKS}" if open_ else said["n"]
         few += f" {said['over']}" * (row["over"] != "networks")
         cells = [said["claim"] + more, said["published"], measured(row), "" if row["kind"] == "arithmetic" else few]
         told = zip(heads, cells, strict=False)

@@ -52,7 +52,7 @@ def write_index(reports: Path, states: dict[str, str]) -> None:
         total=len(ledger),
         decided=decided,
         wrong=wrong,
-        few=int(((ledger["kind"] != "arithmetic") & (ledger["n"] < NETWORKS)).sum()),
+        few=int(((ledger["verdict"] == "inconclusive") & (ledger["n"] < NETWORKS)).sum()),
         networks=NETWORKS,
         others=[*others],
         choices={
