@@ -3,8 +3,8 @@ PYTHON ?= python3
 PRESET ?= quick
 JOBS   ?=
 RUN     = $(VENV)/bin/python -m
-# Without the last option, a test that kills its process is given to a new one, for ever.
-TEST    = $(RUN) pytest -n 2 --dist loadfile --max-worker-restart 0
+# Files in the order of tests/conftest.py; a test that kills its process is not given to a new one, for ever.
+TEST    = $(RUN) pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 NUMERIC = $(addprefix tests/test_,$(addsuffix .py,strides every_recipe training arrays folded crossbar value_sets quantization \
           faults spent export kernels attention dynamic spiking))
 

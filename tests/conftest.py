@@ -14,6 +14,15 @@ from lib import data, models
 PROJECT = Path(__file__).resolve().parent.parent
 
 
+LONG = ("test_paper", "test_snakefile", "test_reproduce", "test_reports")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, so that no process is left alone with one at the end."""
+    order = {name: i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(LONG)))
+
+
 @pytest.fixture(autouse=True)
 def _isolated(tmp_path, monkeypatch):
     """Each test has a cache of its own and one thread, as a study has."""
