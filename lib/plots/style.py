@@ -115,10 +115,8 @@ def ledger_table(ledger: pd.DataFrame) -> HTML:
         judged = f"Criterion ({said['kind']}, fixed {said['fixed']}): {said['criterion']}"
         judged += f"<br>Condition: {said['condition']}" if said["condition"] else ""
         more = f"<details><summary>criterion</summary>{judged}<br>{of}</details>"
-        open_ = (
-            row["n"] < NETWORKS and row["verdict"] == "inconclusive"
-        )  # others' criteria ask for no more than there are
-        few = f"{row['n']} of {NETWORKS}" if open_ else said["n"]
+        short = row["n"] < NETWORKS and row["verdict"] == "inconclusive"  # a sum is decided by one
+        few = f"{row['n']} of {NETWORKS}" if short else said["n"]
         few += f" {said['over']}" * (row["over"] != "networks")
         cells = [said["claim"] + more, said["published"], measured(row), "" if row["kind"] == "arithmetic" else few]
         told = zip(heads, cells, strict=False)
