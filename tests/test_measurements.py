@@ -11,7 +11,9 @@ import warnings
 
 import pandas as pd
 import pytest
+from filelock import FileLock
 
+from lib.keys import apart
 from lib.study import MeasurementError
 from lib.study.measurements import Store, spread_of_networks
 from lib.study.tables import Measurement, merge, read_table, write_table
@@ -129,6 +131,23 @@ def test_killed_anywhere_and_shared_by_processes(tmp_path):
     frame = Store("s").measure(slow, [{"seed": s} for s in range(12)])
     assert len(path.read_text().split()) == len(made)
     assert frame["value"].tolist() == [s / 3 + i for s in range(12) for i in range(2)]
+
+
+def test_beside_another_process_it_comes_from_the_other_end(cell, monkeypatch):
+    """Neighbouring points often share a network, which two processes would wait to see trained."""
+    notebook, call = cell(), Store._call
+    store = Store("s")
+    first = FileLock(store.folder / f"{store._point('kept', POINTS[0], apart(notebook.kept)[1])}.lock")
+
+    def finishing(store, experiment, key, point, code):
+        first.release()
+        return call(store, experiment, key, point, code)
+
+    monkeypatch.setattr(Store, "_call", finishing)
+    with first:
+        frame = store.measure(notebook.kept, POINTS)
+    assert notebook.calls == [(p["seed"], p["rate"]) for p in (POINTS[3], POINTS[2], POINTS[1], POINTS[0])]
+    assert frame["kept"].tolist() == [0.5, 2.0, 2.5, 4.0]
 
 
 def test_a_table_gives_back_what_it_was_given(tmp_path, cell):

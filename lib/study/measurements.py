@@ -67,8 +67,8 @@ class Store:
         """What an experiment returns at each point, arguments first; a call that was made before is read.
 
         Its rows depend on its arguments, on the variables of the notebook that it refers to, and on code. Where
-        another process is at a point, this one goes on with the next and comes back. What was finished when a call
-        fails is kept.
+        another process is at a point, this one goes on from the other end and comes back. What was finished when a
+        call fails is kept.
 
         Args:
             experiment: a function that returns a row (a dict), rows, or a data frame, of numbers, truth values and
@@ -98,8 +98,9 @@ class Store:
             )
         progress = Progress(len(todo)) if todo else None
         while todo:
-            busy = []
-            for key, point in todo:
+            busy, before = [], len(todo)
+            while todo:
+                key, point = todo.pop(0)
                 try:
                     with FileLock(self.folder / f"{key[1]}.lock", blocking=False):
                         found[key] = self.find(key, code)  # another process may have made it meanwhile
@@ -108,7 +109,8 @@ class Store:
                             found[key] = self._keep(self._call(experiment, key, point, code))
                 except Timeout:
                     busy.append((key, point))
-            if len(busy) == len(todo):
+                    todo.reverse()  # neighbours often need the network that the other process is training now
+            if len(busy) == before:
                 time.sleep(0.5)
             todo = busy
         if progress:
