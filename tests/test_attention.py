@@ -73,26 +73,62 @@ def test_s2o_is_that_of_plain_loops(tau, sort):
     assert (found.density < 0.98).all()  # it stopped somewhere
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_a_share_takes_whole_blocks_of_the_past(rule):
+def test_a_share_takes_whole_blocks_of_the_past():
     q, k, v = drawn(n=256)
-    found = SparseAttention(rule, share=0.5, segment=64, queries=64, block=32)(q, k, v)
+    found = SparseAttention(share=0.5, segment=64, queries=64, block=32)(q, k, v)
     inside, past = 4 * 64 * 65 / 2, 64 * (32 + 64 + 96)
     assert found.density.tolist() == pytest.approx([(inside + past) / (256 * 257 / 2)] * 4)
 
 
-def test_blocks_of_the_largest_mean_product_are_taken():
-    q, k, v = drawn(n=256, heads=1, groups=1)
-    found = SparseAttention("blocks", share=0.3, segment=128, queries=128, block=32)(q, k, v)  # 2 of 4 blocks
-    near = k[0, :128].unflatten(0, (4, 32)).mean(1) @ q[0, 128:].mean(0)
-    seen = torch.zeros(256, dtype=torch.bool)
-    seen[128:] = True
-    for block in near.topk(2).indices.tolist():
-        seen[block * 32 : block * 32 + 32] = True
-    scores = (q[0, 128:] @ k[0].T / 4).masked_fill(
-        ~(seen & (torch.arange(256) <= torch.arange(128, 256)[:, None])), -1e9
-    )
-    assert torch.allclose(found.out[0, 128:], scores.softmax(1) @ v[0], atol=2e-6)
+def chosen_by_loops(q, k, v, rule, share, segment, queries, block):
+    """Permuted block-sparse attention as its authors' code goes about it, one block after the other."""
+    heads, n, d = q.shape
+    out, pairs = torch.zeros(q.shape), torch.zeros(heads)
+    for h in range(heads):
+        keys, values, place = k[h // (heads // len(k))], v[h // (heads // len(v))], torch.arange(n)
+        if rule == "sorted blocks":
+            seen = torch.arange(n) <= torch.arange(n - queries, n)[:, None]
+            paid = (q[h, -queries:] @ keys.T / d**0.5).masked_fill(~seen, -torch.inf).softmax(1).mean(0)
+            place = torch.cat([at[paid[at].argsort(descending=True, stable=True)] for at in place.split(segment)])
+        for at in torch.arange(n).split(queries):
+            start = int(at[0]) // segment * segment
+            past = place[:start].split(block)
+            taken = torch.arange(n)[start : at[-1] + 1]
+            if past:
+                score = torch.stack([q[h, at].mean(0) @ keys[p].mean(0) / d**0.5 for p in past]).softmax(0)
+                held, best = 0.0, []
+                for j in score.argsort(descending=True).tolist():
+                    if held < share:
+                        best.append(j)
+                    held += float(score[j])
+                best += [j for j, p in enumerate(past) if 0 in p and j not in best]
+                taken = torch.cat([taken, *(past[j] for j in best)])
+            sees = taken <= at[:, None]
+            weights = (q[h, at] @ keys[taken].T / d**0.5).masked_fill(~sees, -torch.inf).softmax(1)
+            out[h, at], pairs[h] = weights @ values[taken], pairs[h] + sees.sum()
+    return out, pairs / (n * (n + 1) / 2)
+
+
+@pytest.mark.parametrize("rule", ["blocks", "sorted blocks"])
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.9])
+@pytest.mark.parametrize("n", [256, 250])
+def test_blocks_are_chosen_as_the_released_code_chooses(rule, share, n):
+    q, k, v = drawn(n=n)
+    sizes = {"segment": 64, "queries": 32, "block": 16}
+    found = SparseAttention(rule, share=share, **sizes)(q, k, v)
+    out, density = chosen_by_loops(q, k, v, rule, share, **sizes)
+    assert torch.allclose(found.out, out, atol=2e-6)
+    assert torch.allclose(found.density, density)
+    assert (density < 1).all()
+
+
+@pytest.mark.parametrize("rule", ["blocks", "sorted blocks"])
+def test_the_first_token_is_never_dropped(rule):
+    q, k, v = drawn(n=256)
+    q, k[:, 0] = q.abs(), 20.0  # all mass lies there, where nothing else of its block is like it
+    k[:, 1:16] = -20.0
+    found = SparseAttention(rule, share=0.0, segment=64, queries=32, block=16)(q, k, v).out
+    assert torch.allclose(found, dense_attention(q, k, v).out, atol=1e-5)
 
 
 @pytest.mark.parametrize("rule", ["ranked", "blocks"])
@@ -117,8 +153,8 @@ def test_keys_and_values_in_another_order_are_the_same_attention():
 
 def test_no_key_of_the_future_is_taken():
     q, k, v = drawn(n=100)
-    order = torch.arange(100).expand(4, 4, 100).clone()
-    every = [ordered_attention(q / 4, k, v, order, torch.full((4, 4), n), segment=32, queries=16) for n in (96, 999)]
+    order = torch.arange(100).expand(4, 7, 100).clone()
+    every = [ordered_attention(q / 4, k, v, order, torch.full((4, 7), n), segment=32, queries=16) for n in (96, 999)]
     assert all(torch.allclose(out, dense_attention(q, k, v).out, atol=2e-6) for out, _ in every)
     assert every[0][1].tolist() == every[1][1].tolist() == [[0, 0, 32, 32, 64, 64, 96]] * 4
     with pytest.raises(KernelError, match="rows: the queries of each segment"):
@@ -126,9 +162,9 @@ def test_no_key_of_the_future_is_taken():
             q, k, v, order, order[..., 0], segment=32, queries=16, rows=torch.arange(99, -1, -1).expand(4, 100)
         )
     for key in (-1, 32, 1000):
-        order[2, 1, 5] = key
+        order[2, 3, 5] = key
         with pytest.raises(KernelError, match="order: a key that is to be taken"):
-            ordered_attention(q, k, v, order, torch.full((4, 4), 6), segment=32, queries=16)
+            ordered_attention(q, k, v, order, torch.full((4, 7), 6), segment=32, queries=16)
 
 
 def test_bad_input_is_named():
@@ -136,6 +172,8 @@ def test_bad_input_is_named():
     for wrong, said in (({"tau": 1.0}, "tau = 1.0"), ({"share": -0.1}, "share = -0.1"), ({"rule": "x"}, "rule = 'x'")):
         with pytest.raises(KernelError, match=said):
             SparseAttention(**wrong)
+    with pytest.raises(KernelError, match="segment = 96: a multiple of block = 64"):
+        SparseAttention("blocks", segment=96, queries=96)
     with pytest.raises(KernelError, match="segment = 96: a positive multiple of queries = 64"):
         SparseAttention(segment=96)(*drawn(n=200))
     with pytest.raises(KernelError, match="segment = 0: a positive multiple"):

@@ -42,9 +42,10 @@ def _add(scores, values, most, mass, sums):
 def _head(q, k, v, rows, order, limit, segment, queries, block, tau, out, taken):
     """One head: ``q, k, v`` ``(n, d)``; keys taken from the past by every block of queries in ``taken``."""
     n = len(q)
-    for s in range(len(limit)):
-        start, stop = s * segment, min((s + 1) * segment, n)
+    for start in range(0, n, segment):
+        stop = min(start + segment, n)
         for first in range(start, stop, queries):
+            asks = first // queries
             own = rows[first : min(first + queries, stop)]
             asked = q[own]
             most = np.full(len(own), np.float32(NOTHING))
@@ -58,8 +59,8 @@ def _head(q, k, v, rows, order, limit, segment, queries, block, tau, out, taken)
                         scores[i, j - a] = NOTHING
                 _add(scores, v[a:b], most, mass, sums)
             done = 0
-            while done < limit[s]:
-                chosen = order[s, done : min(done + block, limit[s])]
+            while done < limit[asks]:
+                chosen = order[asks, done : min(done + block, limit[asks])]
                 scores = np.dot(asked, np.ascontiguousarray(k[chosen].T))
                 gain = _add(scores, v[chosen], most, mass, sums)
                 done += len(chosen)
@@ -67,7 +68,7 @@ def _head(q, k, v, rows, order, limit, segment, queries, block, tau, out, taken)
                     break
             for i in range(len(own)):
                 out[own[i]] = sums[i] / mass[i]
-            taken[first // queries] = done
+            taken[asks] = done
 
 
 def ordered_attention(
@@ -87,8 +88,9 @@ def ordered_attention(
 
     Args:
         q: ``(H, n, d)``, scaled as it should be. k, v: ``(G, n, d)``; ``H / G`` heads share one of keys and values.
-        order: of the keys before each segment, ``(H, segments, n)``; what stands after those is not looked at.
-        limit: how many of these at most, ``(H, segments)``; more than there are: all.
+        order: in which each block of queries takes the keys before its segment, ``(H, blocks, n)``; what stands after
+            those is not looked at.
+        limit: how many of these at most, ``(H, blocks)``; more than there are: all.
         segment: length of a segment, a multiple of ``queries``. rows: in which order the queries of each segment form
             blocks, ``(H, n)``; None: as they come.
         queries, block: queries and keys of a block.
@@ -106,7 +108,7 @@ def ordered_attention(
     >>> from torch.nn.functional import scaled_dot_product_attention
     >>> from lib.kernels import ordered_attention
     >>> q, k, v = torch.rand(3, 2, 100, 16)
-    >>> order, limit = torch.arange(100).expand(2, 4, 100), torch.arange(0, 100, 32).expand(2, 4)
+    >>> order, limit = torch.arange(100).expand(2, 7, 100), torch.full((2, 7), 100)
     >>> out, _ = ordered_attention(q, k, v, order, limit, segment=32, queries=16)  # all keys: dense
     >>> torch.allclose(out, scaled_dot_product_attention(q, k, v, is_causal=True, scale=1), atol=1e-5)
     True
@@ -114,7 +116,7 @@ def ordered_attention(
     heads, n, _ = q.shape
     if segment < 1 or queries < 1 or block < 1 or (segment % queries and segment < n):
         raise KernelError(f"segment = {segment}: a positive multiple of queries = {queries} is allowed")
-    count = -(-n // segment)
+    count = -(-n // queries)
     shapes = {"k": (*k.shape[1:],), "v": (*v.shape[1:],), "order": (*order.shape,), "limit": (*limit.shape,)}
     asked = {"k": (*q.shape[1:],), "v": (*q.shape[1:],), "order": (heads, count, n), "limit": (heads, count)}
     for name, shape in shapes.items():
@@ -124,15 +126,15 @@ def ordered_attention(
         raise KernelError(f"{heads} heads of queries, {len(k)} of keys and {len(v)} of values: no whole groups")
     if any(t.dtype != torch.float32 or t.device.type != "cpu" for t in (q, k, v)):
         raise KernelError(f"queries, keys, values of {q.dtype}, {k.dtype}, {v.dtype}: float32 on a CPU is allowed")
-    own, past = torch.arange(n).expand(heads, n), segment * torch.arange(count)
+    own, past = torch.arange(n).expand(heads, n), queries * torch.arange(count) // segment * segment
     rows, limit = own if rows is None else rows, torch.minimum(limit, past)
-    looked_at = torch.arange(n) < limit[..., None]  # (H, segments, n)
+    looked_at = torch.arange(n) < limit[..., None]  # (H, blocks, n)
     if (looked_at & ((order < 0) | (order >= past[:, None]))).any():
         raise KernelError("order: a key that is to be taken does not stand before its segment")
     if not torch.equal(rows.sort().values, own) or not torch.equal(rows // segment, own // segment):
         raise KernelError("rows: the queries of each segment, each once, are allowed")
     arrays = [t.detach().contiguous().numpy() for t in (q, k, v, rows, order, limit)]
-    out, taken = np.empty(q.shape, np.float32), np.zeros((heads, -(-n // queries)), np.int64)
+    out, taken = np.empty(q.shape, np.float32), np.zeros((heads, count), np.int64)
     q_, k_, v_, rows_, order_, limit_ = arrays
     for h in range(heads):
         g = h // (heads // len(k_))

@@ -36,23 +36,25 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor) -> Attended:
 
 @dataclass(frozen=True)
 class SparseAttention:
-    """Which keys of the past a segment of queries takes.
+    """Which keys of the past the queries of a segment take.
 
     - ``ranked`` (S2O, arXiv 2602.22575): keys one by one, by their product with the mean query of the segment. Queries
       of a segment are sorted by their product with it, too, so that those that stop early stop together.
-    - ``blocks``: blocks of neighbours, by the product of their mean key with the mean query.
-    - ``sorted blocks`` (permuted block-sparse attention, arXiv 2510.21270): the same after the keys of every segment
-      are sorted by the attention that the last ``queries`` queries pay them.
+    - ``blocks``: for each block of queries, blocks of neighbouring keys by the share of its attention that the mean
+      query would pay the mean keys, and always the block of the first token.
+    - ``sorted blocks`` (permuted block-sparse attention, arXiv 2510.21270, as its released code chooses): the same
+      after the keys of every segment are sorted by the attention that the last ``queries`` queries pay them.
 
-    With ``tau`` a block of queries stops at the block of keys that adds a smaller share to the mass of its softmax;
-    ``share`` is the most that a segment takes of the keys before it, in whole blocks.
+    With ``tau`` a block of queries stops at the block of keys that adds a smaller share to the mass of its softmax.
+    ``share`` is how much is taken: of the keys before a segment, in whole blocks (``ranked``), or of the attention
+    that is paid to mean keys, by as few blocks as hold it.
 
     Attributes:
         segment: queries that share an order. queries: of these, computed and stopped together. block: keys.
         sort_queries: of ranked attention; off for an ablation.
 
     Raises:
-        KernelError: a share outside [0, 1], or a ``tau`` outside [0, 1).
+        KernelError: a share outside [0, 1], a ``tau`` outside [0, 1), or a segment that blocks of keys do not fill.
 
     >>> from lib.layers import SparseAttention, dense_attention
     >>> q, k, v = torch.rand(3, 2, 300, 16)
@@ -78,6 +80,8 @@ class SparseAttention:
             raise KernelError(f"share = {self.share}: allowed are numbers in [0, 1]")
         if self.rule not in ("ranked", "blocks", "sorted blocks"):
             raise KernelError(f"rule = {self.rule!r}: allowed are ranked, blocks, sorted blocks")
+        if self.rule != "ranked" and (self.block < 1 or self.segment % self.block):
+            raise KernelError(f"segment = {self.segment}: a multiple of block = {self.block} is allowed")
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Attended:
         """Attention of ``(H, n, d)`` queries and ``(G, n, d)`` keys and values, scaled by the root of ``d``.
@@ -85,44 +89,53 @@ class SparseAttention:
         Raises:
             KernelError: heads that form no whole groups, or what `ordered_attention` does not take.
         """
-        heads, n, d = q.shape
+        heads, _, d = q.shape
         if len(k) != len(v) or heads % len(k):
             raise KernelError(f"{heads} heads of queries, {len(k)} of keys and {len(v)} of values: no whole groups")
         q = q / d**0.5
         keys = k.repeat_interleave(heads // len(k), 0)  # (H, n, d)
-        pooled = _segments(q, self.segment).sum(2) / _sizes(n, self.segment)[:, None]  # (H, S, d)
-        rows = None
-        if self.rule == "ranked" and self.sort_queries:
-            rows = self._sorted(torch.einsum("hsld,hsd->hsl", _segments(q, self.segment), pooled).flatten(1)[:, :n])
-        order = self._order(q, keys, pooled)
-        before = torch.arange(0, n, self.segment)  # keys before each segment
-        limit = torch.ceil(self.share * before / self.block) * self.block
-        limit = torch.minimum(limit.long(), before).expand(heads, -1)
+        order, limit, rows = self._one_by_one(q, keys) if self.rule == "ranked" else self._by_blocks(q, keys)
         sizes = {"segment": self.segment, "queries": self.queries, "block": self.block}
         out, taken = ordered_attention(q, k, v, order, limit, rows=rows, tau=self.tau, **sizes)
-        return Attended(out, self._density(taken, n))
+        return Attended(out, self._density(taken, q.shape[1]))
+
+    def _one_by_one(self, q: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys in the order in which they are offered to each block of queries, ``(H, blocks, n)``, how many, rows."""
+        heads, n, _ = q.shape
+        means, before = _means(q, self.segment), torch.arange(0, n, self.segment)
+        near = (means @ keys.mT).masked_fill(torch.arange(n) >= before[:, None], -torch.inf)  # (H, S, n)
+        limit = (torch.ceil(self.share * before / self.block) * self.block).long().expand(heads, -1)
+        of = torch.arange(0, n, self.queries) // self.segment  # the segment of every block of queries
+        rows = self._sorted((q * means.repeat_interleave(self.segment, 1)[:, :n]).sum(2)) if self.sort_queries else None
+        return _descending(near)[:, of], limit[:, of], rows
+
+    def _by_blocks(self, q: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, None]:
+        """The same, where blocks of keys are chosen by what mean queries would pay mean keys."""
+        heads, n, _ = q.shape
+        places = torch.arange(n).expand(heads, n)
+        if self.rule == "sorted blocks":
+            places = self._sorted(self._by_attention(q, keys))
+            keys = keys.take_along_dim(places[:, :, None], 1)
+        near = _means(q, self.queries) @ _means(keys, self.block).mT  # (H, blocks of queries, blocks of keys)
+        start = torch.arange(0, n, self.queries) // self.segment * self.segment
+        past = torch.arange(0, n, self.block) < start[:, None]
+        paid = near.masked_fill(~past, -torch.inf).softmax(2).nan_to_num(0.0)  # none is past: nothing is paid
+        best, at = paid.sort(dim=2, descending=True, stable=True)
+        enough = (best.cumsum(2) - best >= self.share) & (self.share < 1)
+        taken = torch.zeros_like(past.expand_as(paid)).scatter(2, at, ~enough) & past
+        first = (places == 0).int().argmax(1, keepdim=True)[:, None] // self.block
+        taken |= past & (torch.arange(past.shape[1]) == first)
+        chosen = _descending(taken + paid)[..., None] * self.block + torch.arange(self.block)
+        order = (
+            places[:, None].expand(-1, len(start), -1).take_along_dim(chosen.flatten(2)[..., :n].clamp(max=n - 1), 2)
+        )
+        return order, self.block * taken.sum(2), None
 
     def _sorted(self, near: Tensor) -> Tensor:
         """Places in each segment from the largest number to the smallest, ``(H, n)``."""
         n = near.shape[1]
         order = _descending(pad(near, (0, -n % self.segment), value=-torch.inf).unflatten(1, (-1, self.segment)))
         return (order + torch.arange(order.shape[1])[:, None] * self.segment).flatten(1)[:, :n]
-
-    def _order(self, q: Tensor, keys: Tensor, pooled: Tensor) -> Tensor:
-        """Keys in the order in which they are offered to each segment, those before it first: ``(H, S, n)``."""
-        n = q.shape[1]
-        before = torch.arange(0, n, self.segment)
-        past = torch.arange(n) < before[:, None]  # (S, n)
-        if self.rule == "ranked":
-            near = pooled @ keys.mT  # (H, S, n)
-            return _descending(near.masked_fill(~past, -torch.inf))
-        places = torch.arange(n).expand(len(q), n)
-        if self.rule == "sorted blocks":
-            places = self._sorted(self._by_attention(q, keys))
-            keys = keys.take_along_dim(places[:, :, None], 1)
-        means = _segments(keys, self.block).sum(2) / _sizes(n, self.block)[:, None]  # (H, blocks, d)
-        near = (pooled @ means.mT).repeat_interleave(self.block, 2)[:, :, :n]
-        return places[:, None].expand_as(near).take_along_dim(_descending(near.masked_fill(~past, -torch.inf)), 2)
 
     def _by_attention(self, q: Tensor, keys: Tensor) -> Tensor:
         """What the last queries pay each key on average, ``(H, n)``."""
@@ -138,9 +151,10 @@ class SparseAttention:
         return ((taken * sizes).sum(1) + inside) / (n * (n + 1) // 2)
 
 
-def _segments(x: Tensor, length: int) -> Tensor:
-    """``(H, n, d)`` in segments, zeros at the end: ``(H, S, length, d)``."""
-    return pad(x, (0, 0, 0, -x.shape[1] % length)).unflatten(1, (-1, length))
+def _means(x: Tensor, length: int) -> Tensor:
+    """Means over stretches of ``(H, n, d)``, the last of which may be shorter: ``(H, stretches, d)``."""
+    n = x.shape[1]
+    return pad(x, (0, 0, 0, -n % length)).unflatten(1, (-1, length)).sum(2) / _sizes(n, length)[:, None]
 
 
 def _descending(near: Tensor) -> Tensor:
