@@ -1,5 +1,7 @@
 """Claims: whose they are, what they are judged by, and that no verdict says more than was tested."""
 
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -45,7 +47,7 @@ def test_results_contract(tmp_path):
         "verdict, setting, dataset, model, preset, commit, sign, bound, value, within, cell"
     )
     assert (*ledger.columns,) == (*CLAIM_COLUMNS, *JUDGED)
-    assert (*opened.ledger().columns,) == CLAIM_COLUMNS
+    assert (*opened.ledger().columns,) == (*CLAIM_COLUMNS, *JUDGED)
     assert ledger[["sign", "bound", "value"]].values.tolist() == [[">=", 0.0, ""]] * 2
     assert list(ledger["verdict"]) == ["reproduced", "inconclusive"]  # a claim without a measurement stays
     assert list(ledger["preset"]) == ["paper", "paper"]
@@ -157,6 +159,41 @@ def test_what_an_interval_is_over_is_told_where_it_is_not_networks(study):
     assert study.ledger()["over"].tolist() == ["layers"]
     assert study.criteria()["criterion"].tolist() == [">= 1, from 5 or more layers"]
     assert 'data-label="networks" style="text-align:left">5 layers</td>' in plots.ledger_table(study.ledger()).data
+
+
+def test_too_few_networks_is_told_alike_everywhere(tmp_path):
+    """Of three claims on fewer networks than a verdict needs, one is a sum and one is decided by its single value."""
+    opened = open_study(NAME, {"report_dir": str(tmp_path / "paper"), "seeds": 5})
+    opened.expect("1", "faster", at_least(1), kind="ours")
+    opened.expect("2", "exact", at_most(1, n=1), kind="ours")
+    opened.expect("3", "sum", at_most(1, n=1), kind="arithmetic", paper="FORMS", published="1", source="nowhere")
+    opened.settle("1", [2.0, 2.5, 3.0])
+    for i in "23":
+        opened.settle(i, [0.5])
+    opened.save()
+    in_study = [
+        cell.partition("<")[0]
+        for cell in plots.ledger_table(opened.ledger()).data.split('data-label="networks" style="text-align:left">')[1:]
+    ]
+    assert in_study == ["3 of 5", "1", ""]
+    write_index(tmp_path / "paper", {NAME: "complete"})
+    page = (tmp_path / "paper" / "index.html").read_text()
+    cells = [re.sub("<.*", "", part) for part in re.findall('data-label="networks" data-sort="[^"]*">(.*?)</td>', page)]
+    assert sorted(cells) == ["", "1", "3 of 5"]
+    assert len(re.findall(r'class="mark \w+ few ', page)) == 1
+    assert " 1 claim has fewer networks so far" in page
+
+
+def test_an_end_that_misses_the_bound_is_not_shown_at_it(study):
+    """1.11 [0.997, 1.245] is not 1.11 [1.00, 1.25], where a criterion asks for 1."""
+    study.expect("1", "faster", at_least(1), kind="ours")
+    study.settle("1", [0.95, 1.05, 1.11, 1.17, 1.22])
+    low = study.verdicts["1"]["low"]
+    study.settle("1", np.array([0.95, 1.05, 1.11, 1.17, 1.22]) - low + 0.998)
+    assert "[0.998, 1.260]" in plots.ledger_table(study.ledger()).data
+    study.expect("2", "better", at_least(0), kind="ours", condition="points lost", holding=at_most(1))
+    study.settle("2", FIVE, condition=np.array([0.95, 1.05, 1.11, 1.17, 1.22]) - low + 0.998)
+    assert "<= 1: 1.129 [0.998, 1.260]" in study.verdicts["2"]["condition"]
 
 
 def test_the_index_says_what_intervals_are_over(tmp_path):

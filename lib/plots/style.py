@@ -12,7 +12,7 @@ import seaborn as sns
 from IPython.display import HTML
 from pandas.io.formats.style import Styler
 
-from lib.study import NETWORKS, measured
+from lib.study import NETWORKS, measured, too_few
 
 # Told apart with every kind of colour vision (Wong, Nature Methods 2011, as seaborn has it); then darker, for the many.
 _SAFE = [
@@ -115,8 +115,7 @@ def ledger_table(ledger: pd.DataFrame) -> HTML:
         judged = f"Criterion ({said['kind']}, fixed {said['fixed']}): {said['criterion']}"
         judged += f"<br>Condition: {said['condition']}" if said["condition"] else ""
         more = f"<details><summary>criterion</summary>{judged}<br>{of}</details>"
-        short = row["n"] < NETWORKS and row["verdict"] == "inconclusive"  # a sum is decided by one
-        few = f"{row['n']} of {NETWORKS}" if short else said["n"]
+        few = f"{row['n']} of {NETWORKS}" if too_few(row) else said["n"]
         few += f" {said['over']}" * (row["over"] != "networks")
         cells = [said["claim"] + more, said["published"], measured(row), "" if row["kind"] == "arithmetic" else few]
         told = zip(heads, cells, strict=False)

@@ -11,7 +11,7 @@ import pandas as pd
 from lib.files import write_whole
 from lib.reproduce.page import VERDICTS, template
 from lib.reproduce.run import last_run
-from lib.study import CLAIM_COLUMNS, JUDGED, NETWORKS, OURS, chance_of_error, measured, papers
+from lib.study import CLAIM_COLUMNS, JUDGED, NETWORKS, OURS, chance_of_error, measured, papers, too_few
 
 REACH = 4.0
 """How many half-widths of the interval the plot of all claims shows on each side; what is further lies at its ends."""
@@ -40,6 +40,7 @@ def write_index(reports: Path, states: dict[str, str]) -> None:
     for column in ("measured", "low", "high", "n", "bound", "value"):
         ledger[column] = pd.to_numeric(ledger[column])
     write_whole(reports / "claims.csv", ledger[[*CLAIM_COLUMNS]].to_csv(index=False))
+    ledger["few"] = too_few(ledger)
     others = ledger.loc[(ledger["kind"] != "arithmetic") & (ledger["over"] != "networks"), "over"]
     by_paper = _papers(ledger)
     decided, wrong = chance_of_error(ledger)
@@ -52,7 +53,7 @@ def write_index(reports: Path, states: dict[str, str]) -> None:
         total=len(ledger),
         decided=decided,
         wrong=wrong,
-        few=int(((ledger["verdict"] == "inconclusive") & (ledger["n"] < NETWORKS)).sum()),
+        few=int(ledger["few"].sum()),
         networks=NETWORKS,
         others=[*others],
         choices={

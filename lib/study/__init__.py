@@ -14,6 +14,7 @@ from lib.study.claims import (
     measured,
     near,
     networks,
+    too_few,
 )
 from lib.study.curves import gain_at
 from lib.study.measurements import Store
@@ -57,4 +58,5 @@ __all__ = [
     "provenance",
     "question",
     "studies",
+    "too_few",
 ]

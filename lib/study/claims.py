@@ -218,13 +218,15 @@ def judged(claim: Claim, bounds: tuple[float, float], n: int, condition: tuple[f
 
 
 def measured(row: dict[str, Any]) -> str:
-    """``mean [low, high]`` of a ledger row, with as many digits as the interval deserves.
+    """``mean [low, high]`` of a ledger row, with as many digits as the interval deserves and its ``bound`` needs.
 
     >>> from lib.study import measured
     >>> measured({"measured": 0.2164, "low": 0.2101, "high": 0.2202, "n": 3})
     '0.216 [0.210, 0.220]'
     >>> measured({"measured": 21.6, "low": 19.4, "high": 23.1, "n": 3})
     '21.60 [19.40, 23.10]'
+    >>> measured({"measured": 1.11, "low": 0.997, "high": 1.245, "n": 5, "bound": 1.0})  # 1.00 would be a met bound
+    '1.110 [0.997, 1.245]'
     >>> measured({"measured": float("nan")})
     'not measured'
     """
@@ -235,7 +237,20 @@ def measured(row: dict[str, Any]) -> str:
     if row["n"] == 1:
         return f"{row['measured']:.4g}"
     digits = 3 if abs(row["measured"]) < 1 and row["high"] - row["low"] < 0.1 else 2
+    ends, bound = (row["low"], row["high"]), row.get("bound")
+    while digits < 6 and any(end != bound and round(end, digits) == bound for end in ends):
+        digits += 1
     return f"{row['measured']:.{digits}f} [{row['low']:.{digits}f}, {row['high']:.{digits}f}]"
+
+
+def too_few(rows: Any) -> Any:
+    """Whether a ledger's row, or each of its rows, is open for want of networks; a sum is decided by one.
+
+    >>> from lib.study.claims import too_few
+    >>> too_few({"verdict": "inconclusive", "n": 3}), too_few({"verdict": "reproduced", "n": 1})
+    (True, False)
+    """
+    return (rows["verdict"] == "inconclusive") & (rows["n"] < NETWORKS)
 
 
 def networks(n: int) -> str:

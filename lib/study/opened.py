@@ -128,7 +128,8 @@ class Study:
             low = high = mean
         beside, joint = None, claim.joint
         if condition is not None:
-            beside = dict(zip(("measured", "low", "high"), interval(condition), strict=True)) | {"n": len(condition)}
+            beside = dict(zip(("measured", "low", "high"), interval(condition), strict=True))
+            beside |= {"n": len(condition), "bound": claim.holding.bound}
             joint += f": {measured(beside)}"
         bounds = (beside["low"], beside["high"]) if beside else None
         self.verdicts[id] = {
@@ -136,6 +137,7 @@ class Study:
             "low": low,
             "high": high,
             "n": len(values),
+            "bound": claim.criterion.bound,
             "condition": joint,
             "verdict": judged(claim, (low, high), len(values), bounds),
             "cell": shell.execution_count if (shell := get_ipython()) else None,
@@ -187,11 +189,10 @@ class Study:
         return pd.DataFrame(rows, columns=columns)
 
     def ledger(self) -> pd.DataFrame:
-        """One row per claim in the columns of the results contract; a claim without measurements is inconclusive."""
-        return self._judged()[[*CLAIM_COLUMNS]]
+        """One row per claim in the columns of the results contract, and beside them what a page reads as numbers.
 
-    def _judged(self) -> pd.DataFrame:
-        """The ledger, and beside each claim what a page reads of it as numbers."""
+        A claim without measurements is inconclusive.
+        """
         nothing = {"measured": np.nan, "low": np.nan, "high": np.nan, "n": 0, "verdict": "inconclusive"}
         shared = {
             "study": self.name,
@@ -250,7 +251,7 @@ class Study:
             if self.store.audits:
                 audit = pd.DataFrame(self.store.audits).to_csv(index=False)
                 write_whole(self.report_dir / "audits" / f"{self.name}.csv", audit)
-        write_whole(self.report_dir / "claims" / f"{self.name}.csv", self._judged().to_csv(index=False))
+        write_whole(self.report_dir / "claims" / f"{self.name}.csv", self.ledger().to_csv(index=False))
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
         def table(title: str, rows: dict[str, Any]) -> str:
