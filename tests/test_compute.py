@@ -7,11 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from lib.constraint import attach_masks, harden, masks
-from lib.costs.compute import break_even, latency_ratio, product, product_times, sparse_speedup, sparse_weight
-from lib.costs.energy import CostError
+from lib.constraint import attach_masks, masks
+from lib.costs.compute import break_even, latency_ratio, product, product_times, sparse_weight
 from lib.models import build
-from lib.pruning import Filter
 from lib.shapes import macs, prunable
 
 
@@ -141,17 +139,3 @@ def test_break_even_of_made_up_curves():
     for wrong in (([], []), ([1, 2], [1]), ([0, 1], [1, 1])):
         with pytest.raises(ValueError, match=r"expected as many|positive"):
             break_even(*wrong)
-
-
-def test_speed_up_of_a_networks_own_products_is_a_ratio(images):
-    """Rows that are gone cost nothing: what is left of a network without most filters is never slower by an order."""
-    net = build("lenet5", images.shape, images.classes)
-    harden(net, {"conv2": Filter(0.9), "fc1": Filter(0.9)})
-    ratio = sparse_speedup(net, images.shape, "filter", batch=4, repeats=3)
-    assert 0.1 < ratio < 1000
-    with pytest.raises(ValueError, match="structure = 'pattern'"):
-        sparse_speedup(net, images.shape, "pattern", batch=4, repeats=3)
-    fc = nn.Linear(64, 32).double()
-    with pytest.raises(CostError, match="block = 5: must divide both sides of a 32 x 64"):
-        sparse_speedup(fc, (64,), "block", repeats=3)
-    assert sparse_speedup(fc, (64,), "block", repeats=3, block=4) > 0

@@ -2,7 +2,7 @@
 
 from lib.costs.bill import crossbar_bill, digital_bill, training_bill
 from lib.costs.bitwise import bitwise
-from lib.costs.compute import break_even, latency_ratio, network_operations, product_times, sparse_speedup
+from lib.costs.compute import break_even, latency_ratio, network_operations, product_times
 from lib.costs.energy import CostError, mac_pj, training_energy
 from lib.costs.storage import compression, network_storage
 
@@ -18,7 +18,6 @@ __all__ = [
     "network_operations",
     "network_storage",
     "product_times",
-    "sparse_speedup",
     "training_bill",
     "training_energy",
 ]

@@ -234,37 +234,6 @@ def product_times(
     return pd.DataFrame(table, columns=["structure", "density", "rate", "dense_us", "product_us", "speedup"])
 
 
-def sparse_speedup(
-    model: nn.Module,
-    shape: tuple[int, int, int],
-    structure: Structure,
-    batch: int = 8,
-    repeats: int = 10,
-    block: int = 5,
-) -> float:
-    """How many times faster the products of all prunable layers are when they use ``structure``, on this CPU.
-
-    The GEMMs alone, ``(F, K) x (K, N)`` with the network's own weights and ``N`` output positions of a batch, each
-    against the dense product in turns: sum of the median dense times over sum of the median sparse times. Unfolding,
-    batch norm and activations are left out, which flatters the sparse side.
-
-    >>> from lib import constraint, costs, models, pruning
-    >>> model = models.build("lenet300", (1, 28, 28), 10)
-    >>> model = constraint.harden(model, {"fc1": pruning.Filter(0.95), "fc2": pruning.Filter(0.95)})
-    >>> costs.sparse_speedup(model, (1, 28, 28), "filter", batch=64) > 1
-    True
-    """
-    totals, generator = np.zeros(2), torch.Generator().manual_seed(0)
-    for row in macs(model, shape).itertuples():
-        weight = prunable(model)[row.layer].weight.detach().flatten(1).contiguous()
-        x = torch.randn(weight.shape[1], batch * row.dense_macs // row.weights, generator=generator).to(weight)
-        call = product(weight, structure, block)
-        with _one_thread():
-            pairs = _in_turns(lambda w=weight, x=x: w @ x, lambda call=call, x=x: call(x), repeats, warmup=1)
-        totals += [median(side) for side in zip(*pairs, strict=True)]
-    return float(totals[0] / totals[1])
-
-
 def break_even(rates: Sequence[float], speedups: Sequence[float]) -> float:
     """The smallest pruning rate from which the product is never slower than dense on the grid (section C).
 
