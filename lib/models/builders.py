@@ -269,12 +269,12 @@ def builder(name: str) -> Callable[..., nn.Module]:
     """
     if name in OWN:
         return {"lenet5": lenet5, "lenet300": lenet300, "vgg": vgg, "gru": gru, "lstm": lstm}[name]
+    found = re.fullmatch(r"resnet(\d+)", name)
+    depth = int(found[1]) if found else 0
+    if depth > 2 and depth % 6 == 2 and depth not in (50, 152):  # torchvision's, whose import takes seconds
+        return lambda shape, classes, width=16, shortcut="B": resnet(shape, classes, depth, width, shortcut)
     if _of_torchvision(name):
         return lambda shape, classes, pretrained=False: _torchvision(name, shape, classes, pretrained)
-    if depth := re.fullmatch(r"resnet(\d+)", name):
-        n, rest = divmod(int(depth[1]) - 2, 6)
-        if rest == 0 and n >= 1:
-            return lambda shape, classes, width=16, shortcut="B": resnet(shape, classes, int(depth[1]), width, shortcut)
     raise ModelError(f"model {name!r} is unknown: allowed are {', '.join(NAMES)}")
 
 
