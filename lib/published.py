@@ -8,6 +8,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import NamedTuple
 
 import numpy as np
@@ -91,8 +92,8 @@ def _read(path: Path, reader: Callable[[Path], dict]) -> dict:
         return reader(path)
     except FileNotFoundError:
         raise PublishedError(f'{path} is missing: README, "Published networks", says where to get it') from None
-    except (SafetensorError, OSError) as error:
-        raise PublishedError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
+    except (SafetensorError, OSError, RuntimeError, EOFError, KeyError, UnpicklingError) as error:  # torch.load's too
+        raise PublishedError(f"{path} is damaged: {(str(error).splitlines() or [type(error).__name__])[0]}") from None
 
 
 def _set(net: nn.Module, state: dict[str, Tensor], path: Path) -> nn.Module:

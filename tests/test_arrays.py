@@ -329,10 +329,20 @@ class TestProduct:
             assert (product(x) * product.scale).float() == pytest.approx(read @ x.float(), abs=2e-2)
             assert not torch.equal(read, weight)
 
-    @pytest.mark.parametrize(("x", "message"), [([[256]], "from 256 to 256: 8 bits hold 0 to 255"), ([[-1]], "-1")])
-    def test_inputs_that_do_not_fit(self, x, message):
+    @pytest.mark.parametrize(
+        ("x", "message"),
+        [
+            ([[256]], "from 256 to 256: 8 bits hold 0 to 255"),
+            ([[-1]], "-1"),
+            ([[255.7]], "no whole numbers"),
+            ([[-0.9]], "no whole numbers"),
+            ([[float("nan")]], "no whole numbers"),
+        ],
+    )
+    @pytest.mark.parametrize("way", [Programmed.__call__, Programmed.bit_by_bit])
+    def test_inputs_that_do_not_fit(self, x, message, way):
         with pytest.raises(CrossbarError, match=message):
-            Programmed(torch.ones(1, 1), Array())(torch.tensor(x))
+            way(Programmed(torch.ones(1, 1), Array()), torch.tensor(x))
 
     def test_mixed_fragments_are_refused(self):
         array = Array(mapping=Polarized(weight_bits=8, cell_bits=2, fragment=4), active_rows=4)

