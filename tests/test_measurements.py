@@ -184,7 +184,7 @@ def test_rows_of_earlier_code_count_where_they_may(tmp_path, cell, monkeypatch):
     later = Store("s", path, earlier=True)
     later.measure(changed.kept, POINTS[:3])
     assert not changed.calls
-    assert later.evidence() == "3 measurements; all by earlier code ()."
+    assert later.evidence() == "3 measurements; all by earlier code (); the table holds 1 more that this study does not ask for."
     later.publish(path)
     assert len(read_table(path)) == 4  # nobody asked for the fourth
     assert len(measured_by(changed, table=path)) == 4  # nor may they count where that is not said
@@ -312,6 +312,18 @@ def test_an_audit_that_finds_a_difference_says_where_and_stamps_nothing(tmp_path
     assert row["first"] == "{'seed': 1, 'rate': 0.5}: kept = 2.501, was 2.5"
     audit.publish(path)
     assert not any(m.audited for m in read_table(path))
+
+
+def test_an_audit_allows_times_a_factor_of_two_and_nothing_else(tmp_path, cell):
+    path = tmp_path / "t.csv"
+    Store("s").measure(cell().kept, POINTS)
+    (old := Store("s")).measure(cell().kept, POINTS)
+    old.publish(path)
+    for factor, timed, differ in ((1.5, ["kept"], 0), (1.5, [], 4), (2.5, ["kept"], 4)):
+        notebook = cell(("    return {", f"    rate *= {factor}; seed *= {factor}\n    return {{"))
+        audit = Store("s", path, earlier=True, audit=1.0)
+        audit.measure(notebook.kept, POINTS, timed=timed)
+        assert audit.audits[0]["differ"] == differ
 
 
 def test_on_another_machine_an_audit_allows_what_networks_differ_by(tmp_path, cell):

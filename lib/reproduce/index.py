@@ -12,6 +12,7 @@ from lib.files import write_whole
 from lib.reproduce.page import VERDICTS, template
 from lib.reproduce.run import last_run
 from lib.study import CLAIM_COLUMNS, JUDGED, NETWORKS, OURS, chance_of_error, measured, papers, too_few
+from lib.study.papers import named_in
 
 REACH = 4.0
 """How many half-widths of the interval the plot of all claims shows on each side; what is further lies at its ends."""
@@ -48,7 +49,7 @@ def write_index(reports: Path, states: dict[str, str]) -> None:
         preset=reports.name,
         studies=[_study(study, state, reports, ledger) for study, state in states.items()],
         papers=[p for p in by_paper if p["claims"]],
-        untested=[p for p in by_paper if not p["claims"] and p["paper"] != OURS],
+        untested=[p | {"named": named_in(p["paper"])} for p in by_paper if not p["claims"] and p["paper"] != OURS],
         tables={part: pd.crosstab(rows["kind"], rows["verdict"]) for part, rows in _parts(ledger).items() if len(rows)},
         total=len(ledger),
         decided=decided,

@@ -63,7 +63,7 @@ class Store:
         self.used: dict[Key, tuple[Measurement, bool]] = {}  # and whether today's code made it
         self.audits: list[Row] = []
 
-    def measure(self, experiment: Callable, points: Iterable[Row]) -> pd.DataFrame:
+    def measure(self, experiment: Callable, points: Iterable[Row], timed: Sequence[str] = ()) -> pd.DataFrame:
         """What an experiment returns at each point, arguments first; a call that was made before is read.
 
         Its rows depend on its arguments, on the variables of the notebook that it refers to, and on code. Where
@@ -72,7 +72,8 @@ class Store:
 
         Args:
             experiment: a function that returns a row (a dict), rows, or a data frame, of numbers, truth values and
-                text. points: its arguments, as keywords: plain values.
+                text. points: its arguments, as keywords: plain values. timed: columns that hold times, or ratios of
+                times, which no machine gives twice: an audit allows them a factor of two.
 
         Raises:
             MeasurementError: a value that is not plain, a point twice, or, where the store is closed, a new one.
@@ -89,7 +90,7 @@ class Store:
             if key in keys[:i]:
                 raise MeasurementError(f"{name} is asked for {points[i]} twice")
         if self.audit is not None:
-            self._audit(experiment, dict(zip(keys, points, strict=True)), code)
+            self._audit(experiment, dict(zip(keys, points, strict=True)), code, timed)
         found = {key: self.find(key, code) for key in keys}
         todo = [(key, point) for key, point in zip(keys, points, strict=True) if found[key] is None]
         if todo and self.closed:
@@ -146,6 +147,8 @@ class Store:
         said = f"{len(self.used)} measurements" + (f", {audited} of them of audited experiments" if audited else "")
         if old := len(self.used) - today:
             said += f"; {old if today else 'all'} by earlier code ({', '.join(commits)})"
+        if more := len(self.published.keys() - self.used) * self.earlier:
+            said += f"; the table holds {more} more that this study does not ask for"
         return f"{said}."
 
     def _point(self, name: str, arguments: Row, variables: dict[str, str]) -> str:
@@ -164,7 +167,7 @@ class Store:
         self.written[made.key, made.code] = made
         return made
 
-    def _audit(self, experiment: Callable, points: dict[Key, Row], code: str) -> None:
+    def _audit(self, experiment: Callable, points: dict[Key, Row], code: str, timed: Sequence[str]) -> None:
         """Measure a share of the table's points again, the quickest first; if all agree, all count as today's."""
         old = {key: m for key in points if (m := self.published.get(key)) and m.code != code}
         if not old:
@@ -175,7 +178,7 @@ class Store:
         for key in chosen:
             new = self._call(experiment, key, points[key], code)
             same = new.device == old[key].device and new.torch == old[key].torch
-            if said := difference(old[key], new, {} if same else spread):
+            if said := difference(old[key], new, {} if same else spread, timed):
                 differ.append(f"{points[key]}: {said}")
         said = f"{len(chosen)} of {len(old)} at {self.stamps.get('commit', '')}"
         row = {"experiment": key[0], "points": len(old), "again": len(chosen), "differ": len(differ)}
@@ -184,14 +187,19 @@ class Store:
             self.published |= {key: replace(m, code=code, audited=said) for key, m in old.items()}
 
 
-def difference(old: Measurement, new: Measurement, spread: dict[str, float]) -> str:
-    """The first value in which two measurements of a point differ, by more than its column's ``spread``; "" if none."""
+def difference(old: Measurement, new: Measurement, spread: dict[str, float], timed: Sequence[str] = ()) -> str:
+    """The first value in which two measurements of a point differ, by more than its column's ``spread``; "" if none.
+
+    Those in ``timed`` may differ by a factor of two.
+    """
     if len(old.rows) != len(new.rows):
         return f"{len(new.rows)} rows, were {len(old.rows)}"
     for was, now in zip(old.rows, new.rows, strict=True):
         for name in dict.fromkeys([*was, *now]):
             a, b = was.get(name, ""), now.get(name, "")
-            if isinstance(a, int | float) and isinstance(b, int | float):
+            if name in timed and a and b:
+                same = 0.5 <= b / a <= 2
+            elif isinstance(a, int | float) and isinstance(b, int | float):
                 same = isclose(a, b, rel_tol=0, abs_tol=spread.get(name, 0.0)) or (a != a and b != b)
             else:
                 same = a == b

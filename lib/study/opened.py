@@ -62,13 +62,15 @@ class Study:
         """
         require(self.parameters, name, holds, expected)
 
-    def measure(self, experiment: Callable, points: Iterable[dict[str, Any]]) -> pd.DataFrame:
+    def measure(
+        self, experiment: Callable, points: Iterable[dict[str, Any]], timed: Sequence[str] = ()
+    ) -> pd.DataFrame:
         """The rows that ``experiment(**point)`` returns for each point; a call that was made before is read.
 
         See `lib.study.measurements.Store.measure`, also for errors.
         """
         self.store = self.store or Store(self.name)
-        return self.store.measure(experiment, points)
+        return self.store.measure(experiment, points, timed)
 
     def expect(
         self,

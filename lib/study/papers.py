@@ -1,11 +1,12 @@
 """The papers of the field: ``data/papers.csv``, a row each."""
 
+import re
 from difflib import get_close_matches
 from functools import cache
 
 import pandas as pd
 
-from lib.study.parameters import PROJECT
+from lib.study.parameters import NOTEBOOKS, PROJECT, studies
 from lib.study.ranges import ParameterError
 
 OURS = "this workbook"
@@ -40,6 +41,18 @@ def papers() -> pd.DataFrame:
     if twice := table["paper"][table["paper"].duplicated()].tolist():
         raise ParameterError(f"{PATH.name}: {twice[0]!r} is there twice")
     return table.set_index("paper", drop=False)
+
+
+def named_in(paper: str) -> list[str]:
+    """The studies whose notebooks name a paper, by its key or its link.
+
+    >>> from lib.study.papers import named_in
+    >>> named_in("TinyADC")
+    ['05_crossbar_costs']
+    """
+    words = re.escape(paper), re.escape(papers().loc[paper, "link"])
+    known = re.compile(rf"(?<![\w-])(?:{'|'.join(words)})(?![\w-])")
+    return [name for name in studies() if known.search((NOTEBOOKS / f"{name}.ipynb").read_text("utf-8"))]
 
 
 def check_paper(key: str, ours: bool) -> None:
