@@ -1,6 +1,7 @@
 """Federated averaging: exact sums in shares, dropouts anywhere, bytes as sent, and what is refused."""
 
 import os
+import sys
 from copy import deepcopy
 from dataclasses import dataclass, replace
 
@@ -12,8 +13,9 @@ from torch import nn
 
 from lib import pruning, recipes
 from lib.constraint import masks, sparsity, state_of
-from lib.recipes import FixedPoint, Server, dirichlet_split, fed_avg, group_split, in_shares, local_clients
+from lib.recipes import FixedPoint, Server, dirichlet_split, fed_avg, federated, group_split, in_shares, local_clients
 from lib.recipes.federated import STAGES
+from lib.recipes.shares import paillier_sum
 from lib.training import TrainingError
 
 
@@ -93,6 +95,27 @@ class TestShares:
             server.total([0, 4])
 
 
+class TestPaillier:
+    @pytest.mark.parametrize("slots", [0, 1])
+    def test_a_sum_of_ciphertexts_is_that_of_the_words(self, slots):
+        pytest.importorskip("phe")
+        words = np.random.default_rng(0).integers(2**31, 2**32, (3, 9), dtype=np.uint32)  # all three sums overflow
+        sums, seconds = paillier_sum(words, 256, slots)
+        assert (sums == np.sum(words, axis=0, dtype=np.uint32)).all()
+        assert seconds["slots"] == (slots or 255 // 34)
+        assert min(seconds.values()) >= 0
+
+    def test_refusals(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "phe", None)
+        with pytest.raises(TrainingError, match="needs the package phe"):
+            paillier_sum(np.zeros((2, 3), np.uint32), 256)
+
+    def test_more_words_than_a_key_holds(self):
+        pytest.importorskip("phe")
+        with pytest.raises(TrainingError, match="slots=8: a key of 256 bits has room for 7 of 33 bits"):
+            paillier_sum(np.zeros((2, 9), np.uint32), 256, slots=8)
+
+
 class TestSplits:
     @pytest.mark.parametrize("alpha", [0.1, 1.0, float("inf")])
     def test_every_example_goes_to_one_client(self, alpha):
@@ -152,6 +175,8 @@ class TestRounds:
         assert log["down_bytes"].tolist() == [down * (2 if stage == "asked" else 3)]
         of_one = {"": ways, "sent": ways, "sending": 1}.get(stage, 0)
         assert log["up_bytes"].tolist() == [word * (2 * ways + of_one)]
+        told = 4 * ({"": 3, "sent": 3, "sending": 3}.get(stage, 2) + (3 if counts else 2))  # whose share each has
+        assert log["between_bytes"].tolist() == [told + word if ways == 2 else 0]
 
     def test_a_client_that_fails_changes_the_mean_over_survivors_only(self):
         expected, _ = moved([Adds(0.5), Adds(0.25)])
@@ -161,9 +186,10 @@ class TestRounds:
 
     @pytest.mark.parametrize("fraction_bits", [None, 16])
     def test_a_client_that_gives_back_no_numbers_has_failed(self, fraction_bits):
-        change, log = moved([Adds(0.25), Adds(float("nan")), Adds(float("inf"))], fraction_bits=fraction_bits)
+        clients = [Adds(0.25), Adds(float("nan")), Adds(float("inf")), Adds(0.25)]
+        change, log = moved(clients, fraction_bits=fraction_bits)
         assert all(torch.allclose(c, torch.tensor(0.25)) for c in change.values())
-        assert log[["survivors", "failed"]].values.tolist() == [[1, 2]]
+        assert log[["survivors", "failed"]].values.tolist() == [[2, 2]]
         assert "not finite: 0.weight" in log["reason"][0]
 
     def test_shares_and_the_open_end_at_the_same_network(self, small_images):
@@ -176,6 +202,15 @@ class TestRounds:
             fed_avg(net, clients, rounds=2, asked=3, fraction_bits=fraction_bits, leaves=recipes.dropouts(0.2, seed=1))
             nets.append(state_of(net))
         assert all(torch.allclose(nets[0][key].double(), nets[1][key].double(), atol=1e-4) for key in nets[0])
+
+    def test_the_first_rounds_of_a_longer_run_are_a_shorter_run(self):
+        clients = [Adds(i / 8, i + 1) for i in range(5)]
+        logs = [fed_avg(tiny(), clients, rounds=n, asked=2, leaves=recipes.dropouts(0.3, seed=2)) for n in (2, 4)]
+        nets = [tiny(), tiny()]
+        for net, n in zip(nets, (1, 3), strict=True):
+            fed_avg(net, clients, rounds=n, asked=2)
+        assert logs[0].drop(columns="seconds").equals(logs[1][:2].drop(columns="seconds"))
+        assert not torch.equal(nets[0][0].weight, nets[1][0].weight)
 
     def test_masks_of_the_server_hold_and_travel_without_indices(self, small_images):
         clients = local_clients(small_images, dirichlet_split(small_images.train.y, 3, 1.0), epochs=1, lr=0.05)
@@ -216,14 +251,38 @@ class TestRounds:
         assert log["reason"].item().startswith("its process died")
         assert all(torch.equal(change[key], expected[key]) for key in expected)
 
+    def test_a_sum_over_a_single_survivor_is_refused_in_shares(self):
+        """It would be that client's own change; who weighs nothing hides nobody."""
+
+        def two_leave(round, client):
+            return "" if client == 1 else "sending"
+
+        for clients, leaves in (([Adds(0.5)] * 3, two_leave), ([Adds(0.5, 0), Adds(0.5, 2), Adds(0.5, 0)], None)):
+            moved(clients, leaves=leaves)  # in the open nothing is hidden
+            with pytest.raises(
+                TrainingError, match="round 1: client 1 alone survived, and a sum in shares"
+            ):
+                moved(clients, leaves=leaves, fraction_bits=16)
+
+    def test_nothing_is_sent_and_nothing_moves_where_a_change_does_not_fit(self, monkeypatch):
+        def receive(server, client, share):
+            raise AssertionError(f"client {client} has sent")
+
+        monkeypatch.setattr(federated.Server, "receive", receive)
+        net = tiny()
+        before = state_of(net)
+        with pytest.raises(TrainingError, match=r"client 2: 0.weight is from 9000 to 9000"):
+            fed_avg(net, [Adds(1.0), Adds(1.0), Adds(9000.0), Adds(0.0)], rounds=1, fraction_bits=16)
+        assert all(torch.equal(value, before[key]) for key, value in state_of(net).items())
+
     def test_a_share_leaves_room_for_all_that_are_asked(self):
         """Nobody knows beforehand who will leave."""
 
-        def three_leave(round, client):
-            return "" if client == 3 else "asked"
+        def two_leave(round, client):
+            return "asked" if client < 2 else ""
 
         with pytest.raises(TrainingError, match="a sum over 4 clients leave room for 8192"):
-            moved([Adds(9000.0)] * 4, leaves=three_leave, fraction_bits=16)
+            moved([Adds(9000.0)] * 4, leaves=two_leave, fraction_bits=16)
 
     def test_refusals(self):
         def everybody(round, client):
@@ -240,10 +299,12 @@ class TestRounds:
         with pytest.raises(TrainingError, match=r"plans for rounds \[2\]: allowed are 0 to 0"):
             moved([Adds(0.1)], plans={2: {}})
         few = {"leaves": lambda round, client: "" if client else "training", "fraction_bits": 12}
-        with pytest.raises(TrainingError, match=r"clients \[1\] sum to 0.00293 of the largest, which 12 fraction bits"):
-            moved([Adds(0.01, 1000), Adds(0.01, 3)], **few)
+        with pytest.raises(TrainingError, match=r"\[1, 2\] sum to 0.00293 of the largest, which 12 fraction bits"):
+            moved([Adds(0.01, 1000), Adds(0.01, 2), Adds(0.01, 1)], **few)
         with pytest.raises(TrainingError, match="leaves at 'lunch': allowed are asked, training, sending, sent"):
             moved([Adds(1.0)], leaves=lambda round, client: "lunch")
+        with pytest.raises(TrainingError, match=r"keep=0.5 in shares: what is left out is as long as what is sent"):
+            moved([Adds(0.1), Adds(0.1)], keep=0.5, fraction_bits=16)
         with pytest.raises(TrainingError, match="asked=3"):
             moved([Adds(1.0)], asked=3)
 
@@ -252,6 +313,80 @@ class TestRounds:
 
         with pytest.raises(TrainingError, match=r"client 0: 1.weight is \(3, 4\), and \(2, 4\) at the server"):
             moved([other])
+
+
+@dataclass(frozen=True)
+class Sets:
+    """A client that sets a linear layer's weights to those of its own."""
+
+    values: torch.Tensor
+    size: int = 1
+
+    def __call__(self, model, round):
+        for p in model.parameters():
+            p.data = self.values.clone()
+
+
+def watched(monkeypatch, clients, **options):
+    """The network after a round in shares, from zeros, and what the two servers have heard and said."""
+    servers = []
+
+    class Watched(Server):
+        def __init__(self):
+            super().__init__()
+            servers.append(self)
+
+        def total(self, clients):
+            self.said = super().total(clients)
+            return self.said
+
+    monkeypatch.setattr(federated, "Server", Watched)
+    net = nn.Linear(*clients[0].values.shape[::-1], bias=False).double()
+    nn.init.zeros_(net.weight)
+    fed_avg(net, clients, rounds=1, fraction_bits=16, seed=4, **options)
+    return net.weight.detach(), *servers
+
+
+class TestWhatServersLearn:
+    def test_the_aggregate_is_the_mean_of_whole_numbers_exactly(self, monkeypatch):
+        """Weights, a mask and a client that leaves in the middle of sending: reckoned again in Python's own numbers."""
+        random, sizes = torch.Generator().manual_seed(0), [3, 10, 7, 8]
+        clients = [Sets(torch.randn(6, 5, generator=random, dtype=torch.float64), size) for size in sizes]
+        mask = torch.arange(30).reshape(6, 5) % 3 > 0
+
+        def leaves(round, client):
+            return "sending" if client == 2 else ""
+
+        plans = {0: {"": pruning.Unstructured(0.5)}}
+        monkeypatch.setattr(federated, "one_shot", lambda net, plan: {"": mask})
+        mean, first, second = watched(monkeypatch, clients, plans=plans, leaves=leaves)
+        assert (len(first.received), len(second.received)) == (4, 3)
+        staying = [c for c in clients if c is not clients[2]]
+        whole = [[round(x * (c.size / 10) * 2**16) for x in c.values[mask].tolist()] for c in staying]
+        size = sum(round(c.size / 10 * 2**16) for c in staying)
+        expected = [sum(column) / size for column in zip(*whole, strict=True)]
+        assert mean[mask].tolist() == expected
+        assert not mean[~mask].any()
+
+    def test_two_servers_learn_nothing_but_the_sum(self, monkeypatch):
+        """Other values of the same sum leave the first server's view as it is, bit by bit, and the second's uniform."""
+        values = [torch.randn(200, 200, generator=torch.Generator().manual_seed(i)).double() for i in range(3)]
+        values = [torch.round(v * 2**16) / 2**16 for v in values]
+        others = [values[0] + 5, values[1] - 3, values[2] - 2]
+        nets, firsts, seconds = zip(
+            *(watched(monkeypatch, [Sets(v) for v in own]) for own in (values, others)), strict=True
+        )
+        assert torch.equal(*nets)
+        assert (seconds[0].said == seconds[1].said).all()  # what the first is told
+        for client in range(3):
+            assert (firsts[0].received[client] == firsts[1].received[client]).all()
+            assert not (seconds[0].received[client] == seconds[1].received[client]).all()
+        for second, first in zip(seconds, firsts, strict=True):
+            for share in second.received.values():
+                for byte in share.view(np.uint8).reshape(-1, 4).T:
+                    assert stats.chisquare(np.bincount(byte, minlength=256)).pvalue > 1e-6
+            known = np.sum([*second.received.values(), first.said], axis=0, dtype=np.uint32)
+            assert (known[:-1].view(np.int32) == torch.round(sum(values) * 2**16).flatten().numpy()).all()
 
 
 def test_a_client_sees_its_own_examples_only(images):

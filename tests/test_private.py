@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lib import models, pruning, recipes
-from lib.constraint import harden, weights
+from lib.constraint import fitted, harden, weights
 from lib.recipes import layer_errors, prune_without_data, synthetic_inputs
 from lib.recipes.private import _answered, _LayerMatching
 from lib.training import Hook, TrainingError, fit
@@ -59,11 +59,19 @@ def test_teacher_forced_layers_are_least_squares(vgg):
     assert after["conv1_1"] < 0.1 * before["conv1_1"]
 
 
-@pytest.mark.parametrize("match", ["layers", "logits"])
-def test_nothing_but_weights_of_the_plan_moves(vgg, match):
+SETS = {
+    "unstructured": pruning.Unstructured(0.8),
+    "filters": pruning.Filter(0.5),
+    "columns": pruning.Column(0.5),
+    "patterns": pruning.PatternKernels(sparsity=0.6),
+}
+
+
+@pytest.mark.parametrize(("match", "of"), [*(("layers", of) for of in SETS), ("logits", "unstructured")])
+def test_nothing_but_weights_of_the_plan_moves(vgg, match, of):
     """Statistics of batch norm above all: made-up inputs would ruin them."""
     net, x = deepcopy(vgg), torch.randn(100, 1, 14, 14)
-    plan = {"conv1_2": pruning.Unstructured(0.8), "fc": pruning.Unstructured(0.5)}
+    plan = fitted(net, {"conv1_2": SETS[of], "fc": pruning.Unstructured(0.5)})
     log = prune_without_data(net, plan, x, match=match, **OPTIONS)
     assert log["epoch"].tolist() == [1, 2]
     assert all(plan[name].member(weight) for name, weight in weights(net, plan).items())

@@ -178,8 +178,7 @@ def fed_avg(
             What is left out is lost: clients remember nothing.
         fraction_bits: of a sum in two servers' shares (`FixedPoint`), in the setting of SEFL (EMNLP 2021); None: in
             the open. Every client sends each server a share of its weighted change and of its size. The servers tell
-            each other whose share they have, and one sends its sum over the clients that both have to the other. With
-            ``keep`` the servers learn which values a client has picked.
+            each other whose share they have, and one sends its sum over the clients that both have to the other.
         judge: asked for its score after every round.
         processes: clients at the same time; the result does not depend on it. A client that raises an error, or gives
             back a NaN or an infinity, is one that left in training, and so is one whose process dies (which with 1 is
@@ -193,7 +192,9 @@ def fed_avg(
     Raises:
         TrainingError: no client, no survivor in a round, a plan for a round that there is not, a client that gives back
             another network, survivors whose sizes sum to nothing or to little beside the largest size for so few
-            fraction bits, or a change that the fixed point does not hold: then nothing of that round has been sent.
+            fraction bits, or a change that the fixed point does not hold: then nothing of that round has been sent. In
+            shares also ``keep`` below 1, as shares of zeros are as long as others, and a single survivor with a size
+            above 0, whose change the sum would be. Such a round moves nothing.
 
     >>> from lib import data, models, recipes
     >>> images = data.load(train_size=300, test_size=100, validation_size=100)
@@ -208,6 +209,8 @@ def fed_avg(
     if not 1 <= asked <= len(clients) or not 0 < keep <= 1 or rounds < 1:
         raise TrainingError(f"{len(clients)} clients, {asked=}, {keep=}, {rounds=}: allowed are 1 <= asked <= clients, "
                             "0 < keep <= 1 and rounds from 1")  # fmt: skip
+    if keep < 1 and fraction_bits is not None:
+        raise TrainingError(f"{keep=} in shares: what is left out is as long as what is sent; allowed is 1, or plans")
     if late := sorted(set(plans or {}) - set(range(rounds))):
         raise TrainingError(f"plans for rounds {late}: allowed are 0 to {rounds - 1}; the log counts from 1")
     sizes = [getattr(client, "size", 1) for client in clients]
@@ -233,6 +236,10 @@ def fed_avg(
         if not complete:
             told = f"; client {min(failed)} failed: {failed[min(failed)]}" if failed else ""
             raise TrainingError(f"round {r + 1}: none of {asked} clients survived{told}")
+        counted = [c for c in complete if sizes[c]]
+        if fraction_bits is not None and len(counted) == 1:
+            alone = f"client {counted[0]} alone survived, and a sum in shares would be its own change"
+            raise TrainingError(f"round {r + 1}: {alone}; servers exchange sums of at least two")
         whole, between = _mean(changes, complete, sizes, values, fraction_bits, asked, random), 0
         count = sum(int(place.sum()) for place in values.values())
         sent = round(keep * count) * (32 + (index_width(count) if keep < 1 else 0)) / 8
