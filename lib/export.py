@@ -75,6 +75,9 @@ class Packed(NamedTuple):
 def save(model: nn.Module, path: str | Path) -> pd.DataFrame:
     """Write a network, its masks baked in, to ``path`` (usually ``*.safetensors``), whole or not at all.
 
+    A compiled network has no file of its own: save the one that it was made of, and call `lib.kernels.compile` on what
+    `restore` gives back. The kernels that are chosen are those that are faster on the machine at hand.
+
     Returns:
         One row per layer: ``layer``, ``positions``, ``values``, ``kept`` (nonzero), ``data_bits``, ``index_bits``,
         ``table_bits``, as in `lib.costs.network_storage`; the rest of the file is biases, batch norm and its header.

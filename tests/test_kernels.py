@@ -1,6 +1,10 @@
 """Compiled kernels compute what dense layers do, to the rounding of float32, and say what they are made of."""
 
+import os
 import random
+import subprocess
+import sys
+from itertools import pairwise
 
 import pytest
 import torch
@@ -11,6 +15,7 @@ from lib.constraint import harden
 from lib.kernels import (
     BalancedLinear,
     BalancedRows,
+    CompressedRows,
     CsrLinear,
     GroupedConv2d,
     GroupedLinear,
@@ -99,6 +104,24 @@ def test_filters_that_share_columns(seed):
         assert near(GroupedConv2d(layer)(x), layer(x))
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_patterns_of_any_shape(seed):
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    kernel, padding = (rng.randint(2, 4), rng.randint(2, 4)), (rng.randint(0, 2), rng.randint(0, 2))
+    groups, taps = rng.choice([1, 1, 2]), rng.randint(2, 4)
+    layer = nn.Conv2d(groups * rng.randint(2, 6), groups * rng.randint(2, 7), kernel, padding=padding, groups=groups)
+    menu = [rng.sample(range(kernel[0] * kernel[1]), taps) for _ in range(rng.randint(1, 8))]
+    for i, one in enumerate(layer.weight.data.flatten(0, 1).flatten(1)):
+        left = rng.choice([[], *menu]) if i else menu[0]  # one kernel at least is kept
+        one[[tap for tap in range(len(one)) if tap not in left]] = 0
+    x = torch.randn(rng.randint(1, 4), layer.in_channels, rng.randint(4, 40), rng.randint(4, 40))
+    options = {"share": rng.random() < 0.5, "reorder": rng.random() < 0.5}
+    with torch.no_grad():
+        assert near((fast := SparseConv2d(layer, **options))(x), layer(x))
+    assert fast.format == "patterns"
+
+
 def test_strips_fill_the_registers_and_waste_little():
     assert _strip(28, 28) == (2, 4)
     for height in range(1, 60):
@@ -120,6 +143,68 @@ def test_linear_layers(batch, kind):
         found = kind(layer)(x)
         assert found.shape == (*batch, 24)
         assert near(found, layer(x))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_matrices_of_any_shape(seed):
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    layer = nn.Linear(rng.randint(1, 90), rng.randint(1, 70), bias=rng.random() < 0.5)
+    x = torch.randn(*rng.choice([(), (1,), (rng.randint(2, 40),), (3, rng.randint(1, 5))]), layer.in_features)
+    m = rng.choice([4, 8, 16])
+    sets = {
+        GroupedLinear: pruning.BlockColumns(rng.random() * 0.9, height=rng.randint(1, 9), width=rng.randint(1, 30)),
+        CsrLinear: pruning.Unstructured(rng.random() * 0.9),
+        BalancedLinear: pruning.NM(rng.randint(1, m // 2), m),
+    }
+    for kind, allowed in sets.items():
+        net = harden(nn.Sequential(layer), {"0": allowed})[0]
+        with torch.no_grad():
+            assert near((kind(net, m) if kind is BalancedLinear else kind(net))(x), net(x))
+
+
+def test_bits_of_a_matrix_by_hand():
+    """Two groups of four and three rows, of 3 and 5 columns among 16; a row without any weight."""
+    weight = torch.zeros(8, 16)
+    weight[:4, [1, 2, 9]], weight[4:7, [0, 3, 4, 8, 15]] = 1.0, 2.0
+    kept = GroupedRows.of(weight).storage(bits=8)
+    assert kept.data == 8 * (4 * 3 + 3 * 5)
+    assert kept.index == 7 * 3 + 8 * 4 + (3 + 3) * 4  # rows, columns, and where groups' rows and columns begin
+    rows = CompressedRows.of(weight).storage(bits=8)
+    assert (rows.data, rows.index) == (8 * 27, 27 * 4 + 9 * 5)  # a column for each weight, and nine starts
+
+
+ONE_THREAD = """
+import torch, numpy, time  # before lib, whose environment comes too late then
+from lib.kernels import GroupedConv2d, GroupedLinear
+torch.set_num_threads(1)
+linear, conv = GroupedLinear(torch.nn.Linear(2000, 2000)), GroupedConv2d(torch.nn.Conv2d(128, 128, 3))
+x, images = torch.rand(128, 2000), torch.rand(1, 128, 30, 30)
+for call in (lambda: linear(x), lambda: conv(images)):
+    call()
+    own, all_ = time.thread_time(), time.process_time()
+    for _ in range(10):
+        call()
+    print((time.process_time() - all_) / (time.thread_time() - own))
+"""
+
+
+def test_products_keep_to_the_threads_that_torch_has():
+    """CPU time of the process is that of the thread: with a second thread it would be about twice."""
+    environment = {k: v for k, v in os.environ.items() if not k.endswith("_NUM_THREADS")}
+    done = subprocess.run([sys.executable, "-c", ONE_THREAD], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert max(map(float, done.stdout.split())) < 1.3
+
+
+def test_every_turn_has_an_order_of_its_own():
+    seen = []
+    assert len(kernels.in_turns([lambda i=i: seen.append(i) for i in range(4)], repeats=30)) == 4
+    turns = [seen[i : i + 4] for i in range(0, len(seen), 4)]
+    assert all(sorted(turn) == [0, 1, 2, 3] for turn in turns)
+    assert turns[0] == [0, 1, 2, 3]  # which compiles
+    after = {(a, b) for turn in turns[1:] for a, b in pairwise(turn)}
+    assert len(after) == 12  # every call comes after every other one
 
 
 def test_groups_of_rows_are_their_matrix():
@@ -188,6 +273,17 @@ def test_the_network_given_stays_as_it_was():
     kernels.compile(net, torch.randn(1, 30), gain=0.0)
     assert isinstance(net[0], nn.Linear)
     assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_network_is_compiled_for_a_number_of_threads(threads):
+    net, before = nn.Sequential(thinned(nn.Linear(300, 200), 0.1, 0)), torch.get_num_threads()
+    x = torch.randn(1, 300)
+    fast = kernels.compile(net, x, gain=0.0, threads=threads)
+    assert (torch.get_num_threads(), fast.choices.attrs["threads"]) == (before, threads)
+    assert near(fast(x), net(x).detach())
+    with pytest.raises(KernelError, match="threads = 0"):
+        kernels.compile(net, x, threads=0)
 
 
 def test_refusals():

@@ -106,6 +106,8 @@ class SparseConv:
 class SparseConv2d(nn.Module):
     """A convolution that computes with kept weights alone: inference on a CPU, in float32, on one thread.
 
+    Patterns have a loop of their own for stride 1 without dilation; else every weight stands alone.
+
     Args:
         layer: whose weights, bias, stride, padding, dilation and groups it takes. patterns: as of `SparseConv.of`.
         share: as of `lib.kernels.strips.convolution`. reorder: as of `SparseConv.of`; both are there to be left out and

@@ -1,49 +1,24 @@
 """A network with kernels where they are faster: measured on its own inputs, layer by layer."""
 
 from collections.abc import Callable, Sequence
+from random import Random
 from statistics import median
-from time import thread_time
+from time import perf_counter, thread_time
 
 import pandas as pd
-import scipy.sparse
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lib.constraint import plain
 from lib.kernels.balanced import BalancedLinear
+from lib.kernels.compressed import CsrLinear
 from lib.kernels.convolutions import SparseConv2d
 from lib.kernels.errors import KernelError
 from lib.kernels.recurrent import GroupedDirection, TorchDirection
 from lib.kernels.rows import GroupedConv2d, GroupedLinear
 from lib.models import Direction, more_than
 from lib.shapes import prunable
-
-
-class CsrLinear(nn.Module):
-    """A linear layer as compressed sparse rows, by SciPy: what an irregular matrix takes.
-
-    >>> from lib.kernels import CsrLinear
-    >>> layer = torch.nn.Linear(8, 4)
-    >>> x = torch.rand(5, 8)
-    >>> torch.allclose(CsrLinear(layer)(x), layer(x), atol=1e-6)
-    True
-    """
-
-    stands_for_layer = True
-
-    format = "compressed sparse rows"
-
-    def __init__(self, layer: nn.Linear) -> None:
-        super().__init__()
-        self.kept = scipy.sparse.csr_matrix(layer.weight.detach().cpu().float().numpy())
-        self.bias = None if layer.bias is None else layer.bias.detach().float()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Outputs of ``(..., K)``, without a gradient."""
-        out = torch.from_numpy((self.kept @ x.detach().reshape(-1, x.shape[-1]).numpy().T).T)
-        out = out if self.bias is None else out + self.bias
-        return out.reshape(*x.shape[:-1], self.kept.shape[0]).contiguous()
 
 
 def candidates(layer: nn.Module) -> list[nn.Module]:
@@ -61,24 +36,28 @@ def candidates(layer: nn.Module) -> list[nn.Module]:
     return [GroupedLinear(layer), CsrLinear(layer), *[balanced] * few]
 
 
-def compile(model: nn.Module, example: Tensor, repeats: int = 7, gain: float = 1.1) -> nn.Module:
+def compile(model: nn.Module, example: Tensor, repeats: int = 7, gain: float = 1.1, threads: int = 1) -> nn.Module:
     """A copy of a network that computes the same, with a kernel in the place of every layer that it makes faster.
 
-    Layers with zeros are timed in turns on what they get from ``example``, on one thread: dense in both of PyTorch's
-    layouts, and with each kernel that they can have. The dense layer stays where no kernel is ``gain`` times faster,
+    Layers with zeros are timed in turns on what they get from ``example``: dense in both of PyTorch's layouts, and with
+    each kernel that they can have. The dense layer stays where no kernel is ``gain`` times faster,
     where it has a hook or a forward pass of its own, and where the network itself looks at its weight. A
     direction of a recurrent layer is one layer here, all gates and all steps; where it stays dense torch's own module
     takes its place if it is faster.
 
     Args:
         example: a batch of inputs of the size that the network will get. repeats: of a timing, the median counts.
+        threads: that the network will run on (``torch.set_num_threads``). Only dense layers and dense parts of kernels
+            use more than one; times are then of the clock, not of the CPU. A choice made for one thread may be a loss
+            on more.
 
     Returns:
         The copy, in evaluation mode, for inference on a CPU; ``choices`` is a table of it: ``layer``, ``density``,
-        ``kernel`` (``dense`` where it stays) and ``speedup`` over the faster dense layout.
+        ``kernel`` (``dense`` where it stays) and ``speedup`` over the faster dense layout, with ``attrs["threads"]``.
 
     Raises:
-        KernelError: a kernel's outputs are not those of the dense layer, or the network's differ from pass to pass.
+        KernelError: less than one thread; a kernel's outputs are not those of the dense layer, or the network's differ
+            from pass to pass.
 
     >>> from lib import kernels, models, pruning
     >>> from lib.constraint import harden
@@ -88,6 +67,8 @@ def compile(model: nn.Module, example: Tensor, repeats: int = 7, gain: float = 1
     >>> torch.allclose(fast(x), net(x), atol=1e-5), fast.choices["layer"].tolist()
     (True, ['fc1', 'fc2', 'fc3'])
     """
+    if threads < 1:
+        raise KernelError(f"threads = {threads}: allowed are whole numbers from 1")
     fast = plain(model).eval()
     seen: dict[str, tuple] = {}
     layers = {name: m for name, m in fast.named_modules() if isinstance(m, Direction)}
@@ -97,8 +78,8 @@ def compile(model: nn.Module, example: Tensor, repeats: int = 7, gain: float = 1
         layer.register_forward_pre_hook(lambda _, *given, name=name: seen.setdefault(name, given), with_kwargs=True)
         for name, layer in layers.items()
     ]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    found_threads = torch.get_num_threads()
+    torch.set_num_threads(threads)
     try:
         with torch.inference_mode():
             before = _whole(fast, example)
@@ -116,8 +97,9 @@ def compile(model: nn.Module, example: Tensor, repeats: int = 7, gain: float = 1
                 fast.set_submodule(name := replaced.pop(), layers[name])
                 rows[name] = (*rows[name][:2], "dense", 1.0)
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(found_threads)
     fast.choices = pd.DataFrame(rows.values(), columns=["layer", "density", "kernel", "speedup"])
+    fast.choices.attrs["threads"] = threads
     return fast
 
 
@@ -184,7 +166,10 @@ def _outputs(out: Tensor | tuple) -> Tensor:
 
 
 def in_turns(calls: Sequence[Callable[[], object]], repeats: int) -> list[float]:
-    """Median CPU seconds of each call, in turns, after a first one that compiles; what interrupts it does not count.
+    """Median seconds of each call, in turns, after a first one that compiles.
+
+    Every turn has an order of its own (drawn, always the same draws): no call always finds the caches as the same other
+    one left them. On one thread CPU time counts, so that what interrupts a call does not; on more the clock's.
 
     >>> from lib.kernels import in_turns
     >>> short, long = torch.rand(8, 8), torch.rand(800, 800)
@@ -192,12 +177,13 @@ def in_turns(calls: Sequence[Callable[[], object]], repeats: int) -> list[float]
     >>> times[0] < times[1]
     True
     """
+    clock, orders = thread_time if torch.get_num_threads() == 1 else perf_counter, Random(0)
     for call in calls:
         call()
     times: list[list[float]] = [[] for _ in calls]
     for _ in range(repeats):
-        for call, own in zip(calls, times, strict=True):
-            start = thread_time()
-            call()
-            own.append(thread_time() - start)
+        for i in orders.sample(range(len(calls)), len(calls)):
+            start = clock()
+            calls[i]()
+            times[i].append(clock() - start)
     return [median(own) for own in times]

@@ -32,8 +32,9 @@ def convolution(patterns: tuple[Pattern, ...], rows: int, vectors: int, share: b
 
     Args:
         patterns: all with as many taps. share: an input that several taps of a pattern use, in this row or the next,
-            is loaded once: PatDNN's load redundancy elimination. reorder: a filter's kernels are sorted by pattern;
-            without, each is asked for its own, and limits are where a filter begins and ends.
+            is loaded once: PatDNN's load redundancy elimination between taps (theirs between filters is not done: each
+            filter loads its inputs anew). reorder: a filter's kernels are sorted by pattern; without, each is asked for
+            its own, and limits are where a filter begins and ends.
     """
     strip = _strip(patterns, rows, vectors, share, reorder)
     count = len(patterns) if reorder else 1
