@@ -21,7 +21,8 @@ def occupied(
 
     - ``none``: all stay; what an unstructured network takes, and one with a limit on each column (TinyADC).
     - ``lines``: rows and columns that are zero throughout a matrix are left out. No index: the layers before and after
-      lose the same channels, or read what they need.
+      lose the same channels, or read what they need. Weights that read a removed filter count until they are zero
+      themselves: `lib.channels.follow` finds them.
     - ``blocks``: columns that are zero in a group of ``rows`` rows are left out there (PIM-Prune); each that is left
       carries its filter's number.
     - ``shapes``: in every group of rows, columns that keep the same rows lie side by side without the others
