@@ -13,6 +13,7 @@ from torch import nn
 
 from lib import crossbar, models
 from lib.costs import CostError, crossbar_bill, designs, digital_bill, training_bill, training_energy
+from lib.costs.bitwise import FLOATS, bitwise, bitwise_left, float_steps
 from lib.costs.digital import (
     DATAFLOWS,
     Chip,
@@ -27,13 +28,16 @@ from lib.costs.digital import (
     explore,
     eyeriss_units,
     fine,
+    memory_cycles,
     moved,
+    path_cycles,
     search,
     splits,
     systolic,
     tiles,
     with_stored,
 )
+from lib.costs.digital.builder import PARTS
 from lib.costs.digital.loops import priced
 from lib.costs.digital.nests import LEVELS, RELEVANT, energy, latency, refreshes, volume
 from lib.costs.digital.row_stationary import cycles
@@ -123,6 +127,20 @@ class TestRowStationary:
         assert chip.search(SMALL, "energy")["energy"] == best["energy"]
         assert chip.search(SMALL, "latency")["cycles"] == best["latency"]
 
+    def test_time_is_the_longest_of_array_and_ports(self):
+        """The second fixture by hand: 49,152 cycles of arithmetic; 147,456 words through the buffer."""
+        layer = Loops(K=64, C=64, Yo=8, Xo=8, R=3, S=3, Yi=8, Xi=8)
+        t = {"K0": 16, "K1": 1, "K2": 4, "K3": 1, "C0": 2, "C1": 2, "C2": 16, "Yo1": 8, "Yo3": 1}
+        words, arithmetic = accesses(layer, t), cycles(layer, t)
+        through = 4096 * 4 + 4096 * 30 + 4096 + 4096  # inputs, sums back and forth, filled, taken
+        assert through == 147_456
+        for port, time in ((inf, 49_152), (4, 49_152), (2, through / 2), (1, through)):
+            assert RowStationary(buffer_port=port).latency(arithmetic, words) == time
+        assert RowStationary(network_port=1).latency(arithmetic, words) == 4096 * 16 * 5  # of sums, the most
+        narrow = RowStationary(buffer_port=1)
+        assert (narrow.tilings(layer)["cycles"] >= RowStationary().tilings(layer)["cycles"]).all()
+        assert narrow.search(layer, "latency")["cycles"] == narrow.tilings(layer)["cycles"].min()
+
     def test_groups_come_one_after_the_other(self):
         one, four = RowStationary().search(SMALL), RowStationary().search(replace(SMALL, groups=4))
         assert (four["energy"], four["cycles"]) == (4 * one["energy"], 4 * one["cycles"])
@@ -148,6 +166,8 @@ class TestRowStationary:
             RowStationary().search(SMALL, "area")
         with pytest.raises(CostError, match="processors = 0"):
             RowStationary(processors=0)
+        with pytest.raises(CostError, match="buffer_port = 0 words a cycle"):
+            RowStationary(buffer_port=0)
         with pytest.raises(CostError, match="unit energy of dram: -1"):
             priced({("dram", "inputs"): 3}, {"dram": -1})
         with pytest.raises(CostError, match="fc: K = 0"):
@@ -162,7 +182,7 @@ class TestNests:
         nest = Nest.parse(row["loops"])
         found = energy(layer, moved(layer, nest, EYERISS, released=True), EYERISS)
         assert float(sum(found.values())) == pytest.approx(row["released_pJ"], rel=1e-12)
-        assert latency(layer, nest, released=True) == layer.macs
+        assert latency(layer, nest, EYERISS, moved(layer, nest, EYERISS), released=True) == layer.macs
 
     def test_what_the_released_code_lets_through(self):
         """It compares numbers with bytes, and takes the array for one element."""
@@ -173,9 +193,60 @@ class TestNests:
                 check(layer, Nest.parse(row["loops"]), EYERISS)
             except CostError as error:
                 refusals.append(str(error))
-        assert len(refusals) == 4
+        assert len(refusals) == 4  # the file limits no port, so that no time but the arithmetic's is known
+        assert {*EYERISS.port.values()} == {inf}
         assert "270 elements at once; eyeriss has 168" in refusals[0]
         assert all("sram0 of eyeriss holds 131072 bytes, but takes 140592" in r for r in refusals[1:])
+
+    def test_every_shipped_nest_covers_its_layer_and_says_what_does_not_fit(self):
+        """ShiDianNao's and i-FlatCam's, of which no figure of the authors' code is at hand."""
+        said = {}
+        for name, row in table("nests").frame.iterrows():
+            layer, chip = Loops(**{k: int(row[k]) for k in ("N", "K", "C", "Yo", "Xo", "R", "S", "U")}), row["chip"]
+            nest = Nest.parse(row["loops"])
+            tiles = [nest.tiles(level) for level in LEVELS]
+            assert all(prod(t.get(loop, 1) for t in tiles) >= getattr(layer, loop) for loop in RELEVANT["inputs"])
+            try:
+                check(layer, nest, Chip.read(chip))
+                said[name] = "fits"
+            except CostError as error:
+                said[name] = str(error).partition(": ")[2]
+        assert [said[f"shidiannao_alexnet_{i}"] for i in (3, 4, 5)] == ["fits"] * 3
+        # conv1: (227 x 227 x 3 inputs of the tiles' 64 x 64 outputs, 263 on a side) and 96 x 363 weights, of 2 bytes
+        assert 2 * (3 * 263 * 263 + 96 * 363) == 484_710
+        assert said["shidiannao_alexnet_1"] == "sram0 of shidiannao holds 262144 bytes, but takes 484710"
+        assert said["iflatcam_5"] == "320 elements at once; iflatcam has 256"
+
+    def test_inputs_of_shidiannao_enter_once_and_go_on(self):
+        """By hand, conv3: 13 x 13 elements, a window of 15 x 15 for 256 channels and each of 384 filters."""
+        row, chip = table("nests").frame.loc["shidiannao_alexnet_3"], Chip.read("shidiannao")
+        layer = Loops(**{k: int(row[k]) for k in ("N", "K", "C", "Yo", "Xo", "R", "S", "U")})
+        found = moved(layer, Nest.parse(row["loops"]), chip)
+        assert found["sram", "inputs"] == 2 * 384 * 256 * 15 * 15
+        assert found["rf", "inputs"] == 2 * layer.macs
+        assert found["forward", "inputs"] == found["rf", "inputs"] - found["sram", "inputs"]
+        assert found["sram", "weights"] == 2 * layer.weights  # one read goes to all elements
+        assert found["dram", "outputs"] == found["sram", "outputs"] == 2 * layer.outputs  # whole when they leave
+        prices = energy(layer, found, chip)
+        assert prices["forward", "inputs"] == pytest.approx(0.1 * found["forward", "inputs"])
+        assert prices["dram", "weights"] == 100 * 2 * layer.weights
+
+    @pytest.mark.parametrize(
+        ("number", "arithmetic", "weights"),
+        [(1, 1920, 960), (2, 3840, 3840), (3, 7680, 7680), (4, 15360, 15360), (5, 6144, 6144)],
+    )
+    def test_time_is_the_longest_of_arithmetic_and_transfers(self, number, arithmetic, weights):
+        """i-FlatCam by hand: a byte of weights for each of 32 or 64 columns a cycle, and 64 bytes a cycle."""
+        row, chip = table("nests").frame.loc[f"iflatcam_{number}"], Chip.read("iflatcam")
+        layer = Loops(**{k: int(row[k]) for k in ("N", "K", "C", "Yo", "Xo", "R", "S", "U")})
+        nest = Nest.parse(row["loops"])
+        found = moved(layer, nest, chip)
+        assert found["sram", "weights"] == 64 * weights
+        assert latency(layer, nest, chip, found) == arithmetic
+        for name, port, time in (("sram2", 16, 4 * weights), ("multicast", 8, 8 * weights), ("sram0", 1e9, arithmetic)):
+            assert latency(layer, nest, replace(chip, port={name: port}), found) == max(time, arithmetic)
+        slow = replace(chip, memory=dict.fromkeys(chip.memory, "sram0"), port={"sram0": 1})  # one port for all three
+        assert latency(layer, nest, slow, found) == sum(found["sram", data] for data in RELEVANT)
 
     @pytest.mark.parametrize("seed", range(20))
     def test_loads_and_volumes_against_loops_that_run(self, seed):
@@ -264,8 +335,10 @@ class TestNests:
         with pytest.raises(CostError, match="unit energy dram = -1"):
             replace(EYERISS, energy={**EYERISS.energy, "dram": -1})
         tiny = replace(EYERISS, size={**EYERISS.size, "sram0": 1})
-        with pytest.raises(CostError, match="no row stationary tiling fits eyeriss"):
+        with pytest.raises(CostError, match=r"no row stationary tiling fits eyeriss \(sram0 1 of at least \d+\)"):
             search(SMALL, "row stationary", tiny)
+        with pytest.raises(CostError, match="eyeriss: port of dram = 0 bytes a cycle"):
+            replace(EYERISS, port={"dram": 0})
 
 
 def ticks(steps):
@@ -334,6 +407,18 @@ class TestPipelines:
             fine({"a": Step((("x", 0),))}, {"x": 1}, 1)
         with pytest.raises(CostError, match="size = 0"):
             systolic(0)
+        with pytest.raises(CostError, match="port_bits = 0: more than 0 is allowed"):
+            memory_cycles(10, 16, 0)
+        with pytest.raises(CostError, match="burst = 0: more than 0 is allowed"):
+            path_cycles(10, 16, 64, burst=0)
+        with pytest.raises(CostError, match="numbers = -1: 0 or more is allowed"):
+            memory_cycles(-1, 16, 64)
+
+    def test_cycles_of_memories_and_paths_by_hand(self):
+        """7 words of 16 bits through 32 bits take 4 turns; two chip cycles each, and 3 to begin."""
+        assert memory_cycles(7, 16, 32, clocks=2, overhead=3) == 4 * 2 + 3
+        assert path_cycles(7, 16, 32, burst=2, clocks=2, overhead=3) == 4 * 2 + 3 * 2  # two bursts of two turns
+        assert path_cycles(7, 16, 32, burst=inf) == memory_cycles(7, 16, 32) == 4
 
 
 CHIPS = [
@@ -372,11 +457,71 @@ class TestBuilder:
         with pytest.raises(CostError, match="'cycles': "):
             explore(CHIPS, LAYERS, cycles=10)
 
+    def test_limits_of_power_and_throughput_are_asked_of_what_was_simulated(self):
+        """Against a look at every design with its stalls: the same front, and nothing in it beyond the limit."""
+        whole = explore(CHIPS, LAYERS, margin=inf, words_per_cycle=0.5)
+        whole["power"] = whole["energy"] / whole["cycles"]
+        for name, limit in (("power", whole["power"].quantile(0.4)), ("cycles", whole["cycles"].quantile(0.4))):
+            found = explore(CHIPS, LAYERS, margin=inf, words_per_cycle=0.5, **{name: limit})
+            within = whole[whole[name] <= limit]
+            expected = {
+                (a.energy, a.cycles)
+                for a in within.itertuples()
+                if not ((within["energy"] <= a.energy) & (within["cycles"] < a.cycles)).any()
+                and not ((within["energy"] < a.energy) & (within["cycles"] <= a.cycles)).any()
+            }
+            assert {*map(tuple, found[found["front"]][["energy", "cycles"]].to_numpy())} == expected
+            assert (found["stage"] == name).sum() == (whole[name] > limit).sum() > 0
+        with pytest.raises(CostError, match=r"none of 18 designs is within the limits: \{'power': 54\}"):
+            explore(CHIPS, LAYERS, power=1e-3)
+
+    def test_a_design_behind_another_counts_where_a_limit_takes_that_away(self, monkeypatch):
+        """The first is ahead by the coarse times, and stalls beyond the limit; the second does not."""
+        times = {42: (10.0, 20.0), 84: (11.0, 15.0), 168: (12.0, 16.0)}
+
+        def judged(chip, layers, objective, words_per_cycle, finely):
+            return float(chip.processors), times[chip.processors][finely]
+
+        monkeypatch.setattr("lib.costs.digital.builder._judged", judged)
+        chips = [RowStationary(processors=n) for n in times]
+        free, held = (explore(chips, LAYERS, margin=0, cycles=limit) for limit in (inf, 17))
+        assert free.loc[free["front"], "processors"].unique().tolist() == [42]
+        assert held.loc[held["front"], "processors"].unique().tolist() == [84]
+        assert held.groupby("processors")["stage"].first().tolist() == ["cycles", "fine", "coarse"]
+
+    def test_ports_hold_up_what_is_simulated(self):
+        """One tile by hand: a load, then the slowest of array, buffer and networks, then a store."""
+        layer = Loops(K=64, C=64, Yo=8, Xo=8, R=3, S=3, Yi=8, Xi=8)
+        t = {"K0": 16, "K1": 1, "K2": 4, "K3": 1, "C0": 2, "C1": 2, "C2": 16, "Yo1": 8, "Yo3": 1}
+        load, store = (4096 + 36_864) // 4, 4096 // 4
+        for chip, slowest in (
+            (RowStationary(), 49_152),
+            (RowStationary(buffer_port=2), 73_728),
+            (RowStationary(network_port=1), 327_680),
+        ):
+            assert fine(tiles(layer, t, 4, chip=chip), PARTS, 1).cycles == load + slowest + store
+        wide, narrow = (explore([RowStationary(buffer_port=n)], LAYERS)["cycles"].min() for n in (inf, 1))
+        assert narrow > wide
+
+    def test_refusals(self):
+        with pytest.raises(CostError, match="0 designs and 2 layers"):
+            explore([], LAYERS)
+        with pytest.raises(CostError, match="18 designs and 0 layers"):
+            explore(CHIPS, [])
+        for wrong in ({"words_per_cycle": 0}, {"margin": -0.5}):
+            with pytest.raises(CostError, match="above 0, and 0 or more, are allowed"):
+                explore(CHIPS, LAYERS, **wrong)
+        t = RowStationary().search(SMALL).to_dict()
+        with pytest.raises(CostError, match="buffers = 0: 1 or more is allowed"):
+            tiles(SMALL, t, 4, buffers=0)
+        with pytest.raises(CostError, match="port_bits = 0: more than 0 is allowed"):
+            tiles(SMALL, t, 0)
+
     def test_one_buffer_waits_where_two_overlap(self):
         best = RowStationary(buffer_words=1024).search(Loops(K=64, C=8, Yo=8, Xo=8, R=3, S=3), "energy").to_dict()
         assert best["K3"] * best["Yo3"] > 1
         layer = Loops(K=64, C=8, Yo=8, Xo=8, R=3, S=3)
-        one, two = (fine(tiles(layer, best, 4, n), {"dram": 0, "array": 0}, 1).cycles for n in (1, 2))
+        one, two = (fine(tiles(layer, best, 4, n), PARTS, 1).cycles for n in (1, 2))
         assert two < one
 
 
@@ -396,7 +541,18 @@ class TestStored:
         assert found["rebuild", "weights"] == 3 * dense["network", "weights"] / 4
         assert all(found[k] == dense[k] for k in dense if k[0] in ("fill", "buffer") or k == ("dram", "inputs"))
 
-    @pytest.mark.parametrize("wrong", [{"bits": -1}, {"bits": 4, "skipped": 1.0}, {"bits": 4, "additions": np.nan}])
+    def test_an_index_and_a_narrow_weight_by_hand(self):
+        dense = accesses(SMALL, RowStationary().search(SMALL).to_dict())
+        found = with_stored(dense, Stored(bits=4, skipped=0.5, index=0.5))
+        assert found["register", "index"] == dense["mac", "all"] / 4
+        narrow = with_stored(dense, Stored(bits=4, narrow=True))
+        for key in [("mac", "all"), ("network", "weights"), ("register", "weights"), ("dram", "weights")]:
+            assert narrow[key] == dense[key] / 4
+        assert all(narrow[k] == dense[k] for k in dense if k[1] in ("inputs", "sums"))
+
+    @pytest.mark.parametrize(
+        "wrong", [{"bits": -1}, {"bits": 4, "skipped": 1.0}, {"bits": 4, "additions": np.nan}, {"bits": 4, "index": -1}]
+    )
     def test_refusals(self, wrong):
         with pytest.raises(CostError, match="allowed"):
             Stored(**wrong)
@@ -461,6 +617,15 @@ class TestBill:
         with pytest.raises(CostError, match="no layer fc9; there are conv1, conv2, fc1, fc2"):
             digital_bill(RowStationary(), self.LAYERS, {"fc9": Stored(8)})
 
+    def test_products_that_are_skipped_do_not_widen_the_buffers_port(self):
+        """fc1 computes 800 x 500 products; at a word a cycle its inputs and sums pass the buffer first."""
+        chip = RowStationary(buffer_port=0.01)
+        dense, kept = (digital_bill(chip, self.LAYERS, s) for s in ({}, {"fc1": Stored(16, skipped=0.75)}))
+        one, other = (b.loc[(b["layer"] == "fc1") & (b["component"] == "time"), "cycles"].item() for b in (dense, kept))
+        assert one == other
+        words = accesses(self.LAYERS[2], chip.search(self.LAYERS[2]).to_dict())
+        assert one == pytest.approx(100 * sum(n for (level, _), n in words.items() if level in ("buffer", "fill")))
+
     def test_a_layer_used_twice_takes_both_uses(self):
         twice = [Loops(K=8, C=8, Yo=n, Xo=n, R=3, S=3, Yi=n, Xi=n, layer="conv") for n in (16, 4)]
         apart = [replace(use, layer=name) for use, name in zip(twice, "ab", strict=True)]
@@ -488,3 +653,131 @@ class TestBill:
             training_bill(spent, [replace(layer, layer="fc")])
         with pytest.raises(CostError, match="batch = 0"):
             training_bill(spent, [layer], batch=0)
+
+
+class Bits:
+    """Arithmetic bit by bit, which counts: numbers are lists of bits, the lowest first."""
+
+    def __init__(self):
+        self.count = Counter()
+
+    def add(self, a, b, carry=0):
+        found = []
+        for x, y in zip(a, b, strict=True):
+            self.count["full_additions"] += 1
+            found.append(x ^ y ^ carry)
+            carry = (x & y) | (carry & (x ^ y))
+        return found, carry
+
+    def subtract(self, a, b):
+        return self.add(a, [1 - y for y in b], 1)
+
+    def choose(self, which, a, b):
+        self.count["choices"] += len(a)
+        return [*(a if which else b)]
+
+    def gate(self, value):
+        self.count["gates"] += 1
+        return value
+
+    def any(self, bits):
+        found = bits[0]
+        for bit in bits[1:]:
+            found = self.gate(found | bit)
+        return found
+
+
+def bits_of(value, count):
+    return [value >> i & 1 for i in range(count)]
+
+
+def number(bits):
+    return sum(bit << i for i, bit in enumerate(bits))
+
+
+def add_floats(machine, a, b, exponent, fraction):
+    """Signs, exponents and fractions of two numbers to those of their sum, by the steps that `float_steps` counts."""
+    p = fraction + 1
+    stages = (p - 1).bit_length()
+    words = [[*bits_of(f, fraction), *bits_of(e, exponent), s] for s, e, f in (a, b)]
+    _, first = machine.subtract(words[0][:-1], words[1][:-1])
+    large, small = machine.choose(first, *words), machine.choose(first, *words[::-1])
+    (x, e, sign), (y, f, other) = (([*w[:fraction], 1], w[fraction:-1], w[-1]) for w in (large, small))
+    apart, _ = machine.subtract(e, f)
+    for k in range(stages):
+        y = machine.choose(apart[k], [*y[2**k :], *[0] * min(2**k, p)], y)
+    if apart[stages:]:
+        y = machine.choose(machine.any(apart[stages:]), [0] * p, y)
+    unlike = machine.gate(sign ^ other)
+    z, carry = machine.add(x, [machine.gate(bit ^ unlike) for bit in y], unlike)
+    over = machine.gate(carry & (1 - unlike))
+    z = machine.choose(over, [*z[1:], over], z)
+    e, _ = machine.add(e, [over, *[0] * (exponent - 1)])
+    shift = []
+    for k in reversed(range(stages)):
+        none = 1 - machine.any(z[-(2**k) :])
+        z = machine.choose(none, [*[0] * 2**k, *z[: -(2**k)]], z)
+        shift.insert(0, none)
+    e, _ = machine.subtract(e, [*shift, *[0] * (exponent - stages)])
+    return sign, number(e), number(z[:-1])
+
+
+def multiply_floats(machine, a, b, exponent, fraction):
+    (s, e, f), (t, g, h) = a, b
+    x, y = ([*bits_of(v, fraction), 1] for v in (f, h))
+    sign = machine.gate(s ^ t)
+    power, _ = machine.add(bits_of(e, exponent), bits_of(g, exponent))
+    power, _ = machine.subtract(power, bits_of(2 ** (exponent - 1) - 1, exponent))
+    rows = [[machine.gate(bit & other) for bit in x] for other in y]
+    total, low = [*rows[0], 0], []
+    for row in rows[1:]:
+        low.append(total[0])
+        part, carry = machine.add(total[1:], row)
+        total = [*part, carry]
+    top = total[-1]
+    z = machine.choose(top, total[1:], total[:-1])
+    power, _ = machine.add(power, [top, *[0] * (exponent - 1)])
+    return sign, number(power), number(z[:-1])
+
+
+class TestBitSerial:
+    @pytest.mark.parametrize("name", FLOATS)
+    def test_steps_are_those_of_a_machine_that_computes(self, name):
+        """Results within a unit in the last place (two for sums that cancel) of the exact ones; the count is exact."""
+        (exponent, fraction), rng = FLOATS[name], random.Random(0)
+        bias, steps = 2 ** (exponent - 1) - 1, float_steps(*FLOATS[name])
+
+        def value(word):
+            return (-1.0) ** word[0] * 2.0 ** (word[1] - bias) * (1 + word[2] / 2**fraction)
+
+        for kind, compute in (("addition", add_floats), ("multiplication", multiply_floats)):
+            for _ in range(60):
+                a, b = ((rng.randint(0, 1), bias + rng.randint(-3, 3), rng.getrandbits(fraction)) for _ in range(2))
+                exact = value(a) + value(b) if kind == "addition" else value(a) * value(b)
+                if exact == 0:
+                    continue
+                machine = Bits()
+                found = value(compute(machine, a, b, exponent, fraction))
+                scale = max(abs(exact), abs(value(a)), abs(value(b))) if kind == "addition" else abs(exact)
+                assert abs(found - exact) <= 2.0 ** (1 - fraction) * scale
+                assert dict(machine.count) == steps.loc[kind].drop("steps").to_dict()
+
+    def test_steps_by_hand(self):
+        """bfloat16: 8 bits of exponent, p = 8, three stages; 8 x 7 full additions of partial products."""
+        steps = float_steps(8, 7)
+        assert steps.loc["multiplication"].tolist() == [3 * 8 + 8 * 7, 8, 1 + 64, 80 + 8 + 65]
+        assert steps.loc["addition", "full_additions"] == 15 + 8 + 8 + 16
+        assert steps.loc["addition", "choices"] == 2 * 16 + 8 * (3 + 1) + 8 + 8 * 3
+        assert steps.loc["addition", "gates"] == 4 + 1 + 8 + 1 + (0 + 1 + 3)
+        with pytest.raises(CostError, match="exponent = 2, fraction = 23"):
+            float_steps(2, 23)
+
+    def test_columns_of_what_is_left(self):
+        net = nn.Sequential(nn.Linear(256, 32), nn.ReLU(), nn.Linear(32, 10))
+        whole = bitwise(layer_shapes(net, (256,)), 4)
+        assert bitwise_left(net, (256,), 4).equals(whole)
+        net[0].weight.data[:24] = 0.0
+        net[0].weight.data[:, :64] = 0.0
+        left = bitwise_left(net, (256,), 4)
+        assert left.loc[0, ["columns", "bit_operations"]].tolist() == [8 * 4, 8 * 192 * 4 * 8]
+        assert (left["columns"] + left["columns_off"]).equals(whole["columns"] + whole["columns_off"])

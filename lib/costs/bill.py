@@ -12,6 +12,7 @@ from lib.costs.designs import Design
 from lib.costs.digital.compressed import Stored, addition, with_stored
 from lib.costs.digital.loops import Loops, tidy
 from lib.costs.digital.row_stationary import Objective, RowStationary, accesses
+from lib.costs.digital.row_stationary import cycles as arithmetic
 from lib.costs.energy import CostError, training_energy
 from lib.technology import table
 
@@ -65,7 +66,8 @@ def digital_bill(
     """The bill of a row-stationary chip, each layer at the best tiling of its dense form.
 
     Energies are Eyeriss's ratios at a picojoule for a multiply-accumulate of 16 bits, as the DNN-Chip Predictor's
-    configuration of that chip has them. Products that are skipped take no cycle.
+    configuration of that chip has them. Products that are skipped take no cycle, but time is never less than the ports
+    of the chip need; making weights anew takes none.
 
     Args:
         stored: how the weights of a layer are kept, by layer; all of 16 bits where nothing is said.
@@ -92,7 +94,8 @@ def digital_bill(
         words = with_stored(accesses(layer, best.to_dict()), kept)
         found = tidy(words, units, layer.groups).groupby("level", sort=False)["energy"].sum()
         parts.append(pd.DataFrame({"layer": layer.layer, "component": found.index, "energy_pJ": found.to_numpy()}))
-        cycles[layer.layer] = cycles.get(layer.layer, 0.0) + best["cycles"] * (1 - kept.skipped)  # a row a use
+        time = chip.latency(arithmetic(layer, best) * (1 - kept.skipped), words) * layer.groups
+        cycles[layer.layer] = cycles.get(layer.layer, 0.0) + time  # a row a use
     return _rows(pd.concat(parts), cycles, {"chip": chip.area_mm2})
 
 

@@ -7,7 +7,7 @@ so that all tilings of a layer are judged at once.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import inf, prod
 from typing import Any, Self
 
@@ -98,9 +98,13 @@ class Chip:
 
     Attributes:
         forwards, multicasts: kinds of data that elements hand on to their neighbours, or that one read sends to many.
+        port: bytes a cycle, by memory (``dram``, ``sram0``, ...) and network (``forward``, ...); unlimited where
+            nothing is said. The authors' files limit the buffers of i-FlatCam, say "unlimited" elsewhere, and say
+            nothing of DRAM.
+        bits: of ``inputs`` (and finished outputs), ``sums`` and ``weights``, as the files of its layers have them.
 
     Raises:
-        CostError: a unit energy that is negative.
+        CostError: a unit energy that is negative, or a port that moves nothing.
 
     >>> from lib.costs.digital import Chip
     >>> Chip.read("shidiannao").forwards
@@ -115,15 +119,20 @@ class Chip:
     size: Mapping[str, float]
     forwards: tuple[str, ...] = ("outputs",)
     multicasts: tuple[str, ...] = ("inputs", "weights")
+    port: Mapping[str, float] = field(default_factory=dict)
+    bits: Mapping[str, int] = field(default_factory=lambda: {"inputs": 16, "sums": 24, "weights": 16})
 
     def __post_init__(self) -> None:
+        for name, value in self.port.items():
+            if not value > 0:
+                raise CostError(f"{self.name}: port of {name} = {value} bytes a cycle; expected more than 0")
         for name, value in self.energy.items():
             if not value >= 0:
                 raise CostError(f"{self.name}: unit energy {name} = {value}; expected at least 0")
 
     @classmethod
     def read(cls, name: str) -> Self:
-        """By name: ``eyeriss`` or ``shidiannao``, as configured in the authors' code.
+        """By name: ``eyeriss``, ``shidiannao`` or ``iflatcam``, as configured in the authors' code.
 
         >>> from lib.costs.digital import Chip
         >>> Chip.read("eyeriss").energy["dram"]
@@ -137,7 +146,9 @@ class Chip:
         size = {k.removesuffix("_bytes"): inf if pd.isna(v) else v for k, v in row.items() if k.endswith("_bytes")}
         memory = {data: f"sram{row[f'sram_of_{data}']}" for data in RELEVANT}
         kinds = (tuple(str(row[what]).split()) for what in ("forwards", "multicasts"))
-        return cls(name, int(row["pe_rows"]), int(row["pe_columns"]), energy, memory, size, *kinds)
+        port = {k.removesuffix("_port"): float(v) for k, v in row.items() if k.endswith("_port") and not pd.isna(v)}
+        bits = {data: int(row[f"{data}_bits"]) for data in ("inputs", "sums", "weights")}
+        return cls(name, int(row["pe_rows"]), int(row["pe_columns"]), energy, memory, size, *kinds, port, bits)
 
 
 def refreshes(loops: list[tuple[str, Any]], data: str, released: bool = False, of: str = "") -> Any:
@@ -180,8 +191,8 @@ def _slid(layer: Loops, above: list[tuple[str, Any]], below: list[tuple[str, Any
     return count / turns * (first + (turns - 1) * new)
 
 
-def _bytes(bits: Mapping[str, int] | None) -> dict[str, float]:
-    return {k: b / 8 for k, b in ({"inputs": 16, "sums": 24, "weights": 16} | dict(bits or {})).items()}
+def _bytes(chip: Chip, bits: Mapping[str, int] | None) -> dict[str, float]:
+    return {k: b / 8 for k, b in (dict(chip.bits) | dict(bits or {})).items()}
 
 
 def _side(nest: Nest, data: str) -> tuple[Any, Any]:
@@ -224,7 +235,7 @@ def moved(
     Levels: ``dram``; ``sram``, reads of the buffer; ``forward``, ``multicast`` and ``unicast`` in the array; ``rf``.
 
     Args:
-        bits: of ``inputs`` (and finished outputs), ``sums`` and ``weights``; 16, 24 and 16 where nothing is said.
+        bits: of ``inputs`` (and finished outputs), ``sums`` and ``weights``; the chip's where nothing is said.
         released: as the released code counts, which loads too few inputs where a window slides: it divides by the
             bound of another loop and counts one further place instead of all. Inputs that neighbours hand on are
             counted as here, not as there.
@@ -235,7 +246,7 @@ def moved(
     >>> float(moved(layer, Nest.parse(text), Chip.read("eyeriss"))["dram", "weights"])
     2230272.0
     """
-    size = _bytes(bits)
+    size = _bytes(chip, bits)
     found = _outputs(layer, nest, size, released)
     for data in ("inputs", "weights"):
         above, _ = nest.split("sram", data)
@@ -260,7 +271,7 @@ def moved(
 
 def held(layer: Loops, nest: Nest, chip: Chip, bits: Mapping[str, int] | None = None) -> dict[str, Any]:
     """Bytes that each memory has to hold: ``sram0``, ``sram1`` and the registers ``rf_inputs``, ``rf_outputs``, ..."""
-    size = _bytes(bits)
+    size = _bytes(chip, bits)
     size["outputs"] = size["sums"]
     needs: dict[str, Any] = {}
     for data in RELEVANT:
@@ -303,12 +314,31 @@ def energy(layer: Loops, found: Words, chip: Chip) -> dict[tuple[str, str], Any]
     return prices | {("mac", "all"): unit["mac"] * layer.macs}
 
 
-def latency(layer: Loops, nest: Nest, released: bool = False) -> Any:
-    """Cycles of one group, where no memory is too slow: one multiply-accumulate an element.
+def latency(layer: Loops, nest: Nest, chip: Chip, found: Words, released: bool = False) -> Any:
+    """Cycles of one group: the longest of the arithmetic, one multiply-accumulate an element, and of every transfer.
 
-    ``released``: the released code takes the array for a single element.
+    What shares a memory shares its port; networks are apart for every kind of data. The released code also takes
+    kinds in one memory apart, which is the same on every chip whose ports it limits.
+
+    Args:
+        found: of `moved`. released: the released code takes the array for a single element.
+
+    >>> from lib.costs.digital import Chip, Loops, Nest, moved
+    >>> from lib.costs.digital.nests import latency
+    >>> layer, chip = Loops(K=32, C=16, Yo=24, Xo=40), Chip.read("iflatcam")
+    >>> nest = Nest.parse("dram K1; sram *O *W K1 *I Yo24 Xo5; noc Xo8 K32; rf *O R1 C16 S1")
+    >>> float(latency(layer, nest, chip, moved(layer, nest, chip)))  # 491,520 products on 256 elements
+    1920.0
     """
-    return layer.macs / (1 if released else prod(nest.tiles("noc").values()))
+    longest = layer.macs / (1 if released else prod(nest.tiles("noc").values()))
+    loads: dict[str, list[Any]] = {}
+    for (level, data), count in found.items():
+        if level in ("dram", "sram"):
+            loads.setdefault(chip.memory[data] if level == "sram" else level, []).append(count)
+    parts = [(memory, sum(counts)) for memory, counts in loads.items()]
+    for name, count in parts + [(level, count) for (level, _), count in found.items()]:
+        longest = np.maximum(longest, count / chip.port.get(name, inf))
+    return longest
 
 
 def search(layer: Loops, dataflow: str, chip: Chip, bits: Mapping[str, int] | None = None) -> pd.DataFrame:
@@ -342,18 +372,25 @@ def search(layer: Loops, dataflow: str, chip: Chip, bits: Mapping[str, int] | No
     nest = Nest.parse(text, tiles)
     for loop, product, asked in covered(layer, {level: nest.tiles(level) for level in LEVELS}):
         raise CostError(f"{layer.layer}: {dataflow} tiles of {loop} cover {product} of {asked}")
-    fits = prod(nest.tiles("noc").values()) <= chip.rows * chip.columns
-    for memory, needed in held(layer, nest, chip, bits).items():
-        fits = fits & (needed <= chip.size[memory])
+    needs = {"elements": (prod(nest.tiles("noc").values()), chip.rows * chip.columns)}
+    needs |= {memory: (needed, chip.size[memory]) for memory, needed in held(layer, nest, chip, bits).items()}
+    fits = np.True_
+    for needed, there in needs.values():
+        fits = fits & (needed <= there)
     if not np.any(fits):
-        raise CostError(f"{layer.layer}: no {dataflow} tiling fits {chip.name}")
+        least = {name: (float(np.min(needed)), there) for name, (needed, there) in needs.items()}
+        short = [
+            f"{name} {there:g} of at least {needed:g}" for name, (needed, there) in least.items() if needed > there
+        ]
+        what = ", ".join(short) or "each memory alone holds some tiling, and none holds the same one as the others"
+        raise CostError(f"{layer.layer}: no {dataflow} tiling fits {chip.name} ({what})")
     nest = Nest.parse(text, {name: value[fits] for name, value in tiles.items()})
-    prices = energy(layer, moved(layer, nest, chip, bits), chip)
-    size = (int(fits.sum()),)
-    time = np.broadcast_to(latency(layer, nest), size)
+    found = moved(layer, nest, chip, bits)
+    prices, size = energy(layer, found, chip), (int(fits.sum()),)
+    time = np.broadcast_to(latency(layer, nest, chip, found), size)
     prices = {key: np.broadcast_to(price, size) for key, price in prices.items()}
     best = np.lexsort((time, sum(prices.values())))[0]
     rows = [(level, data, layer.groups * float(price[best])) for (level, data), price in prices.items()]
-    found = pd.DataFrame(rows, columns=["level", "data", "energy"])
-    found.insert(0, "layer", layer.layer)
-    return found.assign(cycles=layer.groups * float(time[best]), tilings=int(fits.sum()))
+    best_rows = pd.DataFrame(rows, columns=["level", "data", "energy"])
+    best_rows.insert(0, "layer", layer.layer)
+    return best_rows.assign(cycles=layer.groups * float(time[best]), tilings=int(fits.sum()))

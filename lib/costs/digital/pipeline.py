@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
-from math import ceil
+from math import ceil, inf
 from typing import NamedTuple
 
 from lib.costs.energy import CostError
@@ -41,23 +41,31 @@ class Run(NamedTuple):
     busy: dict[str, int]
 
 
-def memory_cycles(numbers: int, bits: int, port_bits: int, clocks: int = 1, overhead: int = 0) -> int:
+def memory_cycles(numbers: float, bits: int, port_bits: float, clocks: int = 1, overhead: int = 0) -> int:
     """Cycles in which a memory reads or writes; ``clocks`` of the chip's make one of its own.
+
+    Raises:
+        CostError: numbers below 0, or a port, word or clock that moves nothing.
 
     >>> from lib.costs.digital import memory_cycles
     >>> memory_cycles(numbers=10, bits=16, port_bits=64)
     3
     """
+    _moves(numbers, bits=bits, port_bits=port_bits, clocks=clocks)
     return ceil(numbers * bits / port_bits) * clocks + overhead
 
 
-def path_cycles(numbers: int, bits: int, port_bits: int, burst: int, clocks: int = 1, overhead: int = 0) -> int:
+def path_cycles(numbers: float, bits: int, port_bits: float, burst: float, clocks: int = 1, overhead: int = 0) -> int:
     """The same of a path that starts every burst of so many words anew, at an overhead for each.
+
+    Raises:
+        CostError: as of `memory_cycles`, or an empty burst.
 
     >>> from lib.costs.digital import path_cycles
     >>> path_cycles(numbers=10, bits=16, port_bits=64, burst=2, overhead=5)
     13
     """
+    _moves(numbers, bits=bits, port_bits=port_bits, burst=burst, clocks=clocks)
     return ceil(numbers * bits / port_bits) * clocks + overhead * ceil(numbers * bits / (port_bits * burst))
 
 
@@ -166,6 +174,14 @@ def systolic(size: int, tiles: int = 1) -> dict[str, Step]:
                     uses = ((f"writer {i} {j}", 1), (f"result {i} {j}", 1))
                     steps[f"write {i} {j} {t}"] = Step(uses, (f"{i} {j} {t}",))
     return steps
+
+
+def _moves(numbers: float, **sizes: float) -> None:
+    if not 0 <= numbers < inf:
+        raise CostError(f"numbers = {numbers}: 0 or more is allowed")
+    for name, value in sizes.items():
+        if not value > 0:
+            raise CostError(f"{name} = {value}: more than 0 is allowed")
 
 
 def _check(steps: Mapping[str, Step], watts: Mapping[str, float]) -> None:

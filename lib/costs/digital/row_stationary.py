@@ -7,17 +7,20 @@ one to the next. Filters are split in four, ``K = K0 K1 K2 K3`` (register file, 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
+from math import ceil, inf, prod
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 
-from lib.costs.digital.loops import Loops, combined, priced, splits, tidy
+from lib.costs.digital.loops import Loops, Words, combined, priced, splits, tidy
 from lib.costs.energy import CostError
 from lib.technology import table
 
 Objective = Literal["energy", "latency", "both"]
+
+BUFFER = ("buffer", "fill")
+"""Levels of accesses that pass the buffer's port."""
 
 RELEASED = {"mac": 1.0, "dram": 0.3, "fill": 0.5, "buffer": 0.5, "network": 2.0, "register": 2.0}
 """Unit energies (pJ for 16 bits) in the released script: not Eyeriss's ratios, and DRAM below a multiplication."""
@@ -99,6 +102,8 @@ class RowStationary:
     Attributes:
         processors: processing elements. input_words, weight_words, sum_words: of 16 bits, in the registers of each.
         buffer_words: of the global buffer, for inputs and partial sums.
+        buffer_port, network_port: words of 16 bits that the buffer, and the network of elements for each kind of data,
+            move in a cycle; unlimited, as the released configuration of Eyeriss has it, where nothing is said.
         released: as the script that the authors released: its unit energies, limits that are not quite reached, and
             the tiling with the smallest sum of normalized energy and latency.
 
@@ -114,12 +119,17 @@ class RowStationary:
     weight_words: int = 192
     sum_words: int = 16
     buffer_words: int = 65536
+    buffer_port: float = inf
+    network_port: float = inf
     released: bool = False
 
     def __post_init__(self) -> None:
         for name in ("processors", "input_words", "weight_words", "sum_words", "buffer_words"):
             if getattr(self, name) < 1:
                 raise CostError(f"{name} = {getattr(self, name)}: 1 or more is allowed")
+        for name in ("buffer_port", "network_port"):
+            if not getattr(self, name) > 0:
+                raise CostError(f"{name} = {getattr(self, name)} words a cycle: more than 0 is allowed")
 
     @property
     def units(self) -> dict[str, float]:
@@ -138,6 +148,25 @@ class RowStationary:
         element = area["multiplier_32"] / 4 + area["adder_32"] + 16 * words * area["register_1"]
         bit = table("isaac")("tile_edram", "area_mm2") / (64 * 1024 * 8) * (45 / 32) ** 2
         return self.processors * element / 1e6 + 16 * self.buffer_words * bit
+
+    def latency(self, arithmetic: Any, words: Words) -> Any:
+        """Cycles of one group: the longest of its arithmetic, its traffic at the buffer, and each network's.
+
+        Args:
+            words: as of `accesses`; what DRAM fills and takes passes the buffer's port too.
+
+        >>> from lib.costs.digital import RowStationary
+        >>> words = {("buffer", "inputs"): 60, ("fill", "inputs"): 20, ("network", "weights"): 30}
+        >>> chips = RowStationary(buffer_port=8), RowStationary(network_port=2)
+        >>> tuple(float(chip.latency(7, words)) for chip in chips)
+        (10.0, 15.0)
+        """
+        longest = np.maximum(
+            arithmetic, sum(n for (level, _), n in words.items() if level in BUFFER) / self.buffer_port
+        )
+        for (level, _), count in words.items():
+            longest = np.maximum(longest, count / self.network_port) if level == "network" else longest
+        return longest
 
     def needs(self, layer: Loops, t: Mapping[str, Any]) -> dict[str, tuple[Any, int]]:
         """What a tiling takes of each resource, and how much there is."""
@@ -192,7 +221,8 @@ class RowStationary:
             raise CostError(f"{layer.layer}: no tiling fits the chip ({least})")
         found = pd.DataFrame({name: value[ok] for name, value in t.items()})
         t = {name: value[ok].astype(float) for name, value in t.items()}
-        return found.assign(energy=priced(accesses(layer, t), self.units), cycles=cycles(layer, t))
+        words = accesses(layer, t)
+        return found.assign(energy=priced(words, self.units), cycles=self.latency(cycles(layer, t), words))
 
     def search(self, layer: Loops, objective: Objective = "both") -> pd.Series:
         """The best of all tilings of a layer.
@@ -209,7 +239,7 @@ class RowStationary:
         found = self.tilings(layer)
         best = chosen(found, objective)
         tiling = {name: int(best[name]) for name in found.columns.drop(["energy", "cycles"])}
-        total = {"cycles": int(best["cycles"]) * layer.groups, "energy": float(best["energy"]) * layer.groups}
+        total = {"cycles": ceil(best["cycles"]) * layer.groups, "energy": float(best["energy"]) * layer.groups}
         return pd.Series({"layer": layer.layer, **tiling, **total, "valid": len(found)})
 
     def bill(self, layers: list[Loops], objective: Objective = "both") -> pd.DataFrame:
