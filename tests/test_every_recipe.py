@@ -9,11 +9,11 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from lib import pruning, quantization, recipes
-from lib.constraint import ConstraintError, attach_masks, harden, masks, state_of
+from lib.constraint import ConstraintError, attach_masks, harden, masks, plain, state_of
 from lib.data import Data, Split
 from lib.faults import StuckAt, UnderFaults
 from lib.layers import skippable
-from lib.models import build
+from lib.models import Recurrent, build, fused
 from lib.pruning import Unstructured
 from lib.shapes import ShapeError, prunable
 from lib.sharing import Codebook
@@ -121,6 +121,37 @@ def run(name, net, layers=LAYERS, **options):
 
 def test_all_recipes_are_here():
     assert {*RUNS} | NO_TRAINING | FEDERATED == {*recipes.__all__}
+
+
+class Gates(nn.Module):
+    """Rows of an image as the frames of a GRU, whose gates are layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.out = Recurrent("GRU", 6, 8, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.out(self.rnn(x[:, 0])[0][:, -1])
+
+
+GATES = ("rnn.layer1.ih_new", "rnn.layer1.hh_reset", "rnn.layer1.hh_new")
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_gates_are_layers_like_others(name):
+    """Those of the plan end with half of their weights or few values, masks on others stay, torch's module takes it."""
+    torch.manual_seed(0)
+    net = attach_masks(Gates(), {"rnn.layer1.ih_reset": torch.arange(48).view(8, 6) % 2 == 0})
+    before = masks(net)
+    run(name, net, GATES)
+    assert {n: mask.tolist() for n, mask in masks(net).items() if n in before} == {
+        n: mask.tolist() for n, mask in before.items()
+    }
+    if name not in ("deep_kmeans", "search_strength"):  # which leave the last step to others
+        for weight in (prunable(net)[gate].weight for gate in GATES):
+            assert 2 * weight.count_nonzero() == weight.numel() or len(weight.unique()) <= 5
+    x = FEW.test.x[:, 0]
+    assert torch.allclose(fused(plain(net).rnn)(x)[0], net.rnn(x)[0], atol=1e-5)
 
 
 class Count(Hook):

@@ -4,6 +4,7 @@ import os
 import random
 import subprocess
 import sys
+from copy import deepcopy
 from itertools import pairwise
 
 import pytest
@@ -158,7 +159,7 @@ def test_matrices_of_any_shape(seed):
         BalancedLinear: pruning.NM(rng.randint(1, m // 2), m),
     }
     for kind, allowed in sets.items():
-        net = harden(nn.Sequential(layer), {"0": allowed})[0]
+        net = harden(nn.Sequential(deepcopy(layer)), {"0": allowed})[0]
         with torch.no_grad():
             assert near((kind(net, m) if kind is BalancedLinear else kind(net))(x), net(x))
 

@@ -22,6 +22,7 @@ from lib import (
     quantization,
     recipes,
     shapes,
+    sharing,
     training,
 )
 from lib.constraint import ConstraintError, attach_masks, fitted, harden, weights
@@ -170,6 +171,7 @@ SETS = [
     *(pruning.DARB(0.5, menu=(1, 2, 4)), pruning.block_max(2), pruning.tiny_adc(4, 6)),
     *(pruning.BlockLines(0.25, 0.25, 3, 6), pruning.SharedShapes(0.5, 4, 2), pruning.AlignedLines(0.25, 0.25, 4, 2)),
     *(quantization.binary(), quantization.ternary(), quantization.uniform(4), quantization.PowerOfTwo(3)),
+    *(sharing.BlockCirculant(4), sharing.Codebook(4), sharing.Unified(0.5, 0.25, 2, 2)),
 ]
 
 
