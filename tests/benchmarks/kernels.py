@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lib import models, pruning
-from lib.constraint import harden
+from lib.constraint import fitted, harden
 from lib.kernels import (
     BalancedLinear,
     CsrLinear,
@@ -29,7 +29,8 @@ GOALS = {("3 x 3, 256 channels, 28 x 28", "patterns", 0.25): 1.5, ("3072 x 1024,
 
 def pruned(layer, kept):
     """A copy within a set."""
-    return harden(nn.Sequential(deepcopy(layer)), {"0": kept})[0]
+    net = nn.Sequential(deepcopy(layer))
+    return harden(net, fitted(net, {"0": kept}))[0]
 
 
 def convolutions(layer, density):
