@@ -20,8 +20,8 @@ class CompressedRows:
 
     >>> from lib.kernels import CompressedRows
     >>> kept = CompressedRows.of(torch.tensor([[0.0, 2, 0, 1], [0, 0, 3, 0]]))
-    >>> kept.matrix.indices.tolist(), kept.matrix.indptr.tolist(), kept.storage(bits=8)  # 3 * 2 bits, and 3 * 2
-    ([1, 3, 2], [0, 2, 3], Storage(data=24.0, index=12.0, table=0.0))
+    >>> kept.matrix.indices.tolist(), kept.matrix.indptr.tolist(), kept.storage(bits=8)
+    ([1, 3, 2], [0, 2, 3], Storage(data=24, index=12, table=0.0))
     """
 
     matrix: scipy.sparse.csr_matrix
