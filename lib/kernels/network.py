@@ -41,7 +41,8 @@ def compile(model: nn.Module, example: Tensor, repeats: int = 7, gain: float = 1
 
     Layers with zeros are timed in turns on what they get from ``example``: dense in both of PyTorch's layouts, and with
     each kernel that they can have. The dense layer stays where no kernel is ``gain`` times faster,
-    where it has a hook or a forward pass of its own, and where the network itself looks at its weight. A
+    where it has a hook or a forward pass of its own, and where the network itself looks at its weight; it stays in the
+    layout of the network given, so that a whole network in channels last can be faster than one with few kernels. A
     direction of a recurrent layer is one layer here, all gates and all steps; where it stays dense torch's own module
     takes its place if it is faster.
 
