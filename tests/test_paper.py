@@ -48,9 +48,10 @@ def test_the_readme_counts_the_ledger():
     claims = pd.read_csv(PAPER / "claims.csv")
     ours, verdict = claims["kind"] == "ours", claims["verdict"]
     reproduced, open_ = ~ours & (verdict == "reproduced"), ~ours & (verdict == "inconclusive")
+    by_kind = claims["kind"][reproduced].value_counts().reindex(["arithmetic", "direction", "number"], fill_value=0)
     said = (
-        f"Of {(~ours).sum()} claims of papers {reproduced.sum()} are reproduced "
-        f"({(reproduced & (claims['kind'] == 'arithmetic')).sum()} of them sums of published tables), "
+        f"Of {(~ours).sum()} claims of papers {reproduced.sum()} are reproduced ({by_kind['arithmetic']} sums of "
+        f"published tables, {by_kind['direction']} directions, {by_kind['number']} printed numbers), "
         f"{(~ours & (verdict == 'direction only')).sum()} in its direction only, "
         f"{(~ours & (verdict == 'not reproduced')).sum()} are not, and {open_.sum()} are inconclusive, "
         f"{(open_ & (claims['n'] < 5)).sum()} of them with fewer than five networks. "
