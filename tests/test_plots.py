@@ -1,6 +1,7 @@
 """The house style: one look for one thing, everywhere; figures that show all that they were given."""
 
 import base64
+import io
 import re
 from itertools import combinations, pairwise
 
@@ -9,10 +10,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
 from lib import plots
 from lib.plots.axes import dress
-from lib.plots.figures import legend, stack
+from lib.plots.figures import _lean, legend, stack
 from lib.plots.rows import summary
 from lib.plots.style import OWN_LOOK, PALETTE, looks
 from lib.study import Shown
@@ -215,3 +217,24 @@ def test_a_figure_that_is_played_with_is_drawn_again_and_a_report_has_the_first(
     slider.value = 0.3
     assert page.value == "<p>0.3</p>"
     assert played._repr_mimebundle_()["text/html"] == "<p>0.5</p>"
+
+
+def test_a_lean_picture_is_drawn_alike(chromium, tmp_path):
+    from playwright.sync_api import sync_playwright
+
+    rows = pd.DataFrame({"a": [0.001, 1.0, 10.0] * 2, "b": range(6), "k": list("xxxyyy")})
+    figure = plots.curves(rows, "a", "b", line="k")
+    raw = io.BytesIO()
+    figure.savefig(raw, format="svg", bbox_inches="tight")
+    lean, seen = _lean(raw.getvalue()), []
+    assert len(lean) < 0.85 * len(raw.getvalue())
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        for i, svg in enumerate((raw.getvalue(), lean)):
+            (tmp_path / f"{i}.svg").write_bytes(svg)
+            page = browser.new_page()
+            page.goto(f"file://{tmp_path}/{i}.svg")
+            seen.append(np.asarray(Image.open(io.BytesIO(page.screenshot())).convert("L"), dtype=int))
+        browser.close()
+    assert seen[0].min() < 128 < seen[0].max()
+    assert (abs(seen[0] - seen[1]) > 64).mean() < 1e-4
