@@ -51,7 +51,8 @@ def test_the_readme_counts_the_ledger():
     by_kind = claims["kind"][reproduced].value_counts().reindex(["arithmetic", "direction", "number"], fill_value=0)
     said = (
         f"Of {(~ours).sum()} claims of papers {reproduced.sum()} are reproduced ({by_kind['arithmetic']} sums of "
-        f"published tables, {by_kind['direction']} directions, {by_kind['number']} printed numbers), "
+        f"published tables, {by_kind['direction']} directions, {by_kind['number']} printed "
+        f"number{'s' * int(by_kind['number'] != 1)}), "
         f"{(~ours & (verdict == 'direction only')).sum()} in its direction only, "
         f"{(~ours & (verdict == 'not reproduced')).sum()} are not, and {open_.sum()} are inconclusive, "
         f"{(open_ & (claims['n'] < 5)).sum()} of them with fewer than five networks. "
