@@ -6,7 +6,7 @@ from functools import cache
 
 import pandas as pd
 
-from lib.study.parameters import NOTEBOOKS, PROJECT, studies
+from lib.study.parameters import NOTEBOOKS, PROJECT
 from lib.study.ranges import ParameterError
 
 OURS = "this workbook"
@@ -52,7 +52,7 @@ def named_in(paper: str) -> list[str]:
     """
     words = re.escape(paper), re.escape(papers().loc[paper, "link"])
     known = re.compile(rf"(?<![\w-])(?:{'|'.join(words)})(?![\w-])")
-    return [name for name in studies() if known.search((NOTEBOOKS / f"{name}.ipynb").read_text("utf-8"))]
+    return [file.stem for file in sorted(NOTEBOOKS.glob("[0-9]*.ipynb")) if known.search(file.read_text("utf-8"))]
 
 
 def check_paper(key: str, ours: bool) -> None:
