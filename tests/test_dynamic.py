@@ -269,10 +269,10 @@ def test_the_gates_work_is_counted():
     assert gate_of(net).macs == 4 * (800 + 40) + 10 * (8 + 8 + 16 + 32)
 
 
-def with_exits(bits=(0, 32)):
+def with_exits(bits=(0, 32), groups=1):
     plain = resnet()
     table = shapes.macs(plain, SHAPE).set_index("layer")["macs"].to_dict()
-    net = Exits(choosing(plain, bits), ["block1_2", "block2_2"], SHAPE).eval()
+    net = Exits(choosing(plain, bits, groups), ["block1_2", "block2_2"], SHAPE).eval()
     costs = block_costs(net, table) | {"exit block1_2": 80.0, "exit block2_2": 160.0}
     return net, {name.removeprefix("net."): cost for name, cost in costs.items()}
 
@@ -299,10 +299,13 @@ def test_a_network_of_double_precision_gets_gates_and_exits_of_its_own_kind(prep
     assert prepared(resnet(4).double()).eval()(pictures(2).double()).dtype == torch.float64
 
 
+@pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("limit", [{"budget": 0.5}, {"budget": 0.8}, {"budget": 1.0}, {"confidence": 0.25}])
-def test_leaving_is_what_the_whole_pass_says(limit):
-    net, costs = with_exits()
+def test_leaving_is_what_the_whole_pass_says(limit, groups):
+    """Each image on its own, with gates of blocks, and of groups of channels too; no hard budget is exceeded."""
+    net, costs = with_exits(groups=groups)
     torn(net, 4.0)
+    limit = dict(limit)
     overhead, x = float(gate_of(net).macs), pictures()
     most = dearest(net, costs, overhead)
     assert sum(most) == path_costs(costs)[1] + overhead
@@ -318,6 +321,21 @@ def test_leaving_is_what_the_whole_pass_says(limit):
         assert paid == pytest.approx(float(cost[number, i]))
         assert paid <= limit.get("budget", sum(most))
     assert (cost[exits, every] <= limit.get("budget", sum(most))).all()
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_budget_of_the_whole_is_the_dense_output(groups):
+    """With gates that are open, as they begin; the least less, and nobody gets to the end."""
+    net, costs = with_exits(groups=groups)
+    plain, x, overhead = resnet(), pictures(), float(gate_of(net).macs)
+    most = dearest(net, costs, overhead)
+    logits, cost = anytime(net, x, costs, overhead)
+    assert exit_of(logits, cost, most, budget=sum(most)).tolist() == [2] * len(x)
+    assert exit_of(logits, cost, most, budget=sum(most) - 1).tolist() == [1] * len(x)
+    y, number, paid = leave(net, x[:1], costs, budget=sum(most), overhead=overhead)
+    assert torch.equal(logits[2], plain(x))
+    assert torch.equal(y, plain(x[:1]))
+    assert (number, paid) == (2, sum(most))
 
 
 def test_exits_learn_together(small_images):
