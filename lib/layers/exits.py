@@ -135,9 +135,7 @@ def dearest(model: Exits, costs: Costs, overhead: float = 0.0) -> list[float]:
 
 def _check(budget: float, most: Sequence[float]) -> None:
     if budget < most[0]:
-        raise LayerError(
-            f"budget = {budget:g}: the shortest path, to the first exit, may take {most[0]:.6g}"
-        )
+        raise LayerError(f"budget = {budget:g}: the shortest path, to the first exit, may take {most[0]:.6g}")
 
 
 @torch.no_grad()
