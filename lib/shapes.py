@@ -50,9 +50,9 @@ class Parametrization(nn.Module):
 def prunable(model: nn.Module) -> dict[str, nn.Module]:
     """The layers by name, in the order of their definition: what a plan may constrain.
 
-    Layers of other kinds (transposed, torch's own recurrent ones, attention with a joint projection, embeddings) are
-    not among them: whoever speaks of a whole network asks `all_layers`, which says so. Of a recurrent layer
-    `lib.models.by_gate` makes one layer for each gate.
+    Layers of other kinds (transposed, torch's own recurrent ones and attention, embeddings) are not among them:
+    whoever speaks of a whole network asks `all_layers`, which says so. Of a recurrent layer `lib.models.by_gate` makes
+    one layer for each gate, of attention `lib.models.by_projection` one for each projection.
 
     Raises:
         ShapeError: a model inside a wrapper, whose hooks would never run or whose names have a prefix.

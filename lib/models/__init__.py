@@ -1,5 +1,6 @@
 """Network builders by name, and the layers that constraints apply to."""
 
+from lib.models.attention import Attention, by_projection
 from lib.models.builders import (
     NAMES,
     BasicBlock,
@@ -21,6 +22,7 @@ from lib.models.spiking import LeakyNeurons, SpikingLayer, SpikingNetwork, spike
 
 __all__ = [
     "NAMES",
+    "Attention",
     "BasicBlock",
     "Direction",
     "LeakyNeurons",
@@ -35,6 +37,7 @@ __all__ = [
     "build",
     "builder",
     "by_gate",
+    "by_projection",
     "fused",
     "gru",
     "lenet5",

@@ -14,6 +14,7 @@ from torch.nn.functional import dropout, linear
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from lib.models.attention import Attention, packed
 from lib.models.errors import ModelError
 from lib.models.replacing import more_than, replaced
 
@@ -263,11 +264,11 @@ def by_gate(model: nn.Module) -> nn.Module:
 
 
 def fused(model: nn.Module) -> nn.Module:
-    """The way back: a copy with every `Recurrent` as torch's module, of the weights as they are, zeros and all.
+    """The way back: a copy with every `Recurrent` and `Attention` as torch's module, of the weights as they are.
 
     Raises:
-        ModelError: a gate that does something else than a linear layer, by name: on arrays, with rounded inputs, or
-            with a kernel; gates of which some are frozen, as torch's tensor of all is trained or is not.
+        ModelError: a gate or projection that does something else than a linear layer, by name: on arrays, with rounded
+            inputs, or with a kernel; some frozen and others not, as torch's tensor of all is trained or is not.
 
     >>> from lib.models import Recurrent, fused
     >>> type(fused(Recurrent("LSTM", 4, 8))).__name__
@@ -276,6 +277,8 @@ def fused(model: nn.Module) -> nn.Module:
 
     @torch.no_grad()
     def convert(name: str, module: nn.Module) -> nn.Module:
+        if isinstance(module, Attention):
+            return packed(name, module)
         first = module.directions()[0]
         gates = first.gates("ih")
         options = {"proj_size": first.outputs} if first.hr is not None else {}
@@ -307,8 +310,8 @@ def fused(model: nn.Module) -> nn.Module:
         return new
 
     copy = deepcopy(model)
-    found = {name: module for name, module in copy.named_modules() if isinstance(module, Recurrent)}
-    return replaced(copy, found, convert, Recurrent, Direction, nn.Linear)
+    found = {name: module for name, module in copy.named_modules() if isinstance(module, Recurrent | Attention)}
+    return replaced(copy, found, convert, Recurrent, Direction, Attention, nn.Linear)
 
 
 def lengths_of(x: Tensor) -> Tensor:
