@@ -4,11 +4,12 @@
     snakemake --jobs 30 --executor slurm --config preset=paper     # a cluster, with Snakemake's plugin for it
 
 Every network of a study is trained by a job of its own, which is the command of the README with `first_seed` and
-`seeds = 1`. All jobs share the cache of finished runs (`CACHE_ROOT`, on a file system that every machine sees), so that
-the job of the study itself finds its networks there and writes the results that one machine would write.
+`seeds = 1`. It begins with the measurements that the report has, so that a seed more measures only its own; the job of
+the study itself merges those of all parts and measures what no part has. A cache on a file system that every machine
+sees (`CACHE_ROOT`) shares networks too.
 
-Config: preset (quick), studies (all, by name), reports (reports/PRESET), parts (build/parts/PRESET), set (parameters over the preset's, {name: value}),
-split ({study: [name]}, parameters that hold a list: a job for each of its values).
+Config: preset (quick), studies (all, by name), reports (reports/PRESET), parts (build/parts/PRESET), set (parameters
+over the preset's, {name: value}), split ({study: [name]}, parameters that hold a list: a job for each of its values).
 """
 
 import json
@@ -18,6 +19,7 @@ from pathlib import Path
 
 from lib.reproduce import preset_parameters
 from lib.study import declared, studies
+from lib.study.tables import merge
 
 
 def options(values):
@@ -73,8 +75,12 @@ rule study:
         CODE,
     output:
         REPORTS + "/runs/{study}.json",
-    shell:
-        f"{RUN} --reports {shlex.quote(REPORTS)} {{wildcards.study}}"
+    run:
+        for part in parts(wildcards.study):
+            measured = Path(PARTS, wildcards.study, part, "results", f"{wildcards.study}.csv")
+            if measured.is_file():  # a study that keeps no measurements has none
+                merge(Path(REPORTS, "results", measured.name), measured)
+        shell(f"{RUN} --reports {shlex.quote(REPORTS)} {wildcards.study}")
 
 
 rule part:
@@ -85,5 +91,8 @@ rule part:
         f"{PARTS}/{{study}}/{{part}}/runs/{{study}}.json",
     params:
         chosen=chosen,
+        place=lambda w: shlex.quote(f"{PARTS}/{w.study}/{w.part}"),
+        table=lambda w: shlex.quote(f"{REPORTS}/results/{w.study}.csv"),
     shell:
-        f"{RUN} {{params.chosen}} --reports {shlex.quote(PARTS)}/{{wildcards.study}}/{{wildcards.part}} {{wildcards.study}}"
+        "mkdir -p {params.place}/results && if [ -f {params.table} ]; then cp {params.table} {params.place}/results; fi; "
+        f"{RUN} {{params.chosen}} --reports {{params.place}} {{wildcards.study}}"

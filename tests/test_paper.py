@@ -1,12 +1,16 @@
 """The committed reports follow from the committed measurements: on any machine, without data or training."""
 
+import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
 
 import pandas as pd
 import pytest
+from bs4 import BeautifulSoup
+from PIL import Image
 
 from lib.study import PROJECT, studies
 
@@ -74,3 +78,25 @@ def test_every_report_is_there_and_says_what_it_rests_on(rendered):
             page = (folder / f"{study}.html").read_text("utf-8")
             assert " measurements" in page
             assert len(page) < 2_000_000
+
+
+def told(page):
+    """The words of a page and its numbers; not its code and pictures, nor when, where and by which code it was made."""
+    soup = BeautifulSoup(page.read_text("utf-8"), "html.parser")
+    for part in soup.select("script, style, svg, footer, .provenance, .evidence, .runs, details.code"):
+        part.decompose()
+    return re.split(r"(\d[\d,]*(?:\.\d+)?)", soup.get_text(" ", strip=True))
+
+
+@pytest.mark.parametrize("page", [*COMMITTED, "index"])
+def test_a_page_says_what_the_committed_one_says(rendered, page):
+    """But for the last digit, which rounding of other libraries may move."""
+    mine, committed = (told(folder / f"{page}.html") for folder in (rendered, PAPER))
+    assert mine[::2] == committed[::2]
+    ours, theirs = ([float(number.replace(",", "")) for number in words[1::2]] for words in (mine, committed))
+    assert ours == pytest.approx(theirs, rel=0.02, abs=0.02)
+
+
+def test_the_picture_in_the_readme_is_of_this_ledger():
+    ledger = hashlib.sha256((PAPER / "claims.csv").read_bytes()).hexdigest()
+    assert Image.open(PAPER / "figures" / "index.png").text["claims.csv"] == ledger, "run tests/picture.py again"
