@@ -9,6 +9,7 @@ import torch
 from lib import channels, data, pruning, recipes, shapes, training
 from lib.constraint import attach_masks
 from lib.data import FACE, FIGURE, DataError, Skeleton, Split
+from lib.data.poses import _faces
 from lib.data.skeletons import _greedy, _optimal
 from lib.keys import content
 from lib.models import ModelError, PoseNet
@@ -152,6 +153,27 @@ class TestData:
         (file := tmp_path / "faces" / "faces68_test.npz").write_bytes(file.read_bytes()[:-200])
         with pytest.raises(DataError, match=r"faces68_test.npz cannot be read"):
             data.poses("faces", tmp_path, side=96)
+
+    @pytest.mark.parametrize(
+        ("images", "lost", "said"),
+        [
+            (np.zeros((3, 64, 64), np.float32), (), "holds images .* torch.float32"),
+            (np.zeros((3, 64, 48), np.uint8), (), r"holds images \(3, 64, 48\)"),
+            (np.zeros((3, 64, 64), np.uint8), (1, slice(None)), "image 1 of faces.npz has no point on it"),
+        ],
+    )
+    def test_faces_that_cannot_be_are_named(self, images, lost, said, tmp_path):
+        points = np.full((3, 68, 2), 20, np.float32)
+        points[lost or slice(0)] = np.nan
+        np.savez(tmp_path / "faces.npz", images=images, keypoints=points)
+        with pytest.raises(DataError, match=said):
+            _faces(tmp_path / "faces.npz")
+
+    def test_half_a_point_is_none(self, tmp_path):
+        points = np.full((1, 68, 2), 20, np.float32)
+        points[0, 30, 1] = np.nan  # the nose has an x alone
+        np.savez(tmp_path / "faces.npz", images=np.zeros((1, 64, 64), np.uint8), keypoints=points)
+        assert _faces(tmp_path / "faces.npz")[1].isnan().all(-1).nonzero().tolist() == [[0, 0]]
 
     @pytest.mark.parametrize(
         ("options", "said"),

@@ -155,12 +155,13 @@ def _faces(path: Path) -> tuple[Tensor, Tensor]:
             x, y = torch.from_numpy(file["images"]), torch.from_numpy(file["keypoints"])
     except DAMAGED as error:
         raise DataError(
-            f"faces: {path} cannot be read ({error}); it should hold images (N, H, W) uint8 and keypoints (N, 68, 2)"
+            f"faces: {path} cannot be read ({error}); it should hold square images (N, H, H) uint8 and keypoints "
+            "(N, 68, 2)"
         ) from None
-    if x.ndim != 3 or y.shape != (len(x), 68, 2):
-        raise DataError(f"faces: {path} holds images {tuple(x.shape)} and keypoints {tuple(y.shape)}")
+    if x.dtype != torch.uint8 or x.ndim != 3 or x.shape[1] != x.shape[2] or y.shape != (len(x), 68, 2):
+        raise DataError(f"faces: {path} holds images {tuple(x.shape)} {x.dtype} and keypoints {tuple(y.shape)}")
     y = y[:, FACE_POINTS].float()
-    y[((y < 0) | (y > x.shape[1])).any(-1)] = torch.nan
+    y[~((y >= 0) & (y <= x.shape[1])).all(-1)] = torch.nan  # also where only one of the two is a number
     for i in (y[..., 0].isnan().all(1)).nonzero()[:1, 0].tolist():
         raise DataError(f"faces: image {i} of {path.name} has no point on it")
     return x, y
