@@ -16,10 +16,10 @@ reports: $(VENV)/ready  ## run every study at PRESET in JOBS processes (else as 
 test: $(VENV)/ready  ## lint, unit tests, every notebook at the smoke preset, one report from end to end
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
+	$(TEST)
 	rm -rf build/smoke-cache
-	SMOKE_CACHE="$(CURDIR)/build/smoke-cache" $(TEST)
 	$(RUN) lib.reproduce --preset smoke --prepare-only build/nbval
-	CACHE_ROOT="$(CURDIR)/build/smoke-cache" $(TEST) --nbval-lax --nbval-current-env --nbval-cell-timeout 120 build/nbval
+	CACHE_ROOT="$(CURDIR)/build/smoke-cache" $(TEST) --nbval-lax --nbval-current-env --nbval-cell-timeout 600 build/nbval
 
 test-avx2: $(VENV)/ready  ## the numeric tests again, under the instructions that most machines share
 	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(TEST) $(NUMERIC)

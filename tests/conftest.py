@@ -1,6 +1,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +17,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 
 
 LONG = ("test_paper", "test_snakefile", "test_reproduce", "test_reports")
+SMOKE = ["00_start_here", "01_lottery_ticket_vs_finetuning", "10_digital_chips"]
 
 
 def pytest_collection_modifyitems(items):
@@ -56,18 +59,45 @@ def study_file():
     return path, json.loads(path.read_text())
 
 
+def once(tmp_path_factory, name):
+    """A folder of this name for all test processes, and the lock under which one of them fills it."""
+    base = tmp_path_factory.getbasetemp()
+    place = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    return place, FileLock(f"{place}.lock")
+
+
 @pytest.fixture(scope="session")
 def smoke(tmp_path_factory):
-    """The reports of a smoke run, made once for all test processes; ``SMOKE_CACHE`` keeps its networks for nbval."""
-    from lib import reproduce, study
+    """The reports of a smoke run of a few studies; nbval runs the notebooks of all."""
+    from lib import reproduce
 
-    base = tmp_path_factory.getbasetemp()
-    place = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "smoke-run"
-    with FileLock(f"{place}.lock"), pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CACHE_ROOT", os.environ.get("SMOKE_CACHE") or str(place / "cache"))
-        errors = reproduce.reproduce("smoke", reports=place / "smoke", jobs=2)  # nothing is left to do the second time
-    assert errors == dict.fromkeys(study.studies(), "")
+    place, lock = once(tmp_path_factory, "smoke-run")
+    with lock, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CACHE_ROOT", str(place / "cache"))
+        # nothing is left to do the second time
+        errors = reproduce.reproduce("smoke", only=SMOKE, reports=place / "smoke", jobs=2)
+    assert errors == dict.fromkeys(SMOKE, "")
     return place / "smoke"
+
+
+@pytest.fixture(scope="session")
+def paper(tmp_path_factory):
+    """The paper preset, rendered from its rows alone, where there is neither a cache nor another data set."""
+    place, lock = once(tmp_path_factory, "paper-run")
+    committed = PROJECT / "reports" / "paper" / "results"
+    with lock:
+        if not place.is_dir():
+            shutil.copytree(committed, place / "paper" / "results")
+            env = os.environ | {"CACHE_ROOT": str(place / "cache"), "DATA_ROOT": str(place / "none")}
+            words = sorted(table.stem for table in committed.glob("*.csv"))
+            words += ["--preset", "paper", "--render", "--jobs", "2", "--reports", str(place / "paper")]
+            command = [sys.executable, "-m", "lib.reproduce", *words]
+            with (place / "log").open("w") as log:
+                done = subprocess.run(command, cwd=PROJECT, env=env, stdout=log, stderr=log, timeout=1500)
+            (place / "ended").write_text(str(done.returncode))
+    assert (place / "ended").read_text() == "0", (place / "log").read_text()[-3000:]
+    assert not [*(place / "cache").rglob("*.pt")]
+    return place / "paper"
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,7 @@
 """The committed reports follow from the committed measurements: on any machine, without data or training."""
 
 import hashlib
-import os
 import re
-import shutil
-import subprocess
-import sys
 
 import pandas as pd
 import pytest
@@ -18,30 +14,10 @@ PAPER = PROJECT / "reports" / "paper"
 COMMITTED = sorted(table.stem for table in (PAPER / "results").glob("*.csv"))
 
 
-@pytest.fixture(scope="module")
-def rendered(tmp_path_factory):
-    """The paper preset, rendered from its rows alone, where there is neither a cache nor another data set."""
-    folder = tmp_path_factory.mktemp("paper")
-    shutil.copytree(PAPER / "results", folder / "paper" / "results")
-    env = os.environ | {"CACHE_ROOT": str(folder / "cache"), "DATA_ROOT": str(folder / "none")}
-    words = [*COMMITTED, "--preset", "paper", "--render", "--reports", str(folder / "paper")]
-    done = subprocess.run(
-        [sys.executable, "-m", "lib.reproduce", *words],
-        cwd=PROJECT,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=1500,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert not [*(folder / "cache").rglob("*.pt")]
-    return folder / "paper"
-
-
-def test_the_ledger_is_the_committed_one(rendered):
+def test_the_ledger_is_the_committed_one(paper):
     """But for the commit; rounding of another numpy or scipy decides no verdict."""
     columns = ["measured", "low", "high"]
-    committed, mine = (pd.read_csv(folder / "claims.csv", keep_default_na=False) for folder in (PAPER, rendered))
+    committed, mine = (pd.read_csv(folder / "claims.csv", keep_default_na=False) for folder in (PAPER, paper))
     assert mine.drop(columns=[*columns, "commit"]).equals(committed.drop(columns=[*columns, "commit"]))
     for column in columns:
         ours, theirs = (pd.to_numeric(frame[column]).to_numpy() for frame in (mine, committed))
@@ -65,16 +41,16 @@ def test_the_readme_counts_the_ledger():
     assert said in " ".join((PROJECT / "README.md").read_text("utf-8").split())
 
 
-def test_the_tables_are_the_committed_ones(rendered):
+def test_the_tables_are_the_committed_ones(paper):
     for table in sorted((PAPER / "results").glob("*.csv")):
-        mine, committed = ((folder / "results" / table.name).read_text().splitlines() for folder in (rendered, PAPER))
+        mine, committed = ((folder / "results" / table.name).read_text().splitlines() for folder in (paper, PAPER))
         assert sorted(mine) == sorted(committed), table.name
 
 
-def test_every_report_is_there_and_says_what_it_rests_on(rendered):
+def test_every_report_is_there_and_says_what_it_rests_on(paper):
     assert {*COMMITTED} >= {*studies()} - {"00_start_here"}  # which is a tour, and tests no claim of a paper
     for study in COMMITTED:
-        for folder in (rendered, PAPER):
+        for folder in (paper, PAPER):
             page = (folder / f"{study}.html").read_text("utf-8")
             assert " measurements" in page
             assert len(page) < 2_000_000
@@ -89,9 +65,9 @@ def told(page):
 
 
 @pytest.mark.parametrize("page", [*COMMITTED, "index"])
-def test_a_page_says_what_the_committed_one_says(rendered, page):
+def test_a_page_says_what_the_committed_one_says(paper, page):
     """But for the last digit, which rounding of other libraries may move."""
-    mine, committed = (told(folder / f"{page}.html") for folder in (rendered, PAPER))
+    mine, committed = (told(folder / f"{page}.html") for folder in (paper, PAPER))
     assert mine[::2] == committed[::2]
     ours, theirs = ([float(number.replace(",", "")) for number in words[1::2]] for words in (mine, committed))
     assert ours == pytest.approx(theirs, rel=0.02, abs=0.02)
