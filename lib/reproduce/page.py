@@ -70,7 +70,9 @@ def render(
     exporter = HTMLExporter(template_name="report", extra_template_basedirs=[str(TEMPLATES)], **options)
     parts = (nbformat.from_dict({**notebook, "cells": part}) for part in (cells[:first], cells[first:]))
     head, body = (scrolling(exporter.from_notebook_node(part)[0]) for part in parts)
-    counts = Counter(ledger["verdict"][ledger["kind"] != "ours"]) if ledger is not None else {}
+    published = ledger[ledger["kind"] != "ours"] if ledger is not None else pd.DataFrame(columns=["kind", "verdict"])
+    counts = Counter(published["verdict"])
+    sums = int(((published["kind"] == "arithmetic") & (published["verdict"] == "reproduced")).sum())
     return template("report.html.j2").render(
         study=executed.stem,
         head=head,
@@ -78,6 +80,7 @@ def render(
         opened=opened,
         contents=re.findall(r'<h2 id="([^"]+)">(.*?)<a class="anchor-link"', body),
         verdicts=[(v, counts[v]) for v in VERDICTS if counts.get(v)],
+        sums=sums,  # which say that we count as the paper does, and nothing of networks
         run=run,
         source=source,
         colours=_code_colours(),
