@@ -70,5 +70,5 @@ def test_an_environment_may_lie_in_a_path_with_a_space(snakemake, tmp_path):
     python = str(tmp_path / "my environment" / "bin" / "python")
     said = snakemake("--dry-run", "--printshellcmds", command=(python, "-m", "snakemake"))
     jobs = [shlex.split(line.partition(": ")[2]) for line in said.splitlines() if " lib.reproduce " in line]
-    assert len(jobs) == 4  # two parts, the study, the index
-    assert {job[0] for job in jobs} == {python}
+    assert len(jobs) == 3  # two parts, the index; the study runs the same command, after it has merged their rows
+    assert all(python in job for job in jobs)
