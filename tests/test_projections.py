@@ -119,9 +119,11 @@ def test_what_is_refused():
     own = nn.Sequential(nn.MultiheadAttention(8, 2, add_bias_kv=True))
     with pytest.raises(ModelError, match=r"^0: keys of its own"):
         by_projection(own)
-    normed = nn.utils.parametrizations.weight_norm(nn.MultiheadAttention(8, 2), "in_proj_weight")
-    with pytest.raises(ModelError, match="made by something else"):
-        by_projection(nn.Sequential(normed))
+    for place, weight in ((lambda net: net, "in_proj_weight"), (lambda net: net.out_proj, "weight")):
+        net = nn.MultiheadAttention(8, 2)
+        nn.utils.parametrizations.weight_norm(place(net), weight)
+        with pytest.raises(ModelError, match="made by something else"):
+            by_projection(nn.Sequential(net))
     hooked = nn.MultiheadAttention(8, 2)
     hooked.register_forward_hook(lambda *_: None)
     with pytest.raises(ModelError, match=r"^0 \(MultiheadAttention\) does more than its class"):

@@ -10,6 +10,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, scaled_dot_product_attention
+from torch.nn.utils import parametrize
 
 from lib.models.errors import ModelError
 from lib.models.replacing import replaced
@@ -134,17 +135,14 @@ def by_projection(model: nn.Module) -> nn.Module:
 
     @torch.no_grad()
     def convert(name: str, module: nn.Module) -> Attention:
-        tensors, name = module._parameters, name or "the model"
+        name, out = name or "the model", module.out_proj
         if module.bias_k is not None or module.add_zero_attn:
             raise ModelError(f"{name}: keys of its own (add_bias_kv, add_zero_attn) are not taken over")
-        separate = [f"{part}_weight" for part in PROJECTIONS]
-        if all(tensors.get(n) is not None for n in separate):
-            weights = [tensors[n] for n in separate]
-        elif tensors.get("in_proj_weight") is not None:
-            weights = [*tensors["in_proj_weight"].chunk(3)]
-        else:
+        if parametrize.is_parametrized(module) or parametrize.is_parametrized(out):
             raise ModelError(f"{name}: its weights are made by something else, which would be lost")
-        whole, out = module.in_proj_bias, module.out_proj
+        one = module.in_proj_weight  # None where keys or values have other sizes than queries
+        weights = [module.get_parameter(f"{p}_weight") for p in PROJECTIONS] if one is None else one.chunk(3)
+        whole = module.in_proj_bias
         new = Attention(
             module.embed_dim, module.num_heads, module.dropout, whole is not None, module.kdim, module.vdim,
             module.batch_first,
