@@ -91,9 +91,10 @@ def reproduce(
     (reports / ".writable").unlink(missing_ok=True)
     build.mkdir(parents=True, exist_ok=True)
     force = force or audit is not None
-    todo = [s for s in asked if force or state(s, parameters[s], reports) != "complete"]
-    errors = _run_all(todo, parameters, reports, build, jobs, force, audit) if todo else {}
-    _index(parameters, reports, build)
+    states = _states(parameters, reports)
+    todo = [s for s in asked if force or states[s] != "complete"]
+    errors = _run_all(todo, parameters, states, reports, build, jobs, force, audit) if todo else {}
+    _index(_states(parameters, reports) if todo else states, reports, build)
     return {s: errors.get(s, "") for s in asked}
 
 
@@ -113,9 +114,13 @@ def merged(preset: str, other: Path, reports: Path | None = None) -> dict[str, t
     return {study: merge(reports / "results" / f"{study}.csv", file) for study, file in found.items()}
 
 
-def _index(parameters: dict[str, dict], reports: Path, build: Path) -> None:
+def _states(parameters: dict[str, dict], reports: Path) -> dict[str, str]:
+    return {study: state(study, values, reports) for study, values in parameters.items()}
+
+
+def _index(states: dict[str, str], reports: Path, build: Path) -> None:
     with FileLock(build / "index.lock"):
-        write_index(reports, {study: state(study, values, reports) for study, values in parameters.items()})
+        write_index(reports, states)
 
 
 @dataclass
@@ -131,6 +136,7 @@ class _Running:
 def _run_all(
     todo: list[str],
     parameters: dict[str, dict],
+    states: dict[str, str],
     reports: Path,
     build: Path,
     jobs: int,
@@ -196,7 +202,8 @@ def _run_all(
                     errors[study], text = f"{type(error).__name__}: {error}".splitlines()[0], "not published"
                 bar.update(1 - done[study])
                 bar.write(f"{study}: {errors[study] or 'complete'} ({text})", file=sys.stderr)
-                _index(parameters, reports, build)  # each page is there as soon as it is done
+                states[study] = state(study, parameters[study], reports)  # the keys of all take seconds
+                _index(states, reports, build)  # each page is there as soon as it is done
         except BaseException:
             stop.set()
             pool.shutdown(cancel_futures=True)

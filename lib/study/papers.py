@@ -50,9 +50,10 @@ def named_in(paper: str) -> list[str]:
     >>> named_in("TinyADC")
     ['05_crossbar_costs']
     """
-    words = re.escape(paper), re.escape(papers().loc[paper, "link"])
-    known = re.compile(rf"(?<![\w-])(?:{'|'.join(words)})(?![\w-])")
-    return [file.stem for file in sorted(NOTEBOOKS.glob("[0-9]*.ipynb")) if known.search(file.read_text("utf-8"))]
+    words = paper, papers().loc[paper, "link"]
+    whole = re.compile(rf"(?<![\w-])(?:{'|'.join(map(re.escape, words))})(?![\w-])")
+    texts = {file.stem: file.read_text("utf-8") for file in sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))}
+    return [study for study, text in texts.items() if any(w in text for w in words) and whole.search(text)]
 
 
 def check_paper(key: str, ours: bool) -> None:
