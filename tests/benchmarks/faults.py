@@ -4,6 +4,7 @@ Prints tables; ratios are medians of interleaved runs on one thread.
 """
 
 import os
+import resource
 import statistics
 import tempfile
 import time
@@ -11,7 +12,7 @@ import time
 import numpy as np
 import torch
 
-from lib import data, models, training
+from lib import data, models, published, training
 from lib.crossbar import Mapping
 from lib.faults import StuckAt, sweep, tolerated_rate
 from lib.faults.trials import _Bench
@@ -85,6 +86,23 @@ def main() -> None:
     print(
         f", {found.trials} trials; a grid of {grid} rates 20 % apart: {30 * grid}, {30 * grid / found.trials:.1f} times"
     )
+    large()
+
+
+def large() -> None:
+    """The same for a network of ImageNet's size, with the most memory of this process, where its files are at hand."""
+    name = "efficientnet_lite0"
+    try:
+        net, few = published.load(name), data.pixels("imagenet", size=50, **published.IMAGES[name])
+    except (published.PublishedError, data.DataError) as error:
+        print(f"\n{name} is left out: {error}")
+        return
+    bench = _Bench(net, Mapping("two_column"), few, 25)
+    found = interleaved(
+        {"plain": lambda: training.evaluate(net, few, 25), "trial": lambda: bench.trial(StuckAt(1e-3), 0)}
+    )
+    peak, ratio = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, found["trial"] / found["plain"]
+    print(f"\n{name}, {len(few)} images: a trial {ratio:.3f} times a plain evaluation, most memory {peak:.2f} GB")
 
 
 if __name__ == "__main__":
