@@ -76,3 +76,12 @@ def test_a_page_says_what_the_committed_one_says(paper, page):
 def test_the_picture_in_the_readme_is_of_this_ledger():
     ledger = hashlib.sha256((PAPER / "claims.csv").read_bytes()).hexdigest()
     assert Image.open(PAPER / "figures" / "index.png").text["claims.csv"] == ledger, "run tests/picture.py again"
+
+
+@pytest.mark.parametrize("study", COMMITTED)
+def test_a_finding_is_a_statement_and_no_list(study):
+    """A reader takes a sentence or three from a figure; what is more belongs in a table."""
+    page = BeautifulSoup((PAPER / f"{study}.html").read_text("utf-8"), "html.parser")
+    findings = [" ".join(text.get_text().split()) for text in page.select("p.finding")]
+    assert findings
+    assert [text for text in findings if len(text) > 400] == []

@@ -360,6 +360,9 @@ def test_answer_figure_and_provenance_are_read_as_data(tmp_path):
     assert page.count("It <b>does</b>.") == page.count("<p>opened</p>") == 1
     places = [page.index(part) for part in ("Does it?", "It <b>", "<figure>one", "<figure>two", "<p>opened")]
     assert places == sorted(places)  # title, answer, figures, and at the foot what the study was opened with
+    cells.insert(3, new_markdown_cell("Some words.\n\n## Claims\n\nIt does."))  # a picture before them is of a method
+    nbformat.write(new_notebook(cells=cells), executed)
+    assert (outline(executed)["figure"], outline(executed)["svg"]) == ("two", "<svg>2</svg>")
 
 
 # --- kills ------------------------------------------------------------------------------------------------------------

@@ -92,7 +92,9 @@ def render(
 
 
 def outline(executed: Path) -> dict[str, Any]:
-    """What an executed notebook, or what there is of it, says as data; of several figures the first.
+    """What an executed notebook, or what there is of it, says as data.
+
+    Of several figures it is the first after the claims, whose results it shows; before them stand those of the method.
 
     Returns:
         ``title`` and ``answer``, as HTML, ``evidence``, ``figure``, ``svg``, ``provenance``; "" for what is not said.
@@ -101,7 +103,10 @@ def outline(executed: Path) -> dict[str, Any]:
         cells = nbformat.read(executed, 4).cells
     except (OSError, ValueError):
         cells = []
-    told = [said(output) for cell in cells for output in cell.get("outputs", [])]
+    claims = next((i for i, c in enumerate(cells) if re.search(r"^## Claims$", c.source, re.MULTILINE)), 0)
+    results = [said(output) for cell in cells[claims:] for output in cell.get("outputs", [])]
+    told = [s for s in results if "figure" in s]
+    told += [said(output) for cell in cells for output in cell.get("outputs", [])]
     texts = [cell.source for cell in cells if cell.cell_type == "markdown"]
     title = next((m[1] for text in texts if (m := re.search(r"^# (.+)$", text, re.MULTILINE))), executed.stem)
     found = {
