@@ -202,7 +202,7 @@ def _run_all(
                     errors[study], text = f"{type(error).__name__}: {error}".splitlines()[0], "not published"
                 bar.update(1 - done[study])
                 bar.write(f"{study}: {errors[study] or 'complete'} ({text})", file=sys.stderr)
-                states[study] = state(study, parameters[study], reports)  # the keys of all take seconds
+                states[study] = state(study, parameters[study], reports)  # its own alone: the keys of all take seconds
                 _index(states, reports, build)  # each page is there as soon as it is done
         except BaseException:
             stop.set()
