@@ -13,7 +13,7 @@ import nbformat
 import pandas as pd
 import psutil
 import pytest
-from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output, new_raw_cell
 
 from lib import reproduce as room
 from lib import study
@@ -363,6 +363,15 @@ def test_answer_figure_and_provenance_are_read_as_data(tmp_path):
     cells.insert(3, new_markdown_cell("Some words.\n\n## Claims\n\nIt does."))  # a picture before them is of a method
     nbformat.write(new_notebook(cells=cells), executed)
     assert (outline(executed)["figure"], outline(executed)["svg"]) == ("two", "<svg>2</svg>")
+
+
+def test_a_page_runs_nothing_of_a_raw_cell_and_shows_code_as_it_is(tmp_path):
+    raw = new_raw_cell("<script>alert(1)</script>", metadata={"raw_mimetype": "text/html"})
+    cells = [new_markdown_cell("# Mine"), new_code_cell("a < '<script>'"), raw]
+    nbformat.write(new_notebook(cells=cells), executed := tmp_path / "01_mine.ipynb")
+    page = render(executed)
+    assert "<script" not in page
+    assert "&lt;script&gt;" in page
 
 
 # --- kills ------------------------------------------------------------------------------------------------------------
