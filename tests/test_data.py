@@ -420,6 +420,21 @@ def test_a_change_that_torch_does_not_count_changes_the_checksum():
     assert len({*found, split.checksum}) == 6
 
 
+@pytest.mark.parametrize("through", ["torch", "data", "numpy"])
+def test_examples_that_are_exchanged_change_the_checksum(through):
+    random = torch.Generator().manual_seed(0)
+    split = data.Split(torch.randn(6000, 1, 2, 2, generator=random), torch.arange(6000) % 7)
+    pairs = torch.randperm(6000, generator=random)[:120]
+    found = [split.checksum]
+    for tensor in (split.y, split.x):
+        for which in (pairs, pairs[:2]):
+            place = {"torch": tensor, "data": tensor.data, "numpy": tensor.numpy()}[through]
+            place[which if through != "numpy" else which.numpy()] = place[which.flip(0)]  # the sum of bits stays
+            found.append(split.checksum)
+    assert len({*found}) == 5
+    assert found[-1] == data.Split(split.x.clone(), split.y.clone()).checksum
+
+
 def test_a_tensor_is_hashed_once(corners, monkeypatch):
     corners.checksum  # noqa: B018
     monkeypatch.setattr(torch.Tensor, "flatten", lambda self: pytest.fail("looked at again"))

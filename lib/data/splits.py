@@ -124,15 +124,19 @@ def _digest(tensor: Tensor) -> str:
     return known[1]
 
 
-def _glance(tensor: Tensor) -> tuple[int, str]:
-    """The sum of a tensor's bits, and some of its rows: what an edit changes, also through NumPy or ``.data``.
+def _glance(tensor: Tensor) -> tuple[int, int, str]:
+    """Torch's own count of edits, and for edits through NumPy or ``.data`` a sum of bits and some of the rows.
 
-    Such an edit leaves torch's own count of changes as it was. A digest takes ten times as long.
+    A row counts by a power of its odd place, so that rows that change places are seen, as label noise is. A digest
+    takes ten times as long. What NumPy moves about inside of a few rows goes unseen.
     """
     real = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
-    bits = real.reshape(-1, *real.shape[1:]).view(_WHOLE[real.element_size()])
+    bits = torch.atleast_1d(real).view(_WHOLE[real.element_size()])
+    sums = bits[..., None].sum([*range(1, bits.ndim + 1)], dtype=torch.int64)  # (N,); flattened it would be a copy
+    places = (2 * torch.arange(len(bits), device=bits.device) + 1) ** 3
     rows = bits[:: max(1, len(bits) // 16)].cpu().contiguous().numpy()
-    return int(bits.sum(dtype=torch.int64)), _together(rows)
+    edits = 0 if tensor.is_inference() else tensor._version
+    return edits, int((sums * places).sum()), _together(rows)
 
 
 _WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
