@@ -488,6 +488,29 @@ class TestNetworks:
             with torch.no_grad():
                 torch.testing.assert_close(y, layer(rounds(x)), rtol=1e-4, atol=1e-5)
 
+    @pytest.mark.parametrize("bits", [4, None])
+    def test_ranges_do_not_hang_on_how_many_images_choose_them(self, bits):
+        """256 vectors are looked at: with 256 images of equal size, even steps would see the same corner of each."""
+        torch.manual_seed(3)
+        layer = nn.Conv2d(3, 8, 3, padding=1, bias=False).requires_grad_(False)
+        images = torch.zeros(300, 3, 16, 16)
+        images[:, :, 3:, 4:] = torch.rand(300, 3, 13, 12)  # the border is empty
+        right = layer(images[:20])
+
+        def error(count):
+            placed = crossbar.on_arrays(nn.Sequential(layer), Array(adc_bits=bits), images[:count])
+            return float((placed(images[:20]) - right).norm())
+
+        usual = error(250)
+        assert [error(n) for n in (64, 128, 255, 256, 257)] == pytest.approx([usual] * 5, rel=0.1)
+
+    def test_values_that_are_looked_at_are_of_all_places(self):
+        rows = torch.zeros(1 << 10, 1 << 9)
+        rows[:, 1::2] = torch.rand(1 << 10, 1 << 8, generator=torch.Generator().manual_seed(0)) + 1
+        found = crossbar.calibrated(rows, 4, signed=False)  # of every second value, zeros alone are seen
+        assert found.step < 1  # values are not whole, whatever the first of them are
+        assert float((found.convert(rows) - rows).abs().max()) <= found.step
+
     def test_ranges_are_those_of_what_a_layer_meets_behind_arrays(self, net):
         in_arrays = crossbar.on_arrays(net, Array(adc_bits=5), SEEN)
         for name, x, _ in seen_by(in_arrays, SEEN):

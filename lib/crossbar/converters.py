@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from lib.crossbar.mapping import CrossbarError
@@ -77,11 +78,19 @@ class Converter:
         return ((sums - self.low) / self.step).round().clamp(0, self.codes) * self.step + self.low
 
 
+def sample(count: int, most: int) -> Tensor | slice:
+    """Which of ``count`` things to look at, at most ``most`` of them: drawn once for all, so the same in every call.
+
+    What lies image by image, row by row, is periodic: even steps through it meet the same place of every image.
+    """
+    return torch.randint(count, (most,), generator=torch.Generator().manual_seed(0)) if count > most else slice(None)
+
+
 def calibrated(values: Tensor, bits: int, signed: bool, tried: int = 20, most: int = 1 << 18) -> Converter:
     """The converter of least squared error over some values, its range a share of their largest, in equal parts.
 
     Args:
-        tried: ranges. most: values that are looked at, evenly spread; the largest of all is known.
+        tried: ranges. most: values that are looked at, drawn once for all; the largest of all is known.
 
     >>> from lib.crossbar import calibrated
     >>> calibrated(torch.tensor([0.0, 1.0, 2.0, 3.0]), bits=2, signed=False)
@@ -92,7 +101,7 @@ def calibrated(values: Tensor, bits: int, signed: bool, tried: int = 20, most: i
     """
     values = values.flatten()
     largest = float(values.abs().max()) or 1.0
-    values = values[:: -(-len(values) // most)]
     whole = bool((values == values.round()).all())
+    values = values[sample(len(values), most)]
     converters = (Converter.up_to(largest * k / tried, bits, signed, whole) for k in range(1, tried + 1))
     return min(converters, key=lambda c: float((c.convert(values) - values).square().mean()))

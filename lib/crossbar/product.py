@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lib.crossbar import compiled
-from lib.crossbar.converters import Converter, calibrated
+from lib.crossbar.converters import Converter, calibrated, sample
 from lib.crossbar.mapping import CrossbarError, Polarized
 from lib.crossbar.tiling import Array
 
@@ -192,10 +192,10 @@ class Programmed:
         """Choose the converter's range that loses least of the columns' sums for inputs as in calls.
 
         Args:
-            most: vectors of each that are looked at, evenly spread.
+            most: vectors of each that are looked at.
         """
         if not self.lossless:
-            some = (x[:, :: -(-x.shape[1] // most)] for x in inputs)
+            some = (x[:, sample(x.shape[1], most)] for x in inputs)
             parts = (part for x in some for part in self._parts(x, signed))
             sums = torch.cat([sums[:, :-1].flatten() for part in parts for sums in self._sums(part)])
             self.converter = calibrated(sums if self.signed_sums else sums.abs(), self.array.adc_bits, self.signed_sums)
