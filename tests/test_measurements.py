@@ -256,10 +256,30 @@ def test_tables_of_two_machines_are_added(tmp_path):
     false = Measurement("kept", ({"seed": 2, "kept": 0.9},), "p2", "c")
     write_table(mine, [rows[0], old, rows[2]])
     write_table(theirs, [rows[1], false, rows[3]])
-    with pytest.warns(UserWarning, match="differs in .*theirs.csv; left as it was"):
+    with pytest.warns(UserWarning, match="1 measurements differ in .*theirs.csv, .*: left as they were"):
         assert merge(mine, theirs) == (1, 1)
     assert {m.point: m.rows[0]["kept"] for m in read_table(mine)} == {"p0": 0, "p1": 0.5, "p2": 1.0, "p3": 1.5}
     assert merge(tmp_path / "new.csv", mine) == (4, 0)
+
+
+@pytest.mark.parametrize("own", ["today", ""])
+@pytest.mark.parametrize("code", ["other", ""])
+@pytest.mark.parametrize("same", [True, False])
+def test_only_a_code_that_is_known_is_newer_than_one_that_is_not(tmp_path, own, code, same):
+    """Two that differ, of codes both known or both not, are in no order: what was there stays, and it is said."""
+    first = Measurement("kept", ({"seed": 0, "kept": 90.0},), "p", own)
+    second = Measurement("kept", ({"seed": 0, "kept": 90.0 if same else 10.0},), "p", code)
+    open_ = not same and bool(own) == bool(code)
+    won = second if code and not own else first
+    write_table(mine := tmp_path / "mine.csv", [first])
+    write_table(theirs := tmp_path / "theirs.csv", [second])
+    write_table(both := tmp_path / "both.csv", [first, second])  # as of two tables one below the other
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert merge(mine, theirs) == (0, int(won is second))
+        assert [(m.rows, m.code) for m in read_table(mine)] == [(won.rows, won.code)]
+        assert [(m.rows, m.code) for m in read_table(both)] == [(won.rows, won.code)]
+    assert len(said) == 2 * open_
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import nbformat
 import pandas as pd
 import psutil
 import pytest
+from filelock import FileLock
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output, new_raw_cell
 
 from lib import reproduce as room
@@ -21,6 +22,7 @@ from lib.reproduce import batch, last_run, preset_parameters, render, reproduce,
 from lib.reproduce.__main__ import main
 from lib.reproduce.page import mathml, outline
 from lib.reproduce.run import failure
+from lib.study.tables import Measurement, read_table, write_table
 
 NAME = "01_lottery_ticket_vs_finetuning"
 TINY = {"train_size": 256, "test_size": 256, "epochs": 2, "admm_epochs": 1, "seeds": 1}
@@ -424,6 +426,21 @@ def test_a_killed_batch_leaves_no_report_and_no_process(slow):
     assert run_batch(reports) == 0  # the same command goes on
     assert (reports / "01_slow.html").is_file()
     assert list((batch.folders("smoke", reports)[1]).glob("*.run")) == []
+
+
+def test_rows_are_merged_after_a_run_which_publishes_the_table_that_it_began_with(small, tmp_path):
+    folder, reports = small
+    write_study(folder, "01_study", "n")
+    row = Measurement("kept", ({"seed": 0, "kept": 1.0},), "p", "c")
+    write_table(tmp_path / "theirs" / "results" / "01_study.csv", [row])
+    (build := batch.folders("smoke", reports)[1]).mkdir(parents=True)
+    adds = threading.Thread(target=lambda: batch.merged("smoke", tmp_path / "theirs", reports))
+    with FileLock(build / "01_study.lock"):  # as a batch holds it
+        adds.start()
+        adds.join(0.3)
+        write_table(table := reports / "results" / "01_study.csv", [])
+    adds.join(10)
+    assert [m.rows for m in read_table(table)] == [row.rows]
 
 
 def test_a_killed_kernel_is_a_failure_that_is_told(slow):

@@ -101,17 +101,24 @@ def reproduce(
 def merged(preset: str, other: Path, reports: Path | None = None) -> dict[str, tuple[int, int]]:
     """Add the measurements of another report folder to those of a preset, see `lib.study.tables.merge`.
 
+    A study that runs is waited for: it publishes the table that it began with.
+
     Returns:
         By study, how many were added and how many replaced.
 
     Raises:
         ParameterError: the other folder has none. MeasurementError, OSError: as there.
     """
-    reports, _ = folders(preset, reports)
+    reports, build = folders(preset, reports)
     found = {file.stem: file for file in sorted((other / "results").glob("*.csv")) if file.stem in studies()}
     if not found:
         raise ParameterError(f"{other} has no results/*.csv of a study")
-    return {study: merge(reports / "results" / f"{study}.csv", file) for study, file in found.items()}
+    build.mkdir(parents=True, exist_ok=True)
+    counts = {}
+    for study, file in found.items():
+        with FileLock(build / f"{study}.lock"):
+            counts[study] = merge(reports / "results" / f"{study}.csv", file)
+    return counts
 
 
 def _states(parameters: dict[str, dict], reports: Path) -> dict[str, str]:

@@ -134,18 +134,18 @@ def read_table(path: Path) -> list[Measurement]:
         ]
         told = dict(zip(STAMPS, stamps[1:], strict=True))
         m = Measurement(stamps[0], (*values,), **told | {"seconds": float(told["seconds"] or nan)})
-        before = found.get(m.key)
-        if not whole or (before and before.code == m.code and repr(before.rows) != repr(m.rows)):
+        newer = _newer(found.get(m.key, m), m) if whole else None
+        if newer is None:
             aside += rows.values()
         else:
-            found[m.key] = m
+            found[m.key] = newer
     if aside:
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows([head, *aside])
         write_whole(path.parent / "damaged" / path.name, text.getvalue())
         warnings.warn(
             f"{path.name}: {len(aside)} of {len(lines) - 1} rows are damaged, without their others, or differ from "
-            f"others of the same point and code: set aside in damaged/{path.name}, the first {','.join(aside[0])[:50]}",
+            f"others of the same point: set aside in damaged/{path.name}, the first {','.join(aside[0])[:50]}",
             stacklevel=2,
         )
     return [*found.values()]
@@ -174,8 +174,8 @@ def write_table(path: Path, measurements: Iterable[Measurement]) -> None:
 def merge(table: Path, other: Path) -> tuple[int, int]:
     """Add another table's measurements to one: those of points that it has not, and newer ones of those that it has.
 
-    A measurement of code that is still there is newer than one of code that nobody knows; two of the same code have to
-    agree, and else the table's own stays, aloud.
+    A measurement of code that is still known is newer than one of code that nobody knows any more. Of two others that
+    differ nobody can tell which is newer: the table's own stays, aloud.
 
     Returns:
         How many were added, and how many of the table's own they replace.
@@ -184,13 +184,26 @@ def merge(table: Path, other: Path) -> tuple[int, int]:
         MeasurementError, OSError: as in `read_table`.
     """
     own = {m.key: m for m in read_table(table)} if table.is_file() else {}
-    added = {m.key: m for m in read_table(other) if repr(m.rows) != repr(getattr(own.get(m.key), "rows", None))}
-    differ = [m for m in added.values() if m.key in own and own[m.key].code == m.code]
-    for m in differ:
-        del added[m.key]
-        warnings.warn(f"{table.name}: {m.experiment}({m.rows[0]}) differs in {other}; left as it was", stacklevel=2)
-    write_table(table, (own | added).values())
-    return len(added.keys() - own.keys()), len(added.keys() & own.keys())
+    found, left = dict(own), []
+    for m in read_table(other):
+        newer = _newer(own[m.key], m) if m.key in own else m
+        left += [m] * (newer is None)
+        found[m.key] = newer or own[m.key]
+    if left:
+        warnings.warn(
+            f"{table.name}: {len(left)} measurements differ in {other}, and no code is known to be the newer one: left "
+            f"as they were, the first {left[0].experiment}({left[0].rows[0]})",
+            stacklevel=2,
+        )
+    write_table(table, found.values())
+    return len(found) - len(own), sum(found[key] is not m for key, m in own.items())
+
+
+def _newer(own: Measurement, other: Measurement) -> Measurement | None:
+    """Of two measurements of a point the one whose code is known, else the first if they agree; None: who can tell?"""
+    if bool(own.code) != bool(other.code):
+        return own if own.code else other
+    return own if repr(own.rows) == repr(other.rows) else None
 
 
 def _text(value: Any) -> str:
