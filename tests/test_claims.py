@@ -95,6 +95,10 @@ def test_claims_are_stated_once_and_before_they_are_settled(study):
         ({"paper": "PatDNN", "fixed": "later"}, "fixed = 'later': allowed are before, after pilot"),
         ({"paper": "PatDNN", "setting": "toy"}, "setting = 'toy': allowed are as published"),
         ({"paper": "PatDNN", "condition": "points lost"}, "a condition has words and a criterion"),
+        (
+            {"paper": "PatDNN", "condition": "ratio", "holding": near(1.93, 0.05, at_least(1))},
+            "a condition is a bound; a number to be near is a claim of its own",
+        ),
     ],
 )
 def test_a_claim_is_somebodys_and_of_a_kind(study, details, said):
@@ -150,7 +154,23 @@ def test_a_number_is_reproduced_by_that_number_alone(low, high, verdict):
 )
 def test_what_is_claimed_together_is_judged_together(bounds, condition, verdict):
     claim = Claim("1", "a", "Early-Bird", "direction", "", "", at_least(4.5), "", "points lost", at_most(1.0))
-    assert judged(claim, bounds, 5, condition) == verdict
+    assert judged(claim, bounds, 5, condition and (*condition, 5)) == verdict
+
+
+def test_a_condition_needs_as_many_networks_as_its_criterion_asks_for(study):
+    for i, (claim, holding) in enumerate([(5, 5), (1, 1), (1, 5)]):
+        joint = {"condition": "points lost", "holding": at_most(0.5, n=holding)}
+        study.expect(f"{i}", "faster", at_least(1, n=claim), kind="ours", **joint)
+    study.settle("0", FIVE, condition=[0.1, 0.1])
+    assert study.verdicts["0"]["verdict"] == "inconclusive"
+    assert study.verdicts["0"]["condition"] == "points lost <= 0.5: 0.100 [0.100, 0.100] (n = 2)"
+    study.settle("0", FIVE, condition=[9.0, 9.1, 9.0, 9.1])
+    assert study.verdicts["0"]["verdict"] == "inconclusive"
+    for i, verdict in (("1", "reproduced"), ("2", "inconclusive")):  # a sum is decided by its single value
+        study.settle(i, [2.0], condition=[0.1])
+        assert study.verdicts[i]["verdict"] == verdict
+    study.settle("1", [2.0], condition=[0.6])
+    assert study.verdicts["1"]["verdict"] == "not reproduced"
 
 
 def test_what_an_interval_is_over_is_told_where_it_is_not_networks(study):

@@ -194,6 +194,8 @@ class Claim:
                 raise ParameterError(f"claim {self.id}, {name} = {value!r}: allowed are {', '.join(get_args(allowed))}")
         if bool(self.condition) != (self.holding is not None):
             raise ParameterError(f"claim {self.id}: a condition has words and a criterion, or neither")
+        if self.holding and self.holding.value is not None:
+            raise ParameterError(f"claim {self.id}: a condition is a bound; a number to be near is a claim of its own")
 
     @property
     def wording(self) -> str:
@@ -208,12 +210,16 @@ class Claim:
         return f"{self.condition} {self.holding.said()}" if self.holding else ""
 
 
-def judged(claim: Claim, bounds: tuple[float, float], n: int, condition: tuple[float, float] | None) -> Verdict:
-    """The verdict on a claim and its condition together: a condition that fails fails the claim, whatever it gains."""
+def judged(claim: Claim, bounds: tuple[float, float], n: int, condition: tuple[float, float, int] | None) -> Verdict:
+    """The verdict on a claim and its condition together: a condition that fails fails the claim, whatever it gains.
+
+    Both, ``(low, high)`` from ``n`` and ``(low, high, n)``, need the networks that their criteria ask for.
+    """
     verdict = claim.criterion.verdict(*bounds, n)
     if claim.holding is None or verdict == "not reproduced" or n < claim.criterion.n or not np.isfinite(bounds).all():
         return verdict
-    holds = claim.holding.holds(*condition) if condition else None
+    low, high, beside = condition or (np.nan, np.nan, 0)
+    holds = claim.holding.holds(low, high) if beside >= claim.holding.n else None
     return verdict if holds else "inconclusive" if holds is None else "not reproduced"
 
 

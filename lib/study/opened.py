@@ -117,7 +117,7 @@ class Study:
         Args:
             geometric: average their logarithms, as ratios ask for: 2 and 1/2 then have the mean 1.
             also: a standard error that all values have in common (of logarithms, where these are averaged).
-            condition: the same for what must hold with it.
+            condition: the same for what must hold with it; its values are averaged as they are.
 
         Raises:
             ParameterError: the claim was never stated, or has a condition and is given nothing for it.
@@ -130,10 +130,13 @@ class Study:
             low = high = mean
         beside, joint = None, claim.joint
         if condition is not None:
-            beside = dict(zip(("measured", "low", "high"), interval(condition), strict=True))
-            beside |= {"n": len(condition), "bound": claim.holding.bound}
-            joint += f": {measured(beside)}"
-        bounds = (beside["low"], beside["high"]) if beside else None
+            there, lowest, highest = interval(condition)
+            if claim.holding.n == len(condition) == 1:
+                lowest = highest = there
+            beside = lowest, highest, len(condition)
+            told = dict(zip(("low", "high", "n"), beside, strict=True))
+            told |= {"measured": there, "bound": claim.holding.bound}
+            joint += f": {measured(told)}" + f" (n = {len(condition)})" * (len(condition) != len(values))
         self.verdicts[id] = {
             "measured": mean,
             "low": low,
@@ -141,7 +144,7 @@ class Study:
             "n": len(values),
             "bound": claim.criterion.bound,
             "condition": joint,
-            "verdict": judged(claim, (low, high), len(values), bounds),
+            "verdict": judged(claim, (low, high), len(values), beside),
             "cell": shell.execution_count if (shell := get_ipython()) else None,
         }
 
