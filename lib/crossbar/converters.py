@@ -100,8 +100,8 @@ def calibrated(values: Tensor, bits: int, signed: bool, tried: int = 20, most: i
     1.0
     """
     values = values.flatten()
-    largest = float(values.abs().max()) or 1.0
-    whole = bool((values == values.round()).all())
+    largest = float(torch.stack(values.aminmax()).abs().max()) or 1.0  # of sums there can be gigabytes: no copy of all
     values = values[sample(len(values), most)]
+    whole = bool((values == values.round()).all())
     converters = (Converter.up_to(largest * k / tried, bits, signed, whole) for k in range(1, tried + 1))
     return min(converters, key=lambda c: float((c.convert(values) - values).square().mean()))
