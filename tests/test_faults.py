@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections import OrderedDict
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import make_dataclass, replace
 from functools import partial
 from math import exp, log, sqrt
 
@@ -18,7 +18,9 @@ from torch import nn
 from lib import data, models, pruning, recipes, shapes, training
 from lib.constraint import attach_masks, leaf, masks, state_of
 from lib.crossbar import CrossbarError, Mapping
+from lib.crossbar.devices import disturbed
 from lib.faults import (
+    Device,
     InSlice,
     PhaseChange,
     PowerLaw,
@@ -262,6 +264,43 @@ def test_read_noise_is_new_for_every_chip_and_the_same_for_the_same(trained, ima
     assert sweep(trained, "differential", [0.0, 0.05], [0, 1], images.test, faults=ReadNoise)["accuracy"].equals(found)
     assert found[0] == found[1]
     assert found[2] != found[3]
+
+
+# --- several devices --------------------------------------------------------------------------------------------------
+
+
+def test_defects_of_two_devices_are_two_populations():
+    """In all cells or in those of a slice; the later defect is the one that is seen."""
+    on, off = StuckAt.of(on=0.3, off=0), StuckAt.of(on=0, off=0.4)
+    for pair in ((on, off), (InSlice(on, 0), off), (on, InSlice(off, 0)), (InSlice((on, off), 0),)):
+        cells = disturbed(torch.full(SHAPE, 0.5), pair, Mapping(), 0, "fc")
+        shares = [float((cells == g).float().mean()) for g in (0.0, 1.0)]
+        assert shares == pytest.approx([0.4, 0.3 * 0.6], abs=4 * sqrt(0.25 / SHAPE.numel()))
+
+
+def test_what_several_devices_draw_is_independent():
+    kinds = Variation(0.05), Published("milo_hfo2"), PowerLaw(2, 0.05, "random"), PhaseChange(60), Relaxation(1000, 90)
+    half = torch.full((1, 2, 100, 100), 0.5)
+    for one in kinds:
+        alone = disturbed(half.clone(), one, Mapping(), 0, "fc")
+        for other in kinds:
+            both = disturbed(half.clone(), (one, other), Mapping(), 0, "fc")
+            together = float(torch.corrcoef(torch.stack([alone, both - alone]).flatten(1))[0, 1])
+            assert abs(together) < 0.1, (one, other)  # some move a cell by its state; of equal numbers it is 0.7 to 1
+    seen = disturbed(half.clone(), (Variation(0.2), StuckAt(0.1)), Mapping(), 0, "fc")  # of one kind each: as alone
+    by_hand = StuckAt(0.1).disturb(Variation(0.2).disturb(half, Mapping(), 0, "fc"), Mapping(), 0, "fc")
+    assert torch.equal(seen, by_hand)
+
+
+def test_noise_of_two_reads_is_independent():
+    net = nn.Sequential(nn.Linear(4, 2000, bias=False))
+    bench = trials_module._Bench(net, "two_column", data.Split(torch.ones(1, 4), torch.zeros(1).long()), 1)
+    steady, noises = bench.model(torch.ones(1, 4)), []
+    for before in (0, 1):
+        (hook,) = bench._read_noise(ReadNoise(0.1), 0, before)
+        noises.append((bench.model(torch.ones(1, 4)) - steady)[0])
+        hook.remove()
+    assert abs(float(torch.corrcoef(torch.stack(noises))[0, 1])) < 5 / sqrt(2000)
 
 
 # --- trials -----------------------------------------------------------------------------------------------------------
@@ -556,6 +595,9 @@ def test_bad_models_and_faults_are_named(trained, images):
         ill.fc2.weight[0, 0] = float("nan")
     with pytest.raises(CrossbarError, match="'fc2' has weights that are not finite"):
         sweep(ill, "offset", [0.1], 1, images.test)
+    aged = make_dataclass("Aged", [("by", float)], bases=(Device,))  # has no hash, so no trial could be known by it
+    with pytest.raises(CrossbarError, match=r"Aged\(by=0.5\) cannot be told from its equals: .*frozen=True"):
+        sweep(trained, "offset", [0.5], 1, images.test, faults=aged)
     with pytest.raises(CrossbarError, match="add up to at most 1"):
         StuckAt.of(on=0.7, off=0.4)
     with pytest.raises(CrossbarError, match="allowed are 'cells', 'rows'"):

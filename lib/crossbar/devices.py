@@ -21,6 +21,9 @@ class Device:
     [0.0, -0.75]
     """
 
+    draws: ClassVar[tuple[str, ...]] = ()
+    """Kinds of random numbers of a chip that it takes, where others may take the same, see `disturbed`."""
+
     lasting: ClassVar[bool] = True
     """Whether cells stay as they are until the next write, so that weights can be read back once for all inputs."""
 
@@ -40,12 +43,33 @@ def each(devices: Devices, lasting: bool = False) -> tuple[Device, ...]:
         lasting: others are refused.
 
     Raises:
-        CrossbarError: something that is no device, or one that is new at every read where it cannot be drawn.
+        CrossbarError: something that is no device, a dataclass that is not frozen, or a device that is new at every
+            read where it cannot be drawn.
     """
     found = tuple(devices) if isinstance(devices, tuple | list) else (devices,)
     for device in found:
         if not isinstance(device, Device):
             raise CrossbarError(f"{device!r} is no device: allowed are those of lib.faults, one or a tuple of them")
+        if type(device).__hash__ is None:
+            raise CrossbarError(f"{device!r} cannot be told from its equals: write @dataclass(frozen=True)")
         if lasting and not device.lasting:
             raise CrossbarError(f"{device!r} is new at every read: only the trials of lib.faults.sweep draw it")
     return found
+
+
+def disturbed(cells: Tensor, devices: Devices, mapping: Mapping, chip: int, layer: str) -> Tensor:
+    """The cells after a device, or after several in turn, which are independent even where they draw the same kind.
+
+    The first to draw a kind of random numbers draws those that it draws alone; the next ones have others.
+    """
+    met: dict[str, int] = {}
+    for device in each(devices):
+        before = max((met.get(kind, 0) for kind in device.draws), default=0)
+        met |= dict.fromkeys(device.draws, before + 1)
+        cells = device.disturb(cells, mapping, chip, of_its_own(layer, before))
+    return cells
+
+
+def of_its_own(layer: str, before: int) -> str:
+    """The name by which a device draws a layer's random numbers, behind so many others that draw the same kind."""
+    return f"{layer}, {before}" if before else layer

@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 
 from lib.constraint import plain
 from lib.crossbar.converters import Converter, calibrated
-from lib.crossbar.devices import Devices, each
+from lib.crossbar.devices import Devices, disturbed, each
 from lib.crossbar.mapping import CrossbarError
 from lib.crossbar.product import CHUNK, Programmed
 from lib.crossbar.tiling import Array
@@ -249,8 +249,7 @@ def _programmed(layer, array, devices, chip, name, wires) -> Programmed:
     groups = getattr(layer, "groups", 1)
 
     def change(cells: Tensor) -> Tensor:
-        for device in devices:
-            cells = device.disturb(cells, array.mapping, chip, name)
+        cells = disturbed(cells, devices, array.mapping, chip, name)
         return wires.weaken(cells, array, groups) if wires else cells
 
     return Programmed(layer.weight.detach(), array, groups, change if devices or wires else None)

@@ -1,7 +1,8 @@
 """Chips: a chip is a number, from which all that is particular about its cells follows.
 
 The same chip has the same faults and deviations at every setting of a device, under every mapping of as many slices,
-and in every network whose layers have the same names and shapes.
+and in every network whose layers have the same names and shapes. Of two devices that draw the same kind of random
+numbers only the first has those of the chip (`lib.crossbar.devices.disturbed`), so that their populations are two.
 
 Which cells fail, and when?
 

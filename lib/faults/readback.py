@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lib.constraint import plain
 from lib.crossbar import CrossbarError, Mapping
-from lib.crossbar.devices import Devices, each
+from lib.crossbar.devices import Devices, disturbed, each
 from lib.crossbar.inference import refuse_arrays
 from lib.shapes import all_layers, prunable
 
@@ -58,8 +58,7 @@ def read_back(weight: Tensor, mapping: Mapping, devices: Devices, chip: int, lay
     exact = weight.float()  # 1 - 0.001 is 1 in bfloat16
     scale = mapping.range_of(exact)
     cells = mapping.encode(exact, scale)
-    for device in each(devices):
-        cells = device.disturb(cells, mapping, chip, layer)
+    cells = disturbed(cells, devices, mapping, chip, layer)
     return mapping.decode(cells, scale).to(weight.dtype)
 
 

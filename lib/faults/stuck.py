@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass
 from math import inf
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lib.crossbar import CrossbarError, Device, Mapping
-from lib.crossbar.devices import Devices, each
+from lib.crossbar.devices import Devices, disturbed, each
 from lib.faults.chips import events, failures, time_of
 
 RATIO = 5.2
@@ -46,6 +46,7 @@ class StuckAt(Device):
     array: int = 128
     radius: float = 3.0
     fill: float = 0.5
+    draws: ClassVar = ("failures",)
 
     def __post_init__(self) -> None:
         if not 0 <= self.rate <= 1:
@@ -148,6 +149,11 @@ class InSlice(Device):
     def __post_init__(self) -> None:
         each(self.device, lasting=True)
 
+    @property
+    def draws(self) -> tuple[str, ...]:
+        """What its devices draw."""
+        return tuple(kind for device in each(self.device) for kind in device.draws)
+
     def disturb(self, cells: Tensor, mapping: Mapping, chip: int, layer: str) -> Tensor:
         """The other slices stay as they are.
 
@@ -156,8 +162,5 @@ class InSlice(Device):
         """
         if not 0 <= self.slice < len(cells):
             raise CrossbarError(f"slice = {self.slice}: the mapping has slices 0 to {len(cells) - 1}")
-        broken = cells.clone()
-        for device in each(self.device):
-            broken = device.disturb(broken, mapping, chip, layer)
-        cells[self.slice] = broken[self.slice]
+        cells[self.slice] = disturbed(cells.clone(), self.device, mapping, chip, layer)[self.slice]
         return cells

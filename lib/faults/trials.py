@@ -14,7 +14,7 @@ from torch.func import functional_call, vmap
 
 from lib.constraint import plain
 from lib.crossbar import CrossbarError
-from lib.crossbar.devices import Devices, each
+from lib.crossbar.devices import Devices, each, of_its_own
 from lib.data import Split, Task
 from lib.faults.chips import stream
 from lib.faults.journal import Journal
@@ -51,7 +51,7 @@ class _Bench:
         """Accuracy in [0, 1] on one chip."""
         for name, weight in self.weights(devices, chip).items():
             self.layers[name][0].weight.copy_(weight)
-        hooks = [hook for device in _reads(devices) for hook in self._read_noise(device, chip)]
+        hooks = [hook for i, device in enumerate(_reads(devices)) for hook in self._read_noise(device, chip, i)]
         never = set(self.layers) if hooks else set()
         for name in never:
             watch = lambda *_, name=name: never.discard(name)  # noqa: E731
@@ -68,11 +68,11 @@ class _Bench:
                 hook.remove()
         return accuracy
 
-    def _read_noise(self, device: ReadNoise, chip: int) -> Iterator:
+    def _read_noise(self, device: ReadNoise, chip: int, before: int = 0) -> Iterator:
         for name, modules in self.layers.items():
             sigma = device.sigma * self.mapping[name].noise_gain(self.mapping[name].range_of(self.healthy[name]))
             random = torch.Generator(self.healthy[name].device)
-            random.manual_seed(int(stream(chip, name, 5).integers(2**62)))
+            random.manual_seed(int(stream(chip, of_its_own(name, before), 5).integers(2**62)))
             yield from (_add_noise(module, float(sigma), random) for module in modules)
 
     def together(self, devices: Devices, chips: Sequence[int]) -> list[float]:

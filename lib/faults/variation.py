@@ -47,6 +47,7 @@ class Variation(Device):
     sigma: float
     kind: Literal["lognormal", "gaussian", "additive"] = "lognormal"
     mean_corrected: bool = False
+    draws: ClassVar = ("write",)
 
     def __post_init__(self) -> None:
         _need(0 <= self.sigma < inf, f"sigma = {self.sigma}: allowed are numbers from 0")
@@ -74,6 +75,7 @@ class Published(Device):
     """
 
     name: str
+    draws: ClassVar = ("write",)
 
     def __post_init__(self) -> None:
         known = table("write_variation").frame.index
@@ -107,6 +109,7 @@ class PowerLaw(Device):
     seconds: float
     exponent: float
     toward: Literal["on", "off", "random"] = "off"
+    draws: ClassVar = ("drift",)
 
     def __post_init__(self) -> None:
         _need(self.seconds >= 1, f"seconds = {self.seconds}: allowed is 1 or more")
@@ -136,6 +139,7 @@ class PhaseChange(Device):
     """
 
     seconds: float
+    draws: ClassVar = ("write", "drift", "read")
 
     def __post_init__(self) -> None:
         _need(
@@ -169,6 +173,7 @@ class Relaxation(Device):
 
     seconds: float
     g_max_uS: float
+    draws: ClassVar = ("drift",)
 
     def __post_init__(self) -> None:
         ok = self.seconds >= 1 and self.g_max_uS > 0
