@@ -1,12 +1,15 @@
 from copy import deepcopy
+from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
 
-from lib.constraint import attach_masks, kept, masks, select, state_of, weights
+from lib.constraint import attach_masks, kept, masks, select, sparsity, state_of, weights
+from lib.data import Split
 from lib.faults import StuckAt, UnderFaults
 from lib.pruning import Unstructured, cubic, uniform_plan
-from lib.recipes import MiniBatchDropping, admm, gradual, iterative, one_shot, rewind
+from lib.recipes import MiniBatchDropping, admm, gradual, iterative, one_shot, prune_and_tune, rewind
 from lib.recipes.admm import _Pull
 from lib.shapes import prunable
 from lib.training import Hook, TrainingError, evaluate, fit
@@ -64,6 +67,19 @@ def test_iterative_first_round_is_one_shot_and_later_rounds_retrain(trained, ima
     found = iterative(trained, plans, images, state_of(dense), epochs=1, lr=0.05)
     assert torch.equal(found[0]["fc1"], one_shot(dense, plans[0])["fc1"])
     assert not torch.equal(found[1]["fc1"], one_shot(dense, plans[1])["fc1"])
+
+
+@pytest.mark.parametrize("recipe", ["prune_and_tune", "iterative"])
+def test_what_one_plan_removed_stays_away_when_the_next_names_other_layers(net, images, recipe):
+    plans = [{"fc1": Unstructured(0.75)}, {"fc2": Unstructured(0.5)}, {"fc1": Unstructured(0.5)}]
+    few, options = replace(images, train=Split(images.train.x[:100], images.train.y[:100])), {"epochs": 1, "lr": 0.05}
+    if recipe == "iterative":
+        found = iterative(net, plans, few, state_of(net), **options)
+        assert [[*m] for m in found] == [["fc1"], ["fc1", "fc2"], ["fc1", "fc2"]]
+        assert all((after[n] <= m).all() for before, after in pairwise(found) for n, m in before.items())
+    else:
+        prune_and_tune(net, plans, few, dense_epochs=1, **options)
+    assert [sparsity(net, [n]) for n in ("fc1", "fc2", "fc3")] == pytest.approx([0.75, 0.5, 0.0])
 
 
 def test_gradual_pruning_follows_its_sparsities_through_one_training(net, images):

@@ -62,6 +62,11 @@ def one_shot(model: nn.Module, plan: Plan) -> Masks:
     return select(plan, weights(model, plan))
 
 
+def _tightened(held: Masks, found: Masks) -> Masks:
+    """All masks so far inside new ones: a survivor that became exactly zero is not traded for a removed weight."""
+    return held | {name: mask & held.get(name, mask) for name, mask in found.items()}
+
+
 def iterative(
     model: nn.Module,
     plans: Sequence[Plan],
@@ -78,7 +83,7 @@ def iterative(
     costs ``(len(plans) - 1) * epochs`` on top of the dense training, and the mask of plan ``i`` costs ``i * epochs``.
 
     Returns:
-        The masks of every plan, each inside the one before it.
+        The masks of every plan, each inside the one before it, also where a plan names other layers than that did.
 
     Raises:
         TrainingError: no plan.
@@ -100,11 +105,8 @@ def iterative(
         for i, plan in enumerate(plans):
             if i:
                 fit(model, data, progress=part(progress, i - 1, 1, len(plans) - 1, f"round {i}"), **fit_options)
-            masks = one_shot(model, plan)
-            if found:  # a survivor that became exactly zero must not be traded for a removed weight
-                masks = {name: m & found[-1].get(name, m) for name, m in masks.items()}
-            found.append(masks)
-            rewind(model, start, others | masks)
+            found.append(_tightened(found[-1] if found else {}, one_shot(model, plan)))
+            rewind(model, start, others | found[-1])
     return found
 
 
@@ -122,7 +124,8 @@ def prune_and_tune(
     """Train dense, then prune to one plan after the other and train inside each, in place (Han et al., NeurIPS 2015).
 
     With one plan this is one-shot pruning with fine-tuning; with several, gradual pruning without rewinding. Every
-    training is a schedule of its own. The network is left with its zeros, without masks.
+    training is a schedule of its own. What one plan has removed stays away, whatever the next one names. The network is
+    left with its zeros, without masks.
 
     Returns:
         As `fit`, the rows of all trainings, with ``stage`` (0: dense).
@@ -140,10 +143,11 @@ def prune_and_tune(
     """
     for plan in plans:
         movable(model, plan)
-    logs = []
+    logs, held = [], {}
     with own_masks(model, *plans) as others:
         for stage, (plan, length) in enumerate([(None, dense_epochs), *((plan, epochs) for plan in plans)]):
-            attach_masks(model, others | (one_shot(model, fitted(model, plan)) if plan else {}))
+            held = _tightened(held, one_shot(model, fitted(model, plan)) if plan else {})
+            attach_masks(model, others | held)
             report = part(progress, stage, 1, len(plans) + 1, f"stage {stage}")
             seeded = {"seed": stage_seed(seed, stage), "progress": report}
             logs.append(fit(model, data, epochs=length, **seeded, **fit_options))
