@@ -54,6 +54,7 @@ from lib.pruning import (
     Unstructured,
     block_max,
     correlation,
+    first_conv,
     rounds,
     uniform_plan,
 )
@@ -349,6 +350,19 @@ def test_the_library_is_voted_for_by_all_layers_together():
     assert Patterns(1).fit({"b": b})["b"].library == (bottom,)
 
 
+def test_empty_kernels_do_not_vote():
+    weight = torch.zeros(9, 1, 3, 3)
+    weight[:2, 0, 2] = 1.0  # bottom row, beside seven kernels of zeros
+    assert Patterns(2).fit({"w": weight, "x": torch.zeros(4, 1, 3, 3)})["x"].library == (0b111010000,)
+    assert Patterns(2).fit({"x": torch.zeros(4, 1, 3, 3)})["x"].library == NATURAL[:2]  # any will do
+
+
+def test_a_given_library_of_pcnn_is_the_one():
+    weight = torch.tensor([[[[1.0, 2.0, 3.0]]]])
+    assert PCNN(2, library=(0b011,)).project(weight).tolist() == [[[[1.0, 2.0, 0.0]]]]
+    assert PCNN(2, library=(0b011, 0b101)).patterns == 2
+
+
 def test_pcnn_patterns_are_picked_by_the_energy_that_they_add():
     weight = torch.zeros(6, 1, 1, 3)
     weight[:3, 0, 0] = torch.tensor([2.0, 1.9, 0.0])
@@ -611,6 +625,23 @@ def test_rounds_pass_through_every_target_and_never_loosen():
     assert all(after >= 0.8 * before - 1e-5 for before, after in pairwise(densities))
 
 
+@pytest.mark.parametrize(("target", "fraction"), [([0.5], 0.0), ([0.5], 1.0), ([1.0], 0.2), ([-0.5], 0.2)])
+def test_rounds_that_would_never_end_are_refused(target, fraction):
+    with pytest.raises(ConstraintError, match=r"rounds: target=.* allowed are sparsities"):
+        rounds(target, fraction)
+
+
+def test_the_first_convolution_of_any_dimension():
+    net = torch.nn.Sequential(torch.nn.Conv1d(1, 4, 3), torch.nn.ReLU(), torch.nn.Conv1d(4, 4, 3))
+    assert first_conv(net) == ("0",)
+    assert list(uniform_plan(net, Filter(0.5), keep_dense=first_conv(net))) == ["2"]
+
+
+def test_sparsity_of_no_layer_is_not_that_of_all():
+    with pytest.raises(ConstraintError, match="sparsity of no layer"):
+        constraint.sparsity(build("lenet300", SHAPE, 10), [])
+
+
 def test_masks_hold_parameters_that_are_no_layer():
     net = build("vgg", SHAPE, 10, width=4)
     keep = torch.tensor([True, False, True, False])
@@ -675,6 +706,13 @@ class TestGroupAdaptive:
             GroupAdaptive(2.0).project(torch.ones(4, 4))
         with pytest.raises(ConstraintError, match="leaves 1 of 8"):
             GroupAdaptive(8.0).fit({"a": torch.ones(2, 2), "b": torch.ones(2, 2)})
+
+    @pytest.mark.parametrize(
+        "groups", [Filter(0.0, coupled="sum"), Unstructured(0.0, scope="global"), NM(2, 4), Patterns(4)], ids=str
+    )
+    def test_sets_whose_budget_is_another_are_refused(self, groups):
+        with pytest.raises(ConstraintError, match=r"groups = .*: allowed are groups with a sparsity, which couple no"):
+            GroupAdaptive(2.0, groups)
 
 
 class TestLayerAdaptive:

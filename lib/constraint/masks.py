@@ -231,12 +231,17 @@ def masks(model: nn.Module) -> Masks:
 def sparsity(model: nn.Module, layers: list[str] | None = None) -> float:
     """Fraction of exact zeros among the weights of ``layers`` (all by default; other weights are left out aloud).
 
+    Raises:
+        ConstraintError: a layer that the model lacks, or an empty list.
+
     >>> from lib.constraint import sparsity
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 1))
     >>> model[0].weight.data = torch.tensor([[0.0, 2.0, 0.0, 0.0]])
     >>> sparsity(model)
     0.75
     """
+    if layers is not None and not layers:
+        raise ConstraintError("sparsity of no layer: name some, or None for all")
     found = prunable(model) if layers else all_layers(model, "sparsity", skip=True)
     if unknown := [n for n in layers or () if n not in found]:
         raise ConstraintError(f"sparsity of layer {unknown[0]!r}; the model has {', '.join(found)}")

@@ -10,7 +10,7 @@ from lib.constraint import ConstraintError, SupportConstraint
 from lib.constraint.selection import keep_largest
 from lib.constraint.views import gemm
 from lib.pruning.composed import FilterColumn
-from lib.pruning.groups import Groups, Unstructured
+from lib.pruning.groups import NM, Groups, Unstructured
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,9 @@ class GroupAdaptive(_NetworkBudget):
     Attributes:
         rate: total over kept weights. groups: the kind; `fit` makes such sets with a sparsity for each layer.
 
+    Raises:
+        ConstraintError: a rate below 1, no groups, or those of another budget: N:M, coupled filters, a global scope.
+
     >>> from lib.pruning import Filter, GroupAdaptive
     >>> layers = {"fc1": torch.tensor([[4.0, 4.0], [4.0, 4.0]]), "fc2": torch.tensor([[4.0, 4.0], [1.0, 1.0]])}
     >>> GroupAdaptive(rate=8 / 6, groups=Filter(0.0)).fit(layers)["fc2"]
@@ -88,6 +91,11 @@ class GroupAdaptive(_NetworkBudget):
     """
 
     groups: Groups = field(default_factory=lambda: Unstructured(0.0))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.groups, Groups) or isinstance(self.groups, NM) or not self.groups.per_layer:
+            raise ConstraintError(f"groups = {self.groups}: allowed are groups with a sparsity, which couple no layers")
 
     def fit(self, weights: Mapping[str, Tensor]) -> dict[str, Groups]:
         """For each layer its own budget; at least one group each."""

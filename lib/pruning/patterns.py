@@ -72,10 +72,11 @@ def _codes(masks: Tensor) -> Tensor:
 
 
 def _natural(weight: Tensor) -> Tensor:
-    """Each 3x3 kernel's natural pattern: the centre and the 3 largest of the other 8."""
+    """The natural pattern of each 3x3 kernel that has weights: the centre and the 3 largest of the other 8."""
     if weight.shape[2:] != (3, 3):
         raise ConstraintError(f"natural patterns are for 3x3 kernels, and the weight is {tuple(weight.shape)}")
     magnitude = kernels(weight).abs()
+    magnitude = magnitude[magnitude.any(1)]  # an empty kernel prefers nothing
     magnitude[:, CENTRE] = torch.inf
     return _codes(keep_largest_in_rows(magnitude, 4))
 
@@ -85,8 +86,8 @@ class Patterns(SupportConstraint):
     """Every kernel keeps the positions of one pattern of a library (PatDNN, arXiv 2001.00138; PCONV, arXiv 1909.05073).
 
     Projection: the pattern of largest kept energy, exact. Without a ``library``, `fit` takes the ``count`` natural
-    patterns that the 3x3 kernels of all layers sharing the set vote for. ``library`` may be `NATURAL`, a family of
-    `PUBLISHED`, or any pattern codes.
+    patterns that the 3x3 kernels of all layers sharing the set vote for; an empty kernel has no vote. ``library`` may
+    be `NATURAL`, a family of `PUBLISHED`, or any pattern codes.
 
     Raises:
         ConstraintError: a count that is no whole number from 1, an empty library, a kernel that the patterns do not
@@ -114,7 +115,7 @@ class Patterns(SupportConstraint):
             return dict.fromkeys(weights, self)
         values, votes = torch.cat([_natural(w) for w in weights.values()]).unique(return_counts=True)
         elected = values[votes.argsort(descending=True, stable=True)[: self.count]]  # among equals the smaller
-        return dict.fromkeys(weights, replace(self, library=tuple(elected.tolist())))
+        return dict.fromkeys(weights, replace(self, library=tuple(elected.tolist()) or NATURAL[: self.count]))
 
     def best(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Of every kernel, the energy that its best pattern keeps ``(F*C,)`` and the pattern's index in the library."""
@@ -187,9 +188,10 @@ class PatternKernels(Patterns):
 class PCNN(SupportConstraint):
     """``n`` weights in every kernel, in at most ``patterns`` arrangements per layer (PCNN, arXiv 2002.04997).
 
-    ``patterns = 0`` sets no limit: the ``n`` largest of each kernel. Otherwise `fit` picks each layer's patterns one
-    after the other, each time the candidate that adds most kept energy: greedy on a submodular sum, so at least
-    1 - 1/e of the best choice. Candidates are the arrangements that the layer's own kernels prefer.
+    ``patterns = 0`` sets no limit: the ``n`` largest of each kernel. A ``library`` is taken as it is. Otherwise `fit`
+    picks each layer's patterns one after the other, each time the candidate that adds most kept energy: greedy on a
+    submodular sum, so at least 1 - 1/e of the best choice. Candidates are the arrangements that the layer's own kernels
+    prefer.
 
     Raises:
         ConstraintError: counts that are no whole numbers, more weights than the kernel has, or a projection before
@@ -209,6 +211,8 @@ class PCNN(SupportConstraint):
 
     def __post_init__(self) -> None:
         check_count(n=self.n)
+        if self.library is not None:
+            object.__setattr__(self, "patterns", Patterns(library=self.library).count)
         if self.patterns:
             check_count(patterns=self.patterns)
 

@@ -70,16 +70,21 @@ def first_conv(model: nn.Module) -> tuple[str, ...]:
     >>> [pruning.first_conv(models.build(name, (1, 28, 28), 10)) for name in ("lenet5", "lenet300")]
     [('conv1',), ()]
     """
-    return tuple(n for n, m in prunable(model).items() if isinstance(m, nn.Conv2d))[:1]
+    return tuple(n for n, m in prunable(model).items() if isinstance(m, nn.Conv1d | nn.Conv2d))[:1]
 
 
 def rounds(target: list[float], fraction: float) -> list[float]:
     """Sparsities of iterative pruning by ``fraction`` of the remaining weights a round, stopping at every target.
 
+    Raises:
+        ConstraintError: a fraction outside (0, 1), or a target outside [0, 1).
+
     >>> from lib.pruning import rounds
     >>> rounds([0.5, 0.8], 0.3)
     [0.3, 0.5, 0.65, 0.755, 0.8]
     """
+    if not 0 < fraction < 1 or not all(0 <= goal < 1 for goal in target):
+        raise ConstraintError(f"rounds: {target=}, {fraction=}: allowed are sparsities in [0, 1), a fraction in (0, 1)")
     path, density = [], 1.0
     for goal in sorted(target):
         while density * (1 - fraction) > (1 - goal) * (1 + 1e-6):
