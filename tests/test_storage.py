@@ -61,6 +61,20 @@ def test_random_positions_cost_what_the_closed_form_says(density, best, bits_per
     assert relative_index(mask, 2) == relative_index(mask, 2, best)
 
 
+@pytest.mark.parametrize(
+    ("c", "index"),
+    [
+        (pruning.NM(4, 8), 20 * 25),  # rows of 25 take four regions of 8, of which 7 weights are none
+        (pruning.BlockColumns(0.5, height=4, width=64), 5 * 25),  # five blocks of 25 columns, not of 64
+        (pruning.BlockRows(0.5, height=16, width=5), 5 * 20),
+    ],
+    ids=str,
+)
+def test_a_bitmap_is_of_what_there_is(c, index):
+    z = c.project(torch.randn(20, 1, 5, 5, generator=torch.Generator().manual_seed(0)))
+    assert c.storage_bits(z, 8).index == index
+
+
 @pytest.mark.parametrize(("bits", "crossing"), [(2, 0.35), (4, 0.29), (8, 0.25)])
 def test_a_bitmask_beats_the_best_relative_index_only_above_a_density(bits, crossing):
     uniform = torch.rand(1_000_000, generator=torch.Generator().manual_seed(1))

@@ -87,7 +87,8 @@ class Groups(SupportConstraint):
         if (region := self.region(z)) is None:
             return Storage(data, formats.which(keep))
         groups = region[0] * region[1] // (self.group(z)[0] * self.group(z)[1])
-        return Storage(data, min(keep.numel(), int(keep.sum()) * formats.index_width(groups)))
+        there = self.group_norms(torch.ones_like(z)) > 0  # padding at a region's edge is no group
+        return Storage(data, min(int(there.sum()), int(keep.sum()) * formats.index_width(groups)))
 
 
 @dataclass(frozen=True)
@@ -348,8 +349,7 @@ class NM(Groups):
     def storage_bits(self, z: Tensor, bits: int) -> Storage:
         """``n`` weights of every ``m`` at their position's index; a kept weight that is zero is stored all the same."""
         stored = int(self.select(z).sum())
-        index = min(stored * formats.index_width(self.m), self.group_norms(z).numel())
-        return Storage(stored * bits, index)
+        return Storage(stored * bits, min(stored * formats.index_width(self.m), z.numel()))
 
 
 def block_max(b: int) -> NM:
