@@ -7,11 +7,11 @@ that share one tensor. Constraints, faults, arrays and accounts all speak of the
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -226,7 +226,7 @@ def layer_shapes(model: nn.Module, shape: tuple[int, ...], skip: bool = False) -
         A layer that the forward pass never meets has no vectors.
 
     Raises:
-        ShapeError: as `all_layers`.
+        ShapeError: as `all_layers`, or the network does not take such an input.
 
     >>> from lib import models, shapes
     >>> found = shapes.layer_shapes(models.build("lenet5", (1, 28, 28), 10), (1, 28, 28))
@@ -311,7 +311,10 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 
 def _met(model: nn.Module, shape: tuple[int, ...]) -> Iterator[tuple[str, nn.Module, Tensor, Tensor]]:
-    """Every use of a layer when the model sees one input of zeros: its name, the module, input and output."""
+    """Every use of a layer when the model sees one input of zeros: its name, the module, input and output.
+
+    On ``meta`` a copy runs, which may keep what it makes, such as positions.
+    """
     seen: list[tuple[str, nn.Module, Tensor, Tensor]] = []
     handles = [
         module.register_forward_hook(lambda m, x, y, name=name: seen.append((name, m, x[0], y)))
@@ -320,15 +323,17 @@ def _met(model: nn.Module, shape: tuple[int, ...]) -> Iterator[tuple[str, nn.Mod
     ]
     weight = next(model.parameters())
     image = torch.zeros(1, *shape, dtype=weight.dtype, device=weight.device)
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     try:
         with torch.no_grad(), in_mode(model, training=False):
             try:
-                metas = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
-                functional_call(model, metas, image.to("meta"))
+                metas = {id(t): torch.empty_like(t, device="meta") for t in (*model.parameters(), *model.buffers())}
+                deepcopy(model, metas)(image.to("meta"))
             except Exception:  # what depends on values has none on meta
                 seen.clear()
                 model(image)
+    except (RuntimeError, IndexError) as error:
+        takes = f"the model does not take an input of zeros {(1, *shape)}, {image.dtype} (tokens are not known here)"
+        raise ShapeError(f"{takes}: {str(error).splitlines()[0]}") from error
     finally:
         for handle in handles:
             handle.remove()

@@ -271,6 +271,26 @@ class TestCounts:
 
         assert shapes.macs(Skips(), (4,))["macs"].tolist() == [16]
 
+    def test_what_a_network_keeps_of_a_pass_is_left_alone(self):
+        class Positions(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.fc, self.kept, self.all = nn.Linear(8, 8), None, {}
+
+            def forward(self, x):
+                if self.kept is None:
+                    self.kept = self.all["x"] = torch.arange(x.shape[-1], device=x.device, dtype=x.dtype)
+                return self.fc(x + self.kept + self.all["x"])
+
+        net = Positions()
+        assert shapes.macs(net, (8,))["macs"].tolist() == [64]
+        assert net(torch.zeros(1, 8)).shape == (1, 8)  # not on meta
+
+    def test_networks_of_tokens_are_told(self):
+        net = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4))
+        with pytest.warns(UserWarning, match="left out"), pytest.raises(ShapeError, match=r"zeros \(1, 5\), .*tokens"):
+            shapes.macs(net, (5,), skip=True)
+
     def test_counting_leaves_every_module_in_its_mode(self):
         """A norm that stays in evaluation while the rest trains is no mistake."""
         net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4).eval(), nn.Linear(4, 2))
@@ -278,7 +298,7 @@ class TestCounts:
         quantization.quantize_activations(net, 4, torch.randn(8, 4))
         assert [m.training for m in net[:3]] == [True, False, True]
         assert not net[1].num_batches_tracked
-        with pytest.raises(RuntimeError):
+        with pytest.raises(ShapeError, match=r"zeros \(1, 5\), torch.float32 .*cannot be multiplied"):
             shapes.macs(net, (5,))
         assert [m.training for m in net[:3]] == [True, False, True]
         assert not net[0]._forward_hooks
