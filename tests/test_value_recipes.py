@@ -1,12 +1,14 @@
 """Training inside sets of values, by turns with them, toward codebooks and vanishing tiles, and with rounded inputs."""
 
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
 
 from lib import shapes
 from lib.constraint import ConstraintError, attach_masks, fitted, harden, weights
+from lib.data import Split
 from lib.models import build
 from lib.pruning import Patterns, PETile, Unstructured, uniform_plan
 from lib.quantization import (
@@ -19,7 +21,7 @@ from lib.quantization import (
     quantize_activations,
     uniform,
 )
-from lib.recipes import alternating, deep_kmeans, one_shot, retrain_inside, reweighted, straight_through
+from lib.recipes import admm, alternating, deep_kmeans, one_shot, retrain_inside, reweighted, straight_through
 from lib.recipes.clustering import _Spectral
 from lib.recipes.inside import _Tangent
 from lib.sharing import Codebook, SmartExchange, Unified
@@ -39,6 +41,19 @@ def trained(dense):
 
 
 OPTIONS = {"lr": 0.01, "epochs": 2, "seed": 3, "batch_size": 32}
+
+
+@pytest.mark.parametrize("recipe", [admm, deep_kmeans])
+def test_a_layer_of_zeros_has_no_distance(images, recipe):
+    """Dead weights behind a dead bias never move."""
+    net, plan = build("lenet300", images.shape, images.classes), {"fc2": Codebook(4), "fc3": Codebook(4)}
+    few, options = replace(images, train=Split(images.train.x[:64], images.train.y[:64])), {"epochs": 1, "lr": 0.01}
+    with torch.no_grad():
+        net.fc2.weight.zero_()
+        net.fc2.bias.fill_(-1.0)
+    log = recipe(net, plan, few, **options, **({"strength": 0.1} if recipe is deep_kmeans else {"rho": 0.1}))
+    assert not net.fc2.weight.any()
+    assert not log.filter(regex="distance|term|fresh").isna().any(axis=None)
 
 
 class TestRetrainInside:

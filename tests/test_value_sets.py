@@ -223,6 +223,15 @@ class TestPowers:
         assert PowerOfTwo(4).storage_bits(z, 8).data in (4000, 4 * int(z.count_nonzero()))
 
 
+@pytest.mark.parametrize("c", [PowerOfTwo(3), Codebook(2), Levels(1)], ids=str)
+def test_a_layer_of_zeros_chooses_no_values(c):
+    """Frozen at nothing, it would hold all later weights at zero."""
+    with pytest.raises(ConstraintError, match="fc has no weight that is not zero"):
+        c.fit({"conv": torch.ones(2, 2), "fc": torch.zeros(2, 2)})
+    assert not c.project(torch.zeros(2, 2)).any()
+    assert c.fit(fixed := {"fc": torch.tensor([1.0, 2.0])})["fc"].fit({"fc": torch.zeros(2)}) == c.fit(fixed)
+
+
 class TestCodebook:
     def test_single_weights_by_brute_force(self):
         """Of sorted numbers, clusters are runs: the best of all cuts is found from some start."""

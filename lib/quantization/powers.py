@@ -7,7 +7,7 @@ from math import ceil, log2
 import torch
 from torch import Tensor
 
-from lib.constraint import Constraint, Storage, check_count
+from lib.constraint import Constraint, ConstraintError, Storage, check_count
 from lib.constraint.formats import irregular_levels
 from lib.constraint.selection import nearest_power
 from lib.constraint.views import wide
@@ -45,7 +45,13 @@ class PowerOfTwo(Constraint):
         return 2 ** (self.bits - 1) - 1
 
     def fit(self, weights: Mapping[str, Tensor]) -> dict[str, "PowerOfTwo"]:
-        """For each layer its largest exponent."""
+        """For each layer its largest exponent.
+
+        Raises:
+            ConstraintError: a layer has no weight left, so that no exponent is better than another.
+        """
+        if empty := [n for n, w in weights.items() if self.top is None and not w.any()]:
+            raise ConstraintError(f"{empty[0]} has no weight that is not zero: no exponent to choose")
         return {n: replace(self, top=self._best_top(w)) for n, w in weights.items()}
 
     def _best_top(self, weight: Tensor) -> int:

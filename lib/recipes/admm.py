@@ -107,11 +107,11 @@ class _Pull(Pulling):
         return {
             "epoch": epoch,
             "rho": self.rho,
-            "distance": float((sum(apart.values()) / sum(size.values())).sqrt()),
+            "distance": float((sum(apart.values()) / sum(size.values()).clamp(min=1e-30)).sqrt()),
             "dual_residual": self.rho * float(moved.sqrt()),
             "accuracy": evaluate(model, self.data.validation),
             "hardened_accuracy": evaluate(harden(deepcopy(model), self.plan), self.data.validation),
-            **{f"distance/{n}": float((apart[n] / size[n]).sqrt()) for n in w},
+            **{f"distance/{n}": float((apart[n] / size[n].clamp(min=1e-30)).sqrt()) for n in w},
         }
 
 

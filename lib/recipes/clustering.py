@@ -61,7 +61,7 @@ class _Spectral(Pulling):
     @torch.no_grad()
     def _term(self, name: str) -> float:
         """In shares of the samples' energy, without the strength."""
-        return float(self.outside(name).square().sum() / self.parameters[name].square().sum())
+        return float(self.outside(name).square().sum() / self.parameters[name].square().sum().clamp(min=1e-30))
 
 
 def deep_kmeans(

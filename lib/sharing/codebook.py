@@ -73,7 +73,13 @@ class Codebook(Constraint):
         return weight.reshape(-1, length)  # (F*C, Kh*Kw) or (F*C*Kh, Kw)
 
     def fit(self, weights: Mapping[str, Tensor]) -> dict[str, "Codebook"]:
-        """For each layer its own centroids."""
+        """For each layer its own centroids.
+
+        Raises:
+            ConstraintError: a layer has no weight left, so that there is nothing to find them of.
+        """
+        if empty := [n for n, w in weights.items() if self.centroids is None and not w.any()]:
+            raise ConstraintError(f"{empty[0]} has no weight that is not zero: no centroids to find")
         return {n: replace(self, centroids=tuple(map(tuple, self._centroids(w).tolist()))) for n, w in weights.items()}
 
     def _centroids(self, weight: Tensor) -> np.ndarray:
