@@ -33,10 +33,11 @@ class InputQuantizer(nn.Module):
 def quantize_activations(model: nn.Module, bits: int, images: Tensor) -> nn.Module:
     """Round the inputs of all layers to ``bits`` from now on, in place. Returns the model.
 
-    Each layer's range is the one of least squared error on what it meets in all of its uses on ``images``: from 0 where
-    no input is negative, as after ReLU, and from the low end otherwise. A layer that is never met keeps its inputs.
-    Called again, the ranges are chosen anew; the network's own weights and their names stay, two buffers a layer are
-    added.
+    Each layer's range is from 0 where no input is negative, as after ReLU, and from the low end otherwise. It covers
+    what the layer meets in all of its uses on ``images``, with both ends drawn in by the one share, of 46 from 0.1 to
+    1, that has the least squared error. A share for each end would find less where inputs have two signs: at 4 bits 0.6
+    of it for Fashion-MNIST's pixels, which the first layer meets. A layer that is never met keeps its inputs. Called
+    again, the ranges are chosen anew; the network's own weights and their names stay, two buffers a layer are added.
 
     Raises:
         ConstraintError: fewer than 1 bit or more than 16.
