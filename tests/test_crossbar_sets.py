@@ -244,6 +244,17 @@ class TestOccupied:
         assert found["adc_used"] == (3 + 1) * 4 * 8
         assert found["cells"] == (3 * 4 + 1 * 4) * 4
 
+    def test_groups_of_few_rows_share_arrays(self):
+        """Eight groups of 16 rows fill the 128 of an array, one after the other, and are one group's reads each."""
+        net = nn.Sequential(nn.Linear(128, 32))
+        whole, fine = (crossbar.occupied(net, (128,), Array(), "blocks", rows).iloc[0] for rows in (128, 16))
+        assert (whole["arrays"], fine["arrays"]) == (1, 1)
+        assert (whole["steps"], fine["steps"]) == (8, 8 * 8)
+        assert fine["adc_used"] == 8 * whole["adc_used"]
+        for rule in ("none", "lines"):
+            with pytest.raises(CrossbarError, match=f"rows = 16: under {rule} there are no groups"):
+                crossbar.occupied(net, (128,), Array(), rule, 16)
+
     def test_shapes_are_stacked(self):
         """Four filters of two shapes, two rows each: strips of 2 x 2 filters lie above each other in one array."""
         layer = nn.Linear(4, 4)

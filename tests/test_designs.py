@@ -1,6 +1,7 @@
 """Technology tables, and what designs make of them, against published totals and arithmetic done elsewhere."""
 
 from dataclasses import replace
+from functools import partial
 
 import pandas as pd
 import pytest
@@ -8,8 +9,8 @@ import torch
 from torch import nn
 
 from lib import crossbar, models, technology
-from lib.costs import CostError, designs, mac_pj
-from lib.costs.designs import Forms, Isaac, Prime, Timely, at_bits
+from lib.costs import CostError, crossbar_bill, designs, mac_pj
+from lib.costs.designs import Forms, Isaac, Prime, Timely, at_bits, converter
 from lib.crossbar import Array, CrossbarError, Mapping
 from lib.crossbar.skipping import input_cycles
 from lib.shapes import layer_shapes
@@ -159,6 +160,34 @@ class TestForms:
         assert own == pytest.approx(0.2262)
         assert table("adc")("isaac_scaled_4", "energy_pJ") / own == pytest.approx(3.5, abs=0.01)
         assert scaled == pytest.approx(0.79 * 1.5625 / 1.67, rel=2e-3)
+
+    def test_a_converter_is_priced_by_its_bits(self):
+        """ISAAC's law at the array's bits; of FORMS's own converter one width is published."""
+        arrays = {bits: replace(designs.forms_array(8), adc_bits=bits) for bits in (3, 4, 5, None)}
+        law = [Forms(array, own_converter=False).conversion() for array in arrays.values()]
+        assert law == [(converter(b)[0], 4 * converter(b)[1]) for b in (3, 4, 5, 5)]  # 24 = 8 x 3 is below 2^5
+        assert Forms(arrays[4]).conversion() == Forms().conversion()
+        for bits in (3, 5, None):
+            with pytest.raises(CostError, match=f"has 4 bits, the array {bits or 5}: own_converter=False"):
+                Forms(arrays[bits]).summary(crossbar.tile(layer_shapes(nn.Linear(8, 8), (8,)), arrays[bits]))
+
+    def test_what_is_priced_is_what_computes(self):
+        """Bits of the converters that a design pays for, and of those that read every sum exactly."""
+        for pair in (True, False):
+            for height, cell_bits, dac_bits in ((128, 2, 1), (32, 1, 2), (8, 4, 1)):
+                mapping = Mapping("differential", 9, cell_bits)
+                array = Array(mapping=mapping, active_rows=height, dac_bits=dac_bits, analog_difference=pair)
+                assert Isaac(array).adc_bits == crossbar.Programmed(torch.ones(2, 128), array).converter.bits
+        flip = Array(flip=True)
+        assert Isaac(flip).adc_bits == crossbar.Programmed(torch.ones(2, 128), flip).converter.bits == 8
+
+    def test_cycles_of_no_layer_or_beyond_all_steps_are_refused(self, shapes):
+        design = Forms()
+        tiles = crossbar.tile(shapes, design.array)
+        for wrong in ({"net.conv1": 4.0}, {"conv1": float("nan")}, {"conv1": -1.0}, {"conv1": 17.0}):
+            for price in (design.energy, design.latency, design.summary, partial(crossbar_bill, design)):
+                with pytest.raises(CostError, match=r"cycles: (no layer net.conv1;|conv1 .*allowed are 0 to the 16)"):
+                    price(tiles, wrong)
 
     def test_skipping(self, shapes):
         design = Forms()

@@ -38,7 +38,7 @@ def crossbar_bill(design: Design, tiles: pd.DataFrame, cycles: Mapping[str, floa
         tiles: as of `lib.crossbar.tile` or `lib.crossbar.occupied`. cycles: as of `Design.energy`.
 
     Raises:
-        CostError: a design that has no prices, or a layer of ``cycles`` that is not there.
+        CostError: a design that has no prices, or ``cycles`` as `Design.energy` refuses them.
 
     >>> import torch
     >>> from lib import crossbar
@@ -48,11 +48,9 @@ def crossbar_bill(design: Design, tiles: pd.DataFrame, cycles: Mapping[str, floa
     >>> bill.groupby("component")["energy_pJ"].sum().idxmax(), int(bill["cycles"].sum())
     ('adc', 8)
     """
-    if unknown := sorted({*(cycles or {})} - {*tiles["layer"]}):
-        raise CostError(f"cycles: no layer {unknown[0]}; there are {', '.join(tiles['layer'])}")
+    taken = design.share(tiles, cycles) * tiles["steps"]
     energy = design.energy(tiles, cycles).drop(columns="total")
     energy = energy.melt("layer", var_name="component", value_name="energy_pJ")
-    taken = tiles["layer"].map(cycles or {}).fillna(design.array.steps) / design.array.steps * tiles["steps"]
     area = design.area(int(tiles["arrays"].sum()))
     return _rows(energy, dict(zip(tiles["layer"], taken.astype(float), strict=True)), area.to_dict())
 

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from lib.costs.energy import CostError
-from lib.crossbar import Array, Mapping, Polarized, exact_bits
+from lib.crossbar import Array, Mapping, Polarized
 from lib.technology import table
 
 READ_NS = 100.0
@@ -70,8 +70,11 @@ class Design:
         Args:
             cycles: steps that inputs take on average, by layer, where zeros ahead are skipped
                 (`lib.crossbar.effective_cycles`); others take all of ``array.steps``.
+
+        Raises:
+            CostError: a layer of ``cycles`` that is not there, or more of them than steps.
         """
-        share = self._share(tiles, cycles)
+        share = self.share(tiles, cycles)
         parts = {part: tiles[column] * share * pj for part, (column, pj) in self.events().items()}
         found = pd.DataFrame({"layer": tiles["layer"], **parts})
         return found.assign(total=found.drop(columns="layer").sum(axis=1))
@@ -82,14 +85,20 @@ class Design:
 
     def latency(self, tiles: pd.DataFrame, cycles: Dict[str, float] | None = None) -> float:
         """Time of one input in ns, layer after layer."""
-        return float((tiles["steps"] * self._share(tiles, cycles)).sum() * self.read_ns)
+        return float((tiles["steps"] * self.share(tiles, cycles)).sum() * self.read_ns)
 
-    def _share(self, tiles: pd.DataFrame, cycles: Dict[str, float] | None) -> pd.Series:
-        return tiles["layer"].map(cycles or {}).fillna(self.array.steps) / self.array.steps
+    def share(self, tiles: pd.DataFrame, cycles: Dict[str, float] | None) -> pd.Series:
+        """Of all steps that each layer's inputs take."""
+        steps, cycles = self.array.steps, cycles or {}
+        if unknown := sorted({*cycles} - {*tiles["layer"]}):
+            raise CostError(f"cycles: no layer {unknown[0]}; there are {', '.join(tiles['layer'])}")
+        if wrong := [f"{layer} {taken}" for layer, taken in cycles.items() if not 0 <= taken <= steps]:
+            raise CostError(f"cycles: {wrong[0]}; allowed are 0 to the {steps} steps of {self.name}")
+        return tiles["layer"].map(cycles).fillna(steps) / steps
 
     def summary(self, tiles: pd.DataFrame, cycles: Dict[str, float] | None = None) -> pd.Series:
         """Arrays, conversions, energy (nJ), area (mm2) and time (us) of one network."""
-        share, arrays = self._share(tiles, cycles), int(tiles["arrays"].sum())
+        share, arrays = self.share(tiles, cycles), int(tiles["arrays"].sum())
         return pd.Series(
             {
                 "arrays": arrays,
@@ -105,7 +114,7 @@ class Design:
 class Isaac(Design):
     """ISAAC-CE (ISCA 2016): offset weights, bit-serial inputs, converters that an array's columns share.
 
-    Converters have the array's ``adc_bits``, or as many as ISAAC's flip encoding needs, by `converter`.
+    Converters have the array's ``adc_bits``, or as many as tell its sums apart (``exact_bits``), by `converter`.
     """
 
     array: Array = field(default_factory=partial(Array, flip=True))
@@ -118,9 +127,7 @@ class Isaac(Design):
     @property
     def adc_bits(self) -> int:
         """Of the converters."""
-        if self.array.adc_bits is not None:
-            return self.array.adc_bits
-        return exact_bits(self.array.height, self.array.cell_bits, self.array.dac_bits, self.array.flip)
+        return self.array.exact_bits if self.array.adc_bits is None else self.array.adc_bits
 
     def conversion(self) -> tuple[float, float]:
         """Energy (pJ) of a conversion, and area (um2) of the converters of an array."""
@@ -191,7 +198,10 @@ def isaac_chip() -> pd.Series:
 
 
 def forms_array(fragment: int, weight_bits: int = 8, input_bits: int = 16) -> Array:
-    """FORMS's array: 128 x 128 cells of 2 bits, magnitudes, ``fragment`` rows at a time."""
+    """FORMS's array: 128 x 128 cells of 2 bits, magnitudes, ``fragment`` rows at a time.
+
+    Its converters have the paper's 4 bits, whatever the fragment: all sums of 8 rows take 5, of 64 rows 8.
+    """
     mapping = Polarized(weight_bits=weight_bits, cell_bits=2, fragment=fragment)
     return Array(mapping=mapping, input_bits=input_bits, active_rows=fragment, adc_bits=4)
 
@@ -215,9 +225,17 @@ class Forms(Isaac):
         return self.array.columns / 4 / table("adc")("forms", "rate_GSps")
 
     def conversion(self) -> tuple[float, float]:
-        """Four converters for each array."""
-        adc = table("adc")
-        energy, area = (adc("forms", c) for c in ("energy_pJ", "area_um2")) if self.own_converter else converter(4)
+        """Four converters for each array.
+
+        Raises:
+            CostError: FORMS's own converter, of which only 4 bits are published, with other ``adc_bits``.
+        """
+        if not self.own_converter:
+            energy, area = converter(self.adc_bits)
+        elif self.adc_bits == 4:
+            energy, area = (table("adc")("forms", c) for c in ("energy_pJ", "area_um2"))
+        else:
+            raise CostError(f"FORMS's converter has 4 bits, the array {self.adc_bits}: own_converter=False has a law")
         return energy, 4 * area
 
 

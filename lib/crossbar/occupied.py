@@ -24,7 +24,7 @@ def occupied(
       lose the same channels, or read what they need. Weights that read a removed filter count until they are zero
       themselves: `lib.channels.follow` finds them.
     - ``blocks``: columns that are zero in a group of ``rows`` rows are left out there (PIM-Prune); each that is left
-      carries its filter's number.
+      carries its filter's number. Groups that are lower than an array are stacked as below.
     - ``shapes``: in every group of rows, columns that keep the same rows lie side by side without the others
       (SegPrune); such strips are stacked into arrays and read one after the other. A strip carries its rows' mask, each
       column its filter's number.
@@ -37,7 +37,7 @@ def occupied(
         ``rows_left`` and ``filters_left`` of the largest group: under ``none`` all, else those that are not all zero.
 
     Raises:
-        CrossbarError: an unknown rule, or more rows in a group than an array has.
+        CrossbarError: an unknown rule, more rows in a group than an array has, or rows under a rule without groups.
 
     >>> from lib.crossbar import Array, occupied
     >>> model = torch.nn.Sequential(torch.nn.Linear(256, 32))  # 32 weights of 4 cells fill the columns of an array
@@ -49,6 +49,8 @@ def occupied(
         raise CrossbarError(f"rule = {rule!r}: allowed are {', '.join(get_args(Rule))}")
     if rows is not None and not 1 <= rows <= array.rows:
         raise CrossbarError(f"rows = {rows}: a group has 1 to {array.rows} rows")
+    if rows is not None and rule in ("none", "lines"):
+        raise CrossbarError(f"rows = {rows}: under {rule} there are no groups")
     shapes, found = layer_shapes(model, shape), []
     effective = weights(model, dict.fromkeys(prunable(model)))
     for layer in shapes.itertuples():
@@ -58,7 +60,8 @@ def occupied(
         for part in mask.chunk(layer.groups):
             more, bits = _strips(part, rule, height)
             strips, index = strips + more, index + bits
-        row = count(strips, layer.vectors, array, stacked=rule == "shapes")
+        stacked = rule == "shapes" or (rule == "blocks" and height < array.usable_rows(layer.kernel))
+        row = count(strips, layer.vectors, array, stacked)
         there = mask | (rule == "none")
         left = [(int(part.any(0).sum()), int(part.any(1).sum())) for part in there.chunk(layer.groups)]
         row |= {"rows_left": max(r for r, _ in left), "filters_left": max(f for _, f in left)}

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 
 import pandas as pd
 
+from lib.crossbar.converters import exact_bits
 from lib.crossbar.mapping import CrossbarError, Mapping, Polarized
 
 Tiling = Literal["dense", "channel_aligned"]
@@ -37,7 +38,8 @@ class Array:
         flip: columns that are more than half full are stored inverted (ISAAC), which saves a bit and takes a column of
             ones in every array.
         dummy: a column of cells that are off is subtracted from every other, so that a finite ``on_off`` leaves no
-            constant current (it cancels in pairs anyway).
+            constant current (it cancels in pairs anyway). Without it that current is in the sums, but in no range that
+            is chosen from the array's size alone.
 
     Raises:
         CrossbarError: a size or number of bits that cannot be.
@@ -119,6 +121,11 @@ class Array:
     def cell_top(self) -> int:
         """The largest number in a cell."""
         return 2**self.cell_bits - 1
+
+    @property
+    def exact_bits(self) -> int:
+        """Bits that tell all sums of a column apart; those of an analog difference have a sign."""
+        return exact_bits(self.height, self.cell_bits, self.dac_bits, self.flip) + self.analog_difference
 
     @property
     def input_top(self) -> int:
