@@ -16,7 +16,7 @@ from lib.constraint import masks, sparsity, state_of
 from lib.recipes import FixedPoint, Server, dirichlet_split, fed_avg, federated, group_split, in_shares, local_clients
 from lib.recipes.federated import STAGES
 from lib.recipes.shares import paillier_sum
-from lib.training import TrainingError
+from lib.training import TrainingError, metered
 
 
 @dataclass(frozen=True)
@@ -137,6 +137,10 @@ class TestSplits:
     def test_groups(self):
         parts = group_split(torch.tensor([5, 2, 5, 9]).tolist())
         assert [part.tolist() for part in parts] == [[1], [0, 2], [3]]
+        for groups in (torch.tensor([5, 2, 5, 9]), np.array([5, 2, 5, 9])):
+            assert all(torch.equal(a, b) for a, b in zip(group_split(groups), parts, strict=True))
+        pairs = group_split([("ada", 1), ("bob", 2), ("ada", 1)])
+        assert [part.tolist() for part in pairs] == [[0, 2], [1]]
 
     def test_refusals(self, images):
         with pytest.raises(TrainingError, match="allowed are alpha > 0 and 3 examples in all"):
@@ -376,6 +380,47 @@ class TestWhatServersLearn:
                     assert stats.chisquare(np.bincount(byte, minlength=256)).pvalue > 1e-6
             known = np.sum([*second.received.values(), first.said], axis=0, dtype=np.uint32)
             assert (known[:-1].view(np.int32) == torch.round(sum(values) * 2**16).flatten().numpy()).all()
+
+
+class Tied(nn.Module):
+    """128 numbers under two names, of which 64 are there, and 24 others."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.out = (nn.Linear(8, n, bias=False) for n in (8, 8, 3))
+        self.b.weight = self.a.weight
+
+    def forward(self, x):
+        return self.out(self.b(self.a(x).relu()).relu())
+
+
+class TestOneTensorOfTwoNames:
+    def test_travels_once_and_stays_one(self):
+        net = Tied()
+        start, log = state_of(net), fed_avg(net, [Adds(1.0), Adds(3.0)], rounds=1)
+        assert log[["down_bytes", "up_bytes"]].values.tolist() == [[2 * 4 * 88, 2 * 4 * 89]]  # up: a size too
+        assert net.a.weight is net.b.weight
+        assert torch.allclose(net.a.weight, start["a.weight"] + 2)
+
+    def test_is_pruned_under_both(self):
+        log = fed_avg(Tied(), [Adds(1.0)], rounds=1, plans={0: {"a": pruning.Unstructured(0.5)}})
+        assert log["up_bytes"].tolist() == [4 * (32 + 24 + 1)]
+
+    def test_is_cut_once(self):
+        net = Tied()
+        start = state_of(net)
+        fed_avg(net, [Adds(1.0)], rounds=1, keep=0.25)
+        changed = sum(int((state_of(net)[key] != start[key]).sum()) for key in ("a.weight", "out.weight"))
+        assert changed == round(0.25 * 88)
+
+
+def test_processes_count_what_this_one_would(images):
+    few = replace(images, train=replace(images.train, x=images.train.x[:60], y=images.train.y[:60]))
+    clients = local_clients(few, [torch.arange(20), torch.arange(20, 60)], epochs=1, lr=0.05)
+    nets = [nn.Sequential(nn.Flatten(), nn.Linear(784, 10)) for _ in range(2)]
+    (_, here), (_, there) = (metered(net, fed_avg, clients, rounds=1, processes=n + 1) for n, net in enumerate(nets))
+    assert here["macs"].tolist() == [60 * 7840] * 2  # forward, and of the weights
+    assert here.equals(there)
 
 
 def test_a_client_sees_its_own_examples_only(images):

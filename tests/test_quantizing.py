@@ -98,7 +98,7 @@ class TestPartialHardening:
 
         class Look(Hook):
             def before_epoch(self, model, epoch):
-                frozen.setdefault("mask", ~masks(model)["fc1"])
+                frozen.setdefault("mask", ~model.fc1.parametrizations.weight[-1].free)
 
         partial_hardening(trained, plan, images, shares=(0.3,), hooks=(Look(),), epochs=1, lr=0.01)
         level = plan["fc1"].project(before)

@@ -20,7 +20,8 @@ from lib.recipes.common import stage_seed
 from lib.recipes.rewinding import one_shot, rewind
 from lib.recipes.shares import FixedPoint, Server, in_shares
 from lib.shapes import prunable
-from lib.training import Progress, TrainingError, evaluate, fit
+from lib.training import Progress, TrainingError, charge_all, evaluate, fit
+from lib.training.spent import Meter, is_counting
 
 Client = Callable[[nn.Module, int], Any]
 """Trains a network of its own in place, in a round; what it has as ``size`` is its weight in the mean, 1 without."""
@@ -120,14 +121,16 @@ def dirichlet_split(labels: Tensor, clients: int, alpha: float, seed: int = 0, l
 
 
 def group_split(groups: Sequence[Any]) -> list[Tensor]:
-    """Examples of every client, where each has a group of its own, such as a writer or a speaker.
+    """Examples of every client, where each has a group of its own, such as a writer or a speaker, in their order.
 
     >>> from lib.recipes import group_split
     >>> [part.tolist() for part in group_split(["ada", "bob", "ada"])]
     [[0, 2], [1]]
     """
-    names, numbers = np.unique(np.asarray(groups), return_inverse=True)
-    return [torch.from_numpy(np.flatnonzero(numbers == i)) for i in range(len(names))]
+    members: dict[Any, list[int]] = {}
+    for i, group in enumerate(groups.tolist() if hasattr(groups, "tolist") else groups):
+        members.setdefault(group, []).append(i)
+    return [torch.tensor(members[group]) for group in sorted(members)]
 
 
 def dropouts(rate: float, seed: int = 0) -> Callable[[int, int], str]:
@@ -187,7 +190,8 @@ def fed_avg(
     Returns:
         One row per round, from 1: ``asked``, ``survivors``, ``failed`` (with ``reason``), ``down_bytes``,
         ``up_bytes``, ``between_bytes`` of the servers, ``seconds`` of training and ``score``. Values take 32 bits,
-        a size too; a message that was broken off is counted as a whole one.
+        a size too; a message that was broken off is counted as a whole one. All numbers of the state travel, each once:
+        also parameters that are frozen, and the statistics of norms.
 
     Raises:
         TrainingError: no client, no survivor in a round, a plan for a round that there is not, a client that gives back
@@ -259,10 +263,11 @@ def fed_avg(
 
 
 def _places(model: nn.Module) -> dict[str, Tensor]:
-    """Of every tensor of numbers in the state: which of them are kept, and travel."""
-    layers, held = prunable(model), masks(model)
+    """Of every tensor of numbers in the state, once under its first name: which of them are kept, and travel."""
+    layers, held, bare = prunable(model), masks(model), plain(model)
     held = {f"{name}.weight" if name in layers else name: mask for name, mask in held.items()}
-    floating = {key: value for key, value in state_of(model).items() if value.is_floating_point()}
+    first = {name for name, _ in (*bare.named_parameters(), *bare.named_buffers())}
+    floating = {key: v for key, v in bare.state_dict().items() if key in first and v.is_floating_point()}
     return {key: held.get(key, torch.ones_like(value, dtype=torch.bool)) for key, value in floating.items()}
 
 
@@ -334,7 +339,7 @@ def _mean(
 def _moved(start: State, change: Tensor, places: Mapping[str, Tensor]) -> State:
     """The server's state after a mean change."""
     pieces = change.split([int(place.sum()) for place in places.values()])
-    moved = {key: value.clone() for key, value in start.items()}
+    moved = deepcopy(start)  # in which a tensor is still one under all of its names
     for (key, place), piece in zip(places.items(), pieces, strict=True):
         moved[key][place] += piece.to(moved[key])
     return moved
@@ -346,22 +351,34 @@ def _run(model: nn.Module, clients: Sequence[Client], round: int, processes: int
     Where a process dies, nobody knows whose work it took along: then all train again, each alone, and who dies there
     has failed.
     """
-    jobs = [joblib.delayed(_trained)(model, client, round) for client in clients]
+    jobs = [joblib.delayed(_counted)(is_counting(), model, client, round) for client in clients]
     try:
-        return joblib.Parallel(processes)(jobs)
+        done = joblib.Parallel(processes)(jobs)
     except BrokenProcessPool:
-        return [_alone(job) for job in jobs]
+        done = [_alone(job) for job in jobs]
+    for _, spent in done:
+        if spent is not None:
+            charge_all(spent)
+    return [state for state, _ in done]
 
 
-def _alone(job: tuple) -> State | str:
+def _alone(job: tuple) -> tuple[State | str, pd.DataFrame | None]:
     try:
         return joblib.Parallel(2)([job])[0]  # one process would be this one
     except BrokenProcessPool as error:
-        return f"its process died: {error}".splitlines()[0]
+        return f"its process died: {error}".splitlines()[0], None
 
 
-def _trained(model: nn.Module, client: Client, round: int) -> State | str:
+def _counted(counts: bool, model: nn.Module, *job: Any) -> tuple[State | str, pd.DataFrame | None]:
+    """What a client makes of a network of its own, and what that computed, where no meter of this process sees it."""
     own = deepcopy(model)
+    if not counts or is_counting():
+        return _trained(own, *job), None
+    with Meter(own) as meter:
+        return _trained(own, *job), meter.frame()
+
+
+def _trained(own: nn.Module, client: Client, round: int) -> State | str:
     try:
         client(own, round)
     except Exception as error:  # whatever breaks a client, the others go on

@@ -79,15 +79,16 @@ def straight_through(
 
 
 class _Frozen(Mask):
-    """Parametrization that moves what ``mask`` says and holds all else at ``value``, where that is zero as well."""
+    """Parametrization that moves what is ``free`` and holds all else at ``value``; the mask is of what may be there."""
 
-    def __init__(self, mask: Tensor, value: Tensor) -> None:
-        super().__init__(mask)
-        self.register_buffer("value", torch.where(mask, 0.0, value))
+    def __init__(self, free: Tensor, value: Tensor) -> None:
+        super().__init__(free | (value != 0))
+        self.register_buffer("free", free)
+        self.register_buffer("value", torch.where(free, 0.0, value))
 
     def forward(self, weight: Tensor) -> Tensor:
         """``weight`` where it is free."""
-        return torch.where(self.mask, weight, self.value)
+        return torch.where(self.free, weight, self.value)
 
 
 def partial_hardening(
@@ -142,7 +143,7 @@ def partial_hardening(
                 free[name] &= ~_nearest(w[name], level, free[name], share)
             attach_masks(model, {n: m for n, m in before.items() if n not in plan})
             for name, level in levels.items():
-                attach(layers[name], _Frozen(free[name], level))
+                attach(layers[name], _Frozen(free[name].clone(), level))
             fit(model, data, progress=part(progress, i, 1, len(shares), f"round {i + 1}"), **fit_options)
             frozen = 1 - sum(int(f.sum()) for f in free.values()) / max(1, total)
             hardened = evaluate(harden(deepcopy(model), plan), data.validation)

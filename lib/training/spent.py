@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 import pandas as pd
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
-from lib.constraint import mask_of
+from lib.constraint import Mask
 from lib.shapes import all_layers, dense_macs, source, uses
 from lib.training.loop import Progress, TrainingError
 
@@ -26,8 +27,9 @@ class Meter:
     A forward pass in training mode costs ``N * positions * weights * density`` multiply-accumulates, its backward pass
     as much for the gradient of the inputs (none for a layer whose inputs need no gradient, such as the first) and as
     much for that of the weights (none if they are frozen), where a gradient comes to the output. ``density`` is that of
-    the layer's mask at that moment, 1 without one: what is zero but held by no mask is computed like all else. Operands
-    count as 32 bits wide. Passes in evaluation mode, norms, activations and the optimizer are not counted.
+    the layer's mask at that moment, 1 without one: what is zero but held by no mask is computed like all else. A weight
+    that is frozen at a value has no gradient (`lib.recipes.partial_hardening`). Operands count as 32 bits wide. Passes
+    in evaluation mode, norms, activations and the optimizer are not counted.
 
     >>> from lib.training.spent import Meter
     >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
@@ -62,13 +64,14 @@ class Meter:
     def _watch(self, name: str) -> Callable:
         def count(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:  # a closure: copies share it
             if layer.training and self in _open and not getattr(layer, "charges_itself", False):
-                macs = dense_macs(layer, output) * _density(layer)
-                self.add(name, "forward", macs)
-                products = ["input_gradient"] * inputs[0].requires_grad + ["weight_gradient"] * _trained(layer)
+                there, moving = (dense_macs(layer, output) * density for density in _densities(layer))
+                self.add(name, "forward", there)
+                products = {"input_gradient": there} if inputs[0].requires_grad else {}
+                products |= {"weight_gradient": moving} if _trained(layer) else {}
 
                 def back(_: Tensor) -> None:
-                    for product in products:
-                        self.add(name, product, macs)
+                    for product, spent in products.items():
+                        self.add(name, product, spent)
 
                 if output.requires_grad:  # where a checkpoint makes it again, no gradient comes to the second
                     for product in products:
@@ -119,16 +122,29 @@ def uncounted() -> Iterator[None]:
         _open.extend(reversed(paused))
 
 
+def is_counting() -> bool:
+    """Whether a meter is open in this process; work in others is counted there, and added by `charge_all`.
+
+    >>> from lib.training.spent import Meter, is_counting
+    >>> with Meter(torch.nn.Linear(4, 3)):
+    ...     is_counting()
+    True
+    """
+    return bool(_open)
+
+
 def _trained(layer: nn.Module) -> bool:
     """Whether a gradient of the weights is computed, or of what they are made of."""
     made_of = source(layer)
     return not isinstance(made_of, Tensor) or made_of.requires_grad
 
 
-def _density(layer: nn.Module) -> float:
-    """The share of weights that a mask leaves."""
-    mask = mask_of(layer)
-    return 1.0 if mask is None else float(mask.count_nonzero()) / mask.numel()
+def _densities(layer: nn.Module) -> tuple[float, float]:
+    """The share of weights that a mask leaves, and of those that move, where it holds some at a value of their own."""
+    for link in layer.parametrizations["weight"] if is_parametrized(layer, "weight") else ():
+        if isinstance(link, Mask):
+            return tuple(float(m.count_nonzero()) / m.numel() for m in (link.mask, getattr(link, "free", link.mask)))
+    return 1.0, 1.0
 
 
 def charge(layer: nn.Module, product: Product, macs: float, bits: tuple[int, int] = (32, 32)) -> None:
