@@ -7,8 +7,9 @@ import pandas as pd
 import pytest
 import torch
 
-from lib import channels, costs, layers, models, pruning, recipes, shapes, training
+from lib import channels, costs, layers, models, pruning, quantization, recipes, shapes, training
 from lib.constraint import attach_masks, state_of
+from lib.data import Split
 from lib.keys import code
 from lib.models import build
 from lib.pruning import Unstructured, uniform_plan
@@ -95,6 +96,19 @@ def test_every_recipe_can_be_metered(images, net):
     start = state_of(net)
     _, spent = metered(deepcopy(net), recipes.iterative, plans, images, start, epochs=1, **OPTIONS)
     assert spent["macs"].sum() == pytest.approx(0.5 * once["macs"].sum(), rel=1e-3)  # the round inside the first mask
+
+
+def test_a_weight_that_is_frozen_at_a_level_is_multiplied_and_has_no_gradient(images, net):
+    net.fc1.weight.data[:60] = 0  # what is zero at first stays: a fifth is removed
+    plan = {name: quantization.Levels(3) for name in ("fc1", "fc2")}
+    _, once = metered(deepcopy(net), fit, images, epochs=1, **OPTIONS)
+    _, spent = metered(net, recipes.partial_hardening, plan, images, shares=(0.5, 1.0), epochs=1, **OPTIONS)
+    dense, spent = (each.groupby(["layer", "product"])["macs"].sum() for each in (once, spent))
+    assert spent["fc3"].tolist() == (2 * dense["fc3"]).tolist()
+    for name, there in (("fc1", 0.8), ("fc2", 1.0)):
+        assert spent[name]["forward"] == pytest.approx(2 * there * dense[name]["forward"])
+        assert spent[name]["weight_gradient"] == pytest.approx(0.5 * there * dense[name]["weight_gradient"], rel=1e-3)
+    assert spent["fc2"]["input_gradient"] == 2 * dense["fc2"]["input_gradient"]
 
 
 def test_nothing_is_left_behind_and_a_second_meter_counts_alike(images, net):
@@ -189,10 +203,20 @@ def test_recalibration_gives_the_plain_average_of_batches(images):
     net = build("vgg", images.shape, images.classes, width=4)
     weights = {n: p.clone() for n, p in net.named_parameters()}
     training.recalibrate(net, images, batch_size=250, batches=4)
-    outputs = [net.conv1_1(x).transpose(0, 1).flatten(1).mean(1) for x in images.train.x.split(250)]
-    assert torch.allclose(net.bn1_1.running_mean, torch.stack(outputs).mean(0), atol=1e-4)
+    outputs = net.conv1_1(images.train.x).transpose(0, 1).flatten(1)
+    assert torch.allclose(net.bn1_1.running_mean, outputs.mean(1), atol=1e-4)  # of batches of one size, of all images
     assert net.bn1_1.momentum == 0.1
     assert all(torch.equal(weights[n], p) for n, p in net.named_parameters())
+
+
+def test_recalibration_sees_all_classes_where_data_lie_class_by_class(images):
+    y = torch.arange(10).repeat_interleave(30)
+    sort = Split(torch.randn(300, 4, generator=torch.Generator().manual_seed(0)) + 5.0 * y[:, None], y)
+    net = torch.nn.Sequential(torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 10))
+    for batches in (10, 3):  # of 30; the first three hold three classes
+        training.recalibrate(net, replace(images, train=sort), batch_size=30, batches=batches)
+        assert torch.allclose(net[0].running_var, sort.x.var(0), rtol=0.25)
+        assert torch.allclose(net[0].running_mean, sort.x.mean(0), rtol=0.15)
 
 
 def test_a_layer_that_is_trained_and_never_called_is_named(images, bypassed):

@@ -280,6 +280,9 @@ def fit(
                         hook.before_step(model, step)
                     output = _output(model, x)
                     loss = objective(model, x, y, output) if objective else task.loss(output, y)
+                    if not isinstance(loss, Tensor) or loss.numel() != 1:
+                        given = f"a tensor {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+                        raise TrainingError(f"the loss is {given}: what is minimized is one number, a tensor ()")
                     opt.zero_grad()
                     loss.backward()
                     for hook in hooks:
@@ -338,9 +341,10 @@ def evaluate(model: nn.Module, split: Split, batch_size: int = 200, score: Score
 def recalibrate(model: nn.Module, data: Data, batch_size: int = 200, batches: int = 10) -> nn.Module:
     """Find the mean and variance of every batch norm anew on training images, in place. Returns the model.
 
-    They are plain averages over the batches; what else the network holds is not touched. A pruned or merged network
-    otherwise carries the statistics of another one. A batch norm that no batch meets (of a width that is not active, of
-    a block that is skipped) keeps its statistics, and all of them do if the pass fails.
+    They are plain averages over the batches, which are drawn at random, always the same, as data may lie class by
+    class; what else the network holds is not touched. A pruned or merged network otherwise carries the statistics of
+    another one. A batch norm that no batch meets (of a width that is not active, of a block that is skipped) keeps its
+    statistics, and all of them do if the pass fails.
 
     >>> from lib import data, models, training
     >>> images = data.load(train_size=200, test_size=100, validation_size=100)
@@ -359,8 +363,9 @@ def recalibrate(model: nn.Module, data: Data, batch_size: int = 200, batches: in
             norm.reset_running_stats()
             norm.momentum = None  # the plain average
         with in_mode(model, training=True):
-            for x in data.train.x.split(_sizes(len(data.train), batch_size))[: batches if norms else 0]:
-                model(x)
+            order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0)).to(data.train.x.device)
+            for index in order.split(_sizes(len(data.train), batch_size))[: batches if norms else 0]:
+                model(data.train.x[index])
         done = True
     finally:
         for norm, (momentum, before) in norms.items():
