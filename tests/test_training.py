@@ -89,6 +89,12 @@ def test_bad_settings_are_named(images, net, options, message):
         fit(net, images, **({"epochs": 1, "lr": 0.1} | options))
 
 
+@pytest.mark.parametrize(("given", "told"), [(lambda y: y.square(), r"a tensor \(128, 10\)"), (lambda y: 1.0, "1.0")])
+def test_an_objective_that_is_no_number_is_refused(images, net, given, told):
+    with pytest.raises(TrainingError, match=f"the loss is {told}: what is minimized is one number"):
+        fit(net, images, epochs=1, lr=0.05, objective=lambda model, x, y, output: given(output))
+
+
 def test_divergence_is_reported(images, net):
     with pytest.raises(TrainingError, match=r"diverged in epoch 1.*lower lr"):
         fit(net, images, epochs=1, lr=1e6)
@@ -135,6 +141,24 @@ def test_cache_key_holds_all_that_determines_the_result(images, net, monkeypatch
     monkeypatch.setattr(loop, "learning_rate", lambda schedule, lr, progress: lr)
     keys.append(cache._key(fit, net, (images,), given))
     assert len({base, *keys}) == 7
+
+
+def test_cache_key_holds_how_precisely_torch_computes(images, net):
+    def key():
+        return cache._key(fit, net, (images,), {"epochs": 1})
+
+    base, keys = key(), []
+    for kind in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype=kind):
+            keys.append(key())
+    for precision in ("high", "medium", "highest"):  # highest: what it is unasked
+        torch.set_float32_matmul_precision(precision)
+        keys.append(key())
+    torch.backends.cudnn.allow_tf32 = False
+    keys.append(key())
+    torch.backends.cudnn.allow_tf32 = True
+    assert [len({*keys}), keys[4], key()] == [6, base, base]
+    assert not cache._told("cpu")  # so that what was kept before holds
 
 
 def test_an_account_of_storage_is_no_reason_to_train_again(images, net, tmp_path):

@@ -22,6 +22,9 @@ from lib.training.loop import Progress
 COUNTED = ("storage_bits",)
 """Methods that only count what training has left: a better account of it is no reason to train again."""
 
+AS_TORCH_COMES = ["ieee", "ieee", "ieee", "tf32", "tf32", "torch.float32"]
+"""Precisions of products and convolutions, and the default type."""
+
 PARTS = {"state", "training", "value"}
 
 
@@ -31,10 +34,11 @@ def cached(function: Callable[..., Any], model: nn.Module, *args: Any, progress:
     The function changes tensors of the model's ``state_dict`` in place, and nothing else, and returns numbers, text,
     tensors and data frames, or tuples, lists and dicts of these; a NumPy scalar comes back as Python's. The key holds
     all that determines the result (see `lib.keys.content`): the function's code and all that it refers to, the whole
-    model, the data, the arguments, device kind, thread count and torch version. Two processes that want the same entry
-    compute it once. A file that is damaged or does not fit the model is reported and computed anew; a function that has
-    changed more than it may, or returns something else, is reported, and nothing is kept. The cache lies in ``.cache/``
-    or in the environment's ``CACHE_ROOT``.
+    model, the data, the arguments, device kind, thread count, torch version, and the precision that torch was told
+    (autocast, TF32, default type). Two processes that want the same entry compute it once. A file that is damaged or
+    does not fit the model is reported and computed anew; a function that has changed more than it may, or returns
+    something else, is reported, and nothing is kept. The cache lies in ``.cache/`` or in the environment's
+    ``CACHE_ROOT``.
 
     Raises:
         KeysError: an argument, or an attribute of the model, of which nobody can tell when it is the same.
@@ -144,7 +148,17 @@ def _from_plain(stored: dict[str, Any]) -> Any:
 def _key(function: Callable, model: nn.Module, args: tuple, kwargs: dict) -> str:
     place = next(model.parameters(), torch.empty(0)).device.type
     versions = torch.__version__.split("+")[0], place, torch.get_num_threads() if place == "cpu" else 0
-    return content(function, model, args, dict(sorted(kwargs.items())), versions, without=COUNTED)
+    return content(function, model, args, dict(sorted(kwargs.items())), (*versions, *_told(place)), without=COUNTED)
+
+
+def _told(place: str) -> tuple[str, ...]:
+    """How precisely torch was told to compute, beside the call; nothing where it is as torch comes."""
+    now = torch.backends
+    made = (now.cuda.matmul, now.mkldnn.matmul, now.mkldnn.conv, now.cudnn.conv, now.cudnn.rnn)
+    told = [by.fp32_precision.replace("none", "ieee") for by in made] + [str(torch.get_default_dtype())]
+    if torch.is_autocast_enabled(place):
+        told.append(str(torch.get_autocast_dtype(place)))
+    return () if told == AS_TORCH_COMES else tuple(told)
 
 
 def _beside(model: nn.Module, args: tuple, kwargs: dict) -> str:
