@@ -172,6 +172,22 @@ def test_the_merged_network_has_each_part_from_where_it_grew(small, images):
     assert (merged["fc.bias"] == 2).all()
 
 
+def test_a_part_that_two_modules_share_is_the_one_that_grew():
+    class Tied(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.out = (torch.nn.Linear(4, n) for n in (4, 4, 2))
+            self.b.weight = self.a.weight
+            self.again = self.out
+
+    net = Tied()
+    states = [{k: torch.full_like(v, i) for k, v in state_of(net).items()} for i in (1, 2)]
+    net.load_state_dict(module._merged(states, [["a"], ["out"]], net))
+    assert (net.a.weight == 1).all()
+    assert (net.b.bias == 1).all()
+    assert (net.out.weight == 2).all()
+
+
 # --- regrowth by gradient ---------------------------------------------------------------------------------------------
 
 
@@ -222,6 +238,23 @@ def test_the_gradient_of_removed_weights_is_paid_for(net, images):
     weights = sum(layer.weight.numel() for layer in prunable(net).values())
     assert extra[["forward", "input_gradient"]].abs().max() < 1
     assert extra["weight_gradient"] == pytest.approx(3 * 100 * 0.9 * weights, rel=1e-3)  # steps 5, 10 and 15
+
+
+def test_a_layer_of_two_modules_pays_as_one_that_is_used_twice(images):
+    class Net(torch.nn.Module):
+        def __init__(self, tied):
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.out = torch.nn.Linear(16, 16, bias=False), torch.nn.Linear(16, 10)
+            self.b = torch.nn.Linear(16, 16, bias=False) if tied else self.a
+            self.b.weight = self.a.weight
+
+        def forward(self, x):
+            return self.out(self.b(self.a(x.flatten(1)[:, :16]).relu()))
+
+    plan, options = {"a": Unstructured(0.75)}, {"epochs": 2, "interval": 3, "until": 1.0}
+    (_, twice), (_, shared) = (metered(Net(tied), rigl, plan, images, **options, **OPTIONS) for tied in (False, True))
+    assert twice.equals(shared)
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

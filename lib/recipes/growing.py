@@ -16,7 +16,7 @@ from lib.constraint import Masks, Plan, State, attach_masks, detach_masks, fitte
 from lib.data import Data
 from lib.recipes.common import movable, own_masks, part, stage_seed
 from lib.recipes.rewinding import one_shot, rewind
-from lib.shapes import prunable
+from lib.shapes import uses
 from lib.training import Progress, TrainingError, charge_all, evaluate, fit, metered, recalibrate, uncounted
 
 Parts = Sequence[Sequence[str]]
@@ -284,8 +284,10 @@ def _grown(model: nn.Module, state: State, held: Masks, data: Data, options: dic
 
 def _merged(states: list[State], groups: list[list[str]], model: nn.Module) -> State:
     """One network of all replicas."""
-    home = {name: i for i, part in enumerate(groups) for name in part}
-    owner = {f"{n}.{p}": home[n] for n, m in prunable(model).items() if n in home for p, _ in m.named_parameters()}
+    layers = uses(model)
+    home = {id(layer): i for i, part in enumerate(groups) for name in part for layer in layers[name]}
+    found = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if id(m) in home]  # under all its names
+    owner = {f"{n}.{p}": home[id(m)] for n, m in found for p, _ in m.named_parameters()}
     merged = {}
     for key, first in states[0].items():
         if key in owner:

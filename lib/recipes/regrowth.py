@@ -1,6 +1,7 @@
 """Regrowth by gradient: masks that move while a sparse network trains (RigL)."""
 
 from collections.abc import Callable
+from functools import partial
 from math import cos, pi
 from typing import Any
 
@@ -14,7 +15,7 @@ from lib.data import Data
 from lib.pruning.groups import Unstructured
 from lib.recipes.common import Pulling, movable, own_masks
 from lib.recipes.growing import random_masks
-from lib.shapes import dense_macs, prunable
+from lib.shapes import dense_macs, prunable, uses
 from lib.training import Hook, TrainingError, charge, fit, steps_per_epoch
 
 
@@ -39,10 +40,12 @@ class _Regrow(Pulling):
     def before_step(self, model: nn.Module, step: int) -> None:
         if step % self.interval or not 0 < step < self.last:
             return
+        every = uses(model)
         for name, layer in self.layers.items():  # behind the mask: the gradient of removed weights too
             mask = layer.parametrizations.weight[0]
             self.taps.append(mask.register_forward_hook(self._tap(name)))
-            self.taps.append(layer.register_forward_hook(_charge_removed))
+            charges = partial(_charge_removed, layer)
+            self.taps += [module.register_forward_hook(charges) for module in every[name]]
 
     def _tap(self, name: str) -> Callable:
         def keep(gradient: Tensor) -> None:  # a layer that is used twice has the sum of both
@@ -79,8 +82,8 @@ class _Regrow(Pulling):
         mask.copy_(stay | new)
 
 
-def _charge_removed(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    """The gradient of removed weights, which only this step needs."""
+def _charge_removed(layer: nn.Module, used: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    """The gradient of removed weights, which only this step needs, in one of the modules that share the tensor."""
     mask = layer.parametrizations.weight[0].mask
     charge(layer, "weight_gradient", dense_macs(layer, output) * float((~mask).sum()) / mask.numel())
 
