@@ -590,6 +590,16 @@ def test_networks_that_do_not_fit_are_refused(plain, net, images):
         skippable(net)
     with pytest.raises(LayerError, match="already"):
         skippable(skippable(plain))
+    twice = nn.Sequential(layer := nn.Linear(4, 4), nn.ReLU(), layer)
+    with predictive_signs(twice), pytest.raises(TrainingError, match=r"Linear\(.* is used more than once in a pass"):
+        twice(torch.ones(2, 4)).sum().backward()
+    with predictive_signs(twice[:2]):  # two passes, each with a backward pass, are none
+        for _ in range(2):
+            twice[:2](torch.ones(2, 4)).sum().backward()
+    tied = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    tied[1].weight = tied[0].weight
+    with pytest.raises(TrainingError, match="several modules share 0"), predictive_signs(tied):
+        pass
     for bits in ({"msb_bits": 1}, {"msb_bits": 9}, {"msb_bits_grad": 17}):
         with pytest.raises(TrainingError, match="msb_bits"), predictive_signs(net, **bits):
             pass

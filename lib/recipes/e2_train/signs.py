@@ -14,7 +14,7 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 
 from lib.constraint import mask_of
 from lib.layers.gates import RecurrentGate
-from lib.shapes import dense_macs, prunable
+from lib.shapes import dense_macs, uses
 from lib.training import TrainingError, charge
 from lib.training.strides import narrow, read
 
@@ -89,7 +89,15 @@ class SignPrediction:
         if not 0 < scale < float("inf"):
             raise TrainingError(f"scale = {scale}: allowed are numbers > 0")
         self.threshold, self.msb_bits, self.msb_bits_grad, self.scale = threshold, msb_bits, msb_bits_grad, scale
+        self.passes: dict[int, int] = {}  # of each layer, the backward pass that it was last met in
         self.reset()
+
+    def once(self, layer: nn.Module) -> None:
+        """Refuse a second use of a layer in one backward pass: the sum of two signs is no sign of the sum."""
+        now = torch._C._current_graph_task_id()
+        if self.passes.get(id(layer)) == now:
+            raise TrainingError(f"predictive_signs: {layer} is used more than once in a pass: one sign a step is known")
+        self.passes[id(layer)] = now
 
     def reset(self) -> None:
         """Count from zero."""
@@ -156,6 +164,7 @@ class _SignProduct(torch.autograd.Function):
             of_x = _input_gradient(full, weight, x.codes.shape, ctx.geometry)
             _charge(ctx, "input_gradient", (GRADIENT_BITS, BITS))
         if ctx.needs_input_grad[1]:
+            rule.once(ctx.layer)
             few = quantized(gradient, rule.msb_bits_grad).value
             of_weight = rule.scale * rule.signs(
                 _weight_gradient(few, leading(x, rule.msb_bits), weight.shape, ctx.geometry),
@@ -228,8 +237,9 @@ def predictive_signs(
         The rule, with the share ``predicted`` and the ``agreement`` since its ``reset``.
 
     Raises:
-        TrainingError: a value that is not allowed, a convolution along one dimension, or layers that another such block
-            has swapped.
+        TrainingError: a value that is not allowed, a convolution along one dimension, layers that another such block
+            has swapped, or a layer that several modules share or that one backward pass meets twice, such as a
+            recurrent one: the method signs the sum of all uses, and each use here knows its own.
 
     >>> from lib.recipes.e2_train import predictive_signs
     >>> layer = torch.nn.Linear(4, 3)
@@ -240,7 +250,10 @@ def predictive_signs(
     """
     rule = SignPrediction(threshold, msb_bits, msb_bits_grad, scale)
     gates = {id(m) for gate in model.modules() if isinstance(gate, RecurrentGate) for m in gate.modules()}
-    named = {name: layer for name, layer in prunable(model).items() if id(layer) not in gates}
+    found = {name: layers for name, layers in uses(model).items() if id(layers[0]) not in gates}
+    if shared := [name for name, layers in found.items() if len(layers) > 1]:
+        raise TrainingError(f"predictive_signs: several modules share {shared[0]}; one sign a step is known")
+    named = {name: layer for name, (layer, *_) in found.items()}
     for name in (name for name, layer in named.items() if isinstance(layer, nn.Conv1d)):
         raise TrainingError(f"predictive_signs: layer {name} is a Conv1d; linear layers and Conv2d are known")
     layers = [*named.values()]
