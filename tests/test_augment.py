@@ -1,7 +1,8 @@
+import pytest
 import torch
 
 from lib import models
-from lib.training import CropAndFlip, Hook, crop_and_flip, evaluate, fit
+from lib.training import CropAndFlip, Hook, TrainingError, crop_and_flip, evaluate, fit
 
 
 def test_every_image_is_moved_on_its_own():
@@ -19,6 +20,11 @@ def test_every_image_is_moved_on_its_own():
         assert len(found) == 1
         seen |= {*found}
     assert len(seen) > 12  # of 18
+
+
+def test_what_is_no_image_is_refused():
+    with pytest.raises(TrainingError, match=r"x is \(5, 8, 3\); images are"):
+        crop_and_flip(torch.zeros(5, 8, 3), 1, torch.Generator())
 
 
 def test_only_steps_of_training_see_moved_images(images):

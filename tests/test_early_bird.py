@@ -176,6 +176,8 @@ def test_what_is_refused(net, vgg, images):
         early_bird(net, images, sparsity=0.5, plan=plan, **OPTIONS)
     with pytest.raises(TrainingError, match=r"checks=11.*1 to 10 checks"):
         early_bird(net, images, plan=plan, checks=11, **OPTIONS)
+    with pytest.raises(TrainingError, match="checks=1 an epoch of 10 batches, and none before batch 3"):
+        early_bird(net, images, plan=plan, start=1, stop=3, **OPTIONS)
     with pytest.raises(TrainingError, match="no convolution of the model has channels"):
         early_bird(net, images, sparsity=0.5, **OPTIONS)
     with pytest.raises(TrainingError, match=r"sparsity = 1.0: allowed are numbers in \[0, 1\)"):

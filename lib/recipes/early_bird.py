@@ -189,7 +189,8 @@ def early_bird(
         the last step when the ticket was never drawn.
 
     Raises:
-        TrainingError: neither or both of sparsity and plan, fewer checks than 1 or more than batches, a window below 2.
+        TrainingError: neither or both of sparsity and plan, fewer checks than 1 or more than batches, none of them
+            between ``start`` and ``stop``, a window below 2.
 
     >>> from lib import data, models, recipes
     >>> images = data.load(train_size=200, test_size=100, validation_size=100)
@@ -214,10 +215,12 @@ def early_bird(
     else:
         look = lambda net: torch.cat([m.flatten() for m in one_shot(net, plan).values()])  # noqa: E731
     until = (lambda masks: drawing_point(masks, window, tolerance)) if draw else None
-    places = {i * steps // checks for i in range(checks)}
+    places, last = {i * steps // checks for i in range(checks)}, fit_options.get("stop")
+    last = epochs * steps if last is None else last
+    if not any(step % steps in places for step in range(fit_options.get("start", 0), last)):
+        raise TrainingError(f"early_bird: {checks=} an epoch of {steps} batches, and none before batch {last}")
     hook = _Watch(look, lambda step: step % steps in places, until)
     fit(model, data, epochs=epochs, hooks=(*hooks, hook, ScalePull(pull)), **fit_options)
     masks = torch.stack(hook.masks)
     ended = draw and drawing_point(masks, window, tolerance) is not None
-    last = fit_options.get("stop")
-    return masks, hook.steps, hook.steps[-1] if ended else epochs * steps if last is None else last
+    return masks, hook.steps, hook.steps[-1] if ended else last

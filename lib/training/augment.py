@@ -17,11 +17,16 @@ def crop_and_flip(x: Tensor, border: int, random: torch.Generator) -> Tensor:
 
     Random numbers are drawn on the CPU, so that they are the same on every device. The result is in ``channels_last``.
 
+    Raises:
+        TrainingError: no images.
+
     >>> from lib.training import crop_and_flip
     >>> x = torch.arange(1.0, 5.0).reshape(1, 1, 2, 2)
     >>> crop_and_flip(x, 0, torch.Generator().manual_seed(1)).tolist()  # mirrored
     [[[[2.0, 1.0], [4.0, 3.0]]]]
     """
+    if x.ndim != 4:
+        raise TrainingError(f"crop_and_flip: x is {tuple(x.shape)}; images are (N, C, H, W)")
     n, _, h, w = x.shape
     top, left = torch.randint(0, 2 * border + 1, (2, n, 1), generator=random)
     rows, columns = top + torch.arange(h), left + torch.arange(w)  # (N, H), (N, W)
