@@ -155,6 +155,17 @@ def test_rows_that_would_vanish_are_refused_and_no_rows_are_an_empty_panel():
         assert len(figure(RUNS.head(0), "rate", "drop", panel="data", **options).axes) == 1
 
 
+def test_a_row_without_a_value_is_on_no_front():
+    assert plots.pareto(pd.Series([90, np.nan, 80]), pd.Series([5.0, 1.0, 6.0])).tolist() == [True, False, True]
+
+
+def test_every_level_is_in_the_legend():
+    levels = {name: 80.0 + i for i, name in enumerate("abcde")}
+    for lost in (None, 5.0):
+        ax = plots.curves(RUNS, "step", "drop", levels=levels, lost=lost).axes[0]
+        assert set(levels) <= {line.get_label() for line in ax.lines}
+
+
 def test_options_may_differ_by_panel():
     goals = {"drop": "points lost", "rate": "rate"}
     figure = plots.curves(RUNS, "step", goals, yscale={"rate": "log"}, levels={"dense": {"drop": 0.0, "rate": 1.0}})

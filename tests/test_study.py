@@ -367,6 +367,10 @@ def test_gain_is_read_at_the_first_crossing():
     assert gain_at([1, 2, 4, 8], [90, 88, 91, 80], 89) == pytest.approx(2**0.5)  # a recovery does not count
     assert gain_at([1, 4], [90, 89], 88) == 4
     assert math.isnan(gain_at([1, 4], [87, 89], 88))
-    for gains, accuracies in (([], []), ([1, 2], [1]), ([0, 1], [1, 1])):
+    nan = math.nan  # of a training that diverged: it reaches nothing, and where accuracy fell is not known
+    assert gain_at([1, 4, 16], [90, 87, nan], 88) == gain_at([1, 4], [90, 87], 88)
+    for accuracies, floor in (([90, nan, 89], 88), ([nan, 90, 89], 88), ([90, 89, 87], nan)):
+        assert math.isnan(gain_at([1, 4, 16], accuracies, floor))
+    for gains, accuracies in (([], []), ([1, 2], [1]), ([0, 1], [1, 1]), ([1, nan], [1, 1])):
         with pytest.raises(ParameterError, match="expected as many"):
             gain_at(gains, accuracies, 0)

@@ -1,7 +1,7 @@
 """Panels of a figure: their size, scales, axes that end where all is seen, levels and published points."""
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
+from itertools import cycle, pairwise
 from math import ceil, floor, log10
 from typing import Any, Literal
 
@@ -115,7 +115,7 @@ def dress(
     """
     ax.set(xlabel=xlabel, ylabel=ylabel)
     levels = ({} if lost is None else {"": 0.0}) | dict(levels or {})
-    for (name, value), dash in zip(levels.items(), DASHES[1:], strict=False):
+    for (name, value), dash in zip(levels.items(), cycle(DASHES[1:]), strict=False):
         (ax.axvline if horizontal else ax.axhline)(value, color=GREY, ls=dash, lw=1.3, label=name)
     if not len(drawn):
         return

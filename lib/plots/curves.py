@@ -144,7 +144,7 @@ def points(
 
 
 def pareto(*goals: pd.Series) -> pd.Series:
-    """Whether no other row is at least as good in every goal and better in one; larger is better.
+    """Whether no other row is at least as good in every goal and better in one; larger is better. A NaN is on no front.
 
     >>> import pandas as pd
     >>> from lib.plots import pareto
@@ -154,4 +154,4 @@ def pareto(*goals: pd.Series) -> pd.Series:
     """
     values = np.stack([goal.to_numpy() for goal in goals], axis=1)
     beaten = [bool(((values >= v).all(1) & (values > v).any(1)).any()) for v in values]
-    return pd.Series(~np.array(beaten), index=goals[0].index)
+    return pd.Series(~np.array(beaten) & ~np.isnan(values).any(1), index=goals[0].index)
