@@ -326,6 +326,13 @@ def test_links_to_folders_count(tmp_path):
     assert len({*seen}) == 3
 
 
+def test_sounds_of_a_folder_count(tmp_path):
+    _write_folder(tmp_path)
+    before = data.fingerprint(str(tmp_path))
+    (tmp_path / "train" / "cat" / "meow.wav").write_bytes(b"RIFF")
+    assert data.fingerprint(str(tmp_path)) != before
+
+
 def test_an_image_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     _write_folder(tmp_path)
     victim = tmp_path / "train" / "dog" / "7.png"

@@ -17,7 +17,7 @@ Parts = dict[tuple[str, str], list[Path]]
 
 
 def fingerprint(name: str) -> str:
-    """Changes when the images of a folder do: their names, sizes and times of change; "" for known sets.
+    """Changes when the images or sounds of a folder do: their names, sizes and times of change; "" for known sets.
 
     >>> from pathlib import Path
     >>> from tempfile import TemporaryDirectory
@@ -33,7 +33,8 @@ def fingerprint(name: str) -> str:
         return ""
     folder = Path(os.path.expanduser(name))
     try:
-        found = [p for part in ("train", "test") if (folder / part).is_dir() for p in images(folder / part)]
+        parts = [folder / part for part in ("train", "test") if (folder / part).is_dir()]
+        found = [p for part in parts for p in images(part, (*ENDINGS, ".wav"))]
         listed = [(p.relative_to(folder).as_posix(), (s := p.stat()).st_size, s.st_mtime_ns) for p in found]
     except (DataError, OSError) as error:  # whoever loads it is told
         listed = str(error)

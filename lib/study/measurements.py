@@ -30,6 +30,10 @@ class Store:
     The journal, in the cache, takes each measurement as soon as it is made, from several processes at once. The table,
     ``reports/<preset>/results/<study>.csv``, is what a run begins with and what it publishes.
 
+    Of data, a key knows the folders of images that are ``data_sets``; those that ship are checked as they are loaded.
+    Whatever else an experiment reads, as a text or recordings, it takes by name alone: one whose content may change
+    under its name takes a checksum of it as an argument.
+
     Args:
         study: its name. table: where there is one. stamps: of new measurements: commit, device, torch.
         data_sets: names of data sets among the study's parameters: what is in their folders counts.
