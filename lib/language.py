@@ -178,13 +178,15 @@ def stretch(tokens: Tensor, number: int, size: int) -> Tensor:
     """Stretch ``number`` of ``size`` of a text's ``(n,)`` tokens, and the token after it.
 
     Raises:
-        ModelError: the text ends before.
+        ModelError: the text ends before; a number below 0, or no token.
 
     >>> from lib.language import stretch
     >>> stretch(torch.arange(9), 1, 3).tolist()
     [3, 4, 5, 6]
     """
     start, stop = number * size, (number + 1) * size + 1
+    if number < 0 or size < 1:
+        raise ModelError(f"stretch {number} of {size} tokens: stretches count from 0, of 1 token or more")
     if stop > len(tokens):
         raise ModelError(f"stretch {number} of {size} tokens needs {stop}; the text has {len(tokens)}")
     return tokens[start:stop]
@@ -193,10 +195,15 @@ def stretch(tokens: Tensor, number: int, size: int) -> Tensor:
 def perplexity(model: Llama, tokens: Tensor, attention: Attention | None = None) -> float:
     """The exponential of the mean loss of every next token of ``(n,)`` in one context.
 
+    Raises:
+        ModelError: fewer than two tokens: there is no next one.
+
     >>> from lib.language import Llama, Sizes, perplexity
     >>> model = Llama(Sizes(1, 2, 1, 8, 64, 1e4, 1e-5), vocabulary=11, hidden=16)
     >>> _ = torch.nn.init.zeros_(model.token_embd.weight)  # it knows nothing: all of 11 are as likely
     >>> round(perplexity(model, torch.arange(10)), 3)
     11.0
     """
+    if len(tokens) < 2:
+        raise ModelError(f"perplexity of {len(tokens)} tokens: there is no next one; 2 or more are allowed")
     return float(cross_entropy(model(tokens[:-1], attention), tokens[1:]).exp())

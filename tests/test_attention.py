@@ -233,6 +233,11 @@ class TestLanguage:
         assert stretch(tokens, 1, 10).tolist() == [*range(10, 21)]
         with pytest.raises(ModelError, match="stretch 2 of 10 tokens needs 31; the text has 21"):
             stretch(tokens, 2, 10)
+        for number, size in ((-1, 3), (0, 0)):
+            with pytest.raises(ModelError, match=f"stretch {number} of {size} tokens: stretches count from 0"):
+                stretch(tokens, number, size)
+        with pytest.raises(ModelError, match="perplexity of 1 tokens: there is no next one"):
+            perplexity(None, tokens[:1])
 
     def test_a_text_is_looked_for_below_the_root_and_among_what_ships(self, tmp_path):
         (tmp_path / "text").mkdir()

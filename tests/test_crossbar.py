@@ -1,12 +1,13 @@
-"""Mappings: exact round trips, the published encodings, and what one broken cell does to a weight."""
+"""Mappings: exact round trips, the published encodings, and what one broken cell does to a weight; whole networks."""
 
 from itertools import product
 from math import inf
 
 import pytest
 import torch
+from torch import nn
 
-from lib.crossbar import SCHEMES, CrossbarError, Mapping
+from lib.crossbar import SCHEMES, Array, CrossbarError, Mapping, on_arrays
 
 BITS = ((None, None), (8, 2), (8, None), (8, 3), (5, 2), (4, 1), (2, 1), (16, 4))
 
@@ -124,3 +125,15 @@ def test_copies_are_independent_cells_and_read_back_as_their_mean():
 def test_weights_that_are_not_finite_are_refused():
     with pytest.raises(CrossbarError, match="not finite"):
         Mapping("offset").range_of(torch.tensor([1.0, float("nan")]))
+
+
+def test_a_network_in_arrays_takes_batches():
+    image, layer = torch.rand(1, 8, 8), nn.Conv2d(1, 2, 3)
+    for net, x in ((layer, image), (nn.Linear(8, 2), image[0, 0]), (nn.Conv1d(1, 2, 3), image[0, :1])):
+        with pytest.raises(CrossbarError, match=r"inputs \(.*\) of a layer in arrays: allowed are batches"):
+            on_arrays(nn.Sequential(net), Array(), x)
+        with pytest.raises(CrossbarError, match="ranges are chosen on what images give: there are none"):
+            on_arrays(nn.Sequential(net), Array(), x[None][:0])
+        in_arrays = on_arrays(nn.Sequential(net), Array(), x[None])
+        with pytest.raises(CrossbarError, match="allowed are batches"):
+            in_arrays(x)

@@ -345,6 +345,16 @@ class TestSequences:
         log = training.fit(net, found, epochs=3, lr=0.05, optimizer="adam")
         assert log["train_loss"].is_monotonic_decreasing
 
+    def test_recordings_are_told_by_the_ends_of_their_names(self, tmp_path):
+        (folder := tmp_path / "speech" / "fsdd").mkdir(parents=True)
+        for name in ("3_my_name_0.wav", "3_my_name_7.wav", "4_x_y.wav"):
+            (folder / name).write_bytes(b"RIFF")
+        with pytest.raises(DataError, match=r"4_x_y.wav is no <digit>_<speaker>_<index>.wav"):
+            data.sequences("spoken_digits", tmp_path)
+        (folder / "4_x_y.wav").unlink()
+        with pytest.raises(DataError, match=r"3_my_name_7.wav cannot be read"):
+            data.sequences("spoken_digits", tmp_path)
+
     def test_what_is_refused(self, tmp_path):
         for wrong, said in (
             ({"name": "cifar10"}, "are unknown: allowed are fashion_mnist, mnist"),

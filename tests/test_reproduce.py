@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import nbformat
 import pandas as pd
@@ -19,7 +20,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from lib import reproduce as room
 from lib import study
 from lib.reproduce import batch, last_run, preset_parameters, render, reproduce, up_to_date_key
-from lib.reproduce.__main__ import main
+from lib.reproduce.__main__ import _processes, main
 from lib.reproduce.page import mathml, outline
 from lib.reproduce.run import failure
 from lib.study.tables import Measurement, read_table, write_table
@@ -441,6 +442,13 @@ def test_rows_are_merged_after_a_run_which_publishes_the_table_that_it_began_wit
         write_table(table := reports / "results" / "01_study.csv", [])
     adds.join(10)
     assert [m.rows for m in read_table(table)] == [row.rows]
+
+
+def test_cores_are_counted_where_a_process_has_none_of_its_own(monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)  # as on macOS
+    monkeypatch.delattr(psutil.Process, "cpu_affinity", raising=False)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: types.SimpleNamespace(available=1 << 60))
+    assert _processes() == os.cpu_count()
 
 
 def test_a_killed_kernel_is_a_failure_that_is_told(slow):

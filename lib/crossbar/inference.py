@@ -93,6 +93,8 @@ class ArrayLayer:
 
     def whole(self, x: Tensor) -> Tensor:
         """Activations as whole numbers: ``(N, C, H, W)`` of a convolution, as they are of a linear layer."""
+        if x.ndim < 2 if self.linear else x.ndim != 2 + len(self.layer.kernel_size):
+            raise CrossbarError(f"inputs {tuple(x.shape)} of a layer in arrays: allowed are batches, (N, ...)")
         low, step = round(self.inputs.low / self.inputs.step), self.inputs.step
         x = _exact(x.double() if self.programmed.array.input_bits > 24 else x)  # float32 holds no more bits
         x = x.unsqueeze(2) if self.sequence else x
@@ -156,8 +158,9 @@ def on_arrays(
         devices: what happens to the cells of a chip (`lib.faults`), before the wires weaken them.
 
     Raises:
-        CrossbarError: a layer that the model lacks or ``images`` never meet, none at all, layers that lie in arrays
-            already, a device that is new at every read, or what `Array` and `Wires` refuse.
+        CrossbarError: no images, or one without a batch; a layer that the model lacks or ``images`` never meet, none at
+            all, layers that lie in arrays already, a device that is new at every read, or what `Array` and `Wires`
+            refuse.
 
     >>> from lib.crossbar import Array, on_arrays
     >>> model, x = torch.nn.Sequential(torch.nn.Linear(2, 1, bias=False)), torch.tensor([[255.0, 100.0]])
@@ -166,6 +169,8 @@ def on_arrays(
     (32525, 32485)
     """
     refuse_arrays(model)
+    if not len(images):
+        raise CrossbarError("ranges are chosen on what images give: there are none")
     copy = plain(model).eval()
     layers = uses(copy)
     plan = array if isinstance(array, Dict) else dict.fromkeys(all_layers(copy, "one array for all"), array)

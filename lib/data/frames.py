@@ -152,14 +152,16 @@ def _read(name: str, root: str | Path | None, hop: int) -> tuple[list, list, int
         return _rows(x, y), _rows(x_test, y_test), int(y.max()) + 1, True
     if name == "spoken_digits":
         folder = data_root(root) / "speech" / "fsdd"
-        files = [(p, *p.stem.split("_")) for p in sorted(folder.glob("[0-9]_*_*.wav"))]
+        files = [(p, p.stem[0], p.stem.rpartition("_")[2]) for p in sorted(folder.glob("[0-9]_*_*.wav"))]
         if not files:
             raise DataError(
                 f"spoken_digits: {folder} has no <digit>_<speaker>_<index>.wav; put the recordings of the Free Spoken "
                 "Digit Dataset (github.com/Jakobovski/free-spoken-digit-dataset) there"
             )
-        test = [(p, int(digit)) for p, digit, _, index in files if int(index) < 5]
-        return _sounds([(p, int(d)) for p, d, _, i in files if int(i) >= 5], hop), _sounds(test, hop), 10, True
+        if odd := [p.name for p, _, index in files if not index.isdecimal()]:
+            raise DataError(f"spoken_digits: {folder / odd[0]} is no <digit>_<speaker>_<index>.wav")
+        test = [(p, int(digit)) for p, digit, index in files if int(index) < 5]
+        return _sounds([(p, int(d)) for p, d, i in files if int(i) >= 5], hop), _sounds(test, hop), 10, True
     if name == "shakespeare" or path.suffix == ".txt":
         return _lines(data_root(root) / "text" / "tinyshakespeare.txt" if name == "shakespeare" else path)
     if (path / "train").is_dir() and (path / "test").is_dir():

@@ -125,7 +125,8 @@ class GroupedDirection(_Replacing):
         """As `lib.models.Direction`, without a gradient.
 
         Raises:
-            KernelError: other inputs than float32 numbers ``(N, T, C)`` on a CPU.
+            KernelError: other inputs than float32 numbers ``(N, T, C)`` on a CPU. Those that the mask keeps have to be
+                finite, which is not looked at: compiled code takes that for granted.
         """
         size = self.kept["ih"].shape[1]
         check_inputs(x, x.ndim == 3 and x.shape[2] == size, f"(N, T, {size})")

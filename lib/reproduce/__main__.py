@@ -115,7 +115,8 @@ def _measured(names: Iterable[str], reports: Path) -> list[str]:
 
 def _processes() -> int:
     """As many as there are cores for, and two gigabytes of free memory each."""
-    return max(1, min(len(psutil.Process().cpu_affinity()), psutil.virtual_memory().available >> 31))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS: all
+    return max(1, min(cores, psutil.virtual_memory().available >> 31))
 
 
 def _audited(reports: Path, names: list[str]) -> bool:
