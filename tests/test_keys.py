@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from lib import data
-from lib.keys import KeysError, code, content, script
+from lib.keys import KeysError, apart, code, content, script
 from lib.keys.source import Walk
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -325,6 +325,22 @@ def test_a_notebook_s_variable_that_cannot_be_told_is_named(cell):
     found = cell("stream = (i for i in range(3))\ndef own(): return next(stream)")
     with pytest.raises(KeysError, match=r"two generator are the same \(stream\)"):
         code(found["own"])
+
+
+@pytest.mark.parametrize("held", ["{'of': lambda: room.Set()}", "room.Set()", "[room.Set]"])
+def test_what_a_file_defines_is_a_variable_s_by_name_and_code_s_by_what_it_says(held, write, cell):
+    """Else an edit of a class in `lib` would lose every row of a notebook that keeps one in a variable."""
+
+    def kept(limit, held=held):
+        write(room=f"class Set:\n    def select(self, w): return w > {limit}\nclass Other: pass")
+        return apart(cell(f"import room\nheld = {held}\ndef own(w): return held")["own"])
+
+    (code_1, variables_1), (code_2, variables_2) = kept(1), kept(2)
+    assert variables_1 == variables_2
+    assert variables_1.keys() == {"held"}
+    assert code_1 != code_2
+    assert kept(1) == (code_1, variables_1) != kept(1, held.replace("Set", "Other"))
+    assert kept(1)[1] != kept(1, f"[{held}]")[1]
 
 
 # --- values -----------------------------------------------------------------------------------------------------------

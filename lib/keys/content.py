@@ -67,6 +67,7 @@ def apart(function: Callable, without: Sequence[str] = ()) -> tuple[str, dict[st
 
     Returns:
         A hash as of `code`, in which these variables count by name alone, and by name a hash of what each holds.
+        What a file of ours defines, such as the class of an object, is code there too, and in variables only a name.
         Objects that only present results or keep them are no variables.
 
     Raises:
@@ -249,9 +250,21 @@ class _Apart(_Live):
             or (code and not isinstance(value, nn.Module))
         ):
             return super().look(space, free, module, place, parts)
-        if not aside(type(value).__module__):
-            self.variables[name] = content(value, without=self.without)
-        return [".".join(parts)]
+        if aside(type(value).__module__):
+            return [".".join(parts)]
+        held = _Held(self.without, ())
+        self.variables[name] = held.digest([held.value(value)])
+        return [".".join(parts), *([self.value(value, name)] if held.met else [])]
+
+
+class _Held(_Live):
+    """A walk through what a variable holds; what our files define is met by name there: the rest is code's to say."""
+
+    met = False
+
+    def define(self, module: str, name: str) -> list:
+        self.met = True
+        return [name]
 
 
 def _explains(statement: ast.stmt, here: Any, space: dict) -> bool:
