@@ -29,13 +29,12 @@ def test_the_readme_counts_the_ledger():
     ours, verdict = claims["kind"] == "ours", claims["verdict"]
     reproduced, open_ = ~ours & (verdict == "reproduced"), ~ours & (verdict == "inconclusive")
     by_kind = claims["kind"][reproduced].value_counts().reindex(["arithmetic", "direction", "number"], fill_value=0)
+    told = {v: (~ours & (verdict == v)).sum() for v in ("direction only", "not reproduced")}
     said = (
-        f"Of {(~ours).sum()} claims of papers {reproduced.sum()} are reproduced ({by_kind['arithmetic']} sums of "
-        f"published tables, {by_kind['direction']} directions, {by_kind['number']} printed "
-        f"number{'s' * int(by_kind['number'] != 1)}), "
-        f"{(~ours & (verdict == 'direction only')).sum()} in its direction only, "
-        f"{(~ours & (verdict == 'not reproduced')).sum()} are not, and {open_.sum()} are inconclusive, "
-        f"{(open_ & (claims['n'] < 5)).sum()} of them with fewer than five networks. "
+        f"Of {(~ours).sum()} claims of papers {reproduced.sum()} are reproduced: {by_kind['direction']} directions, "
+        f"{by_kind['number'] or 'no'} printed number{'s' * int(by_kind['number'] != 1)}, and {by_kind['arithmetic']} by "
+        f"arithmetic alone. {told['direction only']} hold in their direction only, {told['not reproduced']} do not, and "
+        f"{open_.sum()} are inconclusive, {(open_ & (claims['n'] < 5)).sum()} of them with fewer than five networks. "
         f"Another {ours.sum()} claims are our own."
     )
     assert said in " ".join((PROJECT / "README.md").read_text("utf-8").split())
