@@ -32,9 +32,10 @@ def test_the_readme_counts_the_ledger():
     told = {v: (~ours & (verdict == v)).sum() for v in ("direction only", "not reproduced")}
     said = (
         f"Of {(~ours).sum()} claims of papers {reproduced.sum()} are reproduced: {by_kind['direction']} directions, "
-        f"{by_kind['number'] or 'no'} printed number{'s' * int(by_kind['number'] != 1)}, and {by_kind['arithmetic']} by "
-        f"arithmetic alone. {told['direction only']} hold in their direction only, {told['not reproduced']} do not, and "
-        f"{open_.sum()} are inconclusive, {(open_ & (claims['n'] < 5)).sum()} of them with fewer than five networks. "
+        f"{by_kind['number'] or 'no'} printed number{'s' * int(by_kind['number'] != 1)}, and {by_kind['arithmetic']} "
+        f"by arithmetic alone. {told['direction only']} hold in their direction only, {told['not reproduced']} do "
+        f"not, and {open_.sum()} are inconclusive, {(open_ & (claims['n'] < 5)).sum()} of them with fewer than five "
+        "networks. "
         f"Another {ours.sum()} claims are our own."
     )
     assert said in " ".join((PROJECT / "README.md").read_text("utf-8").split())
