@@ -488,8 +488,7 @@ class TestNetworks:
             with torch.no_grad():
                 torch.testing.assert_close(y, layer(rounds(x)), rtol=1e-4, atol=1e-5)
 
-    @pytest.mark.parametrize("bits", [4, None])
-    def test_ranges_do_not_hang_on_how_many_images_choose_them(self, bits):
+    def test_ranges_do_not_hang_on_how_many_images_choose_them(self):
         """256 vectors are looked at: with 256 images of equal size, even steps would see the same corner of each."""
         torch.manual_seed(3)
         layer = nn.Conv2d(3, 8, 3, padding=1, bias=False).requires_grad_(False)
@@ -498,7 +497,7 @@ class TestNetworks:
         right = layer(images[:20])
 
         def error(count):
-            placed = crossbar.on_arrays(nn.Sequential(layer), Array(adc_bits=bits), images[:count])
+            placed = crossbar.on_arrays(nn.Sequential(layer), Array(adc_bits=4), images[:count])
             return float((placed(images[:20]) - right).norm())
 
         usual = error(250)
