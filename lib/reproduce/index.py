@@ -42,7 +42,6 @@ def write_index(reports: Path, states: dict[str, str]) -> None:
         ledger[column] = pd.to_numeric(ledger[column])
     write_whole(reports / "claims.csv", ledger[[*CLAIM_COLUMNS]].to_csv(index=False))
     ledger["few"] = too_few(ledger)
-    others = ledger.loc[(ledger["kind"] != "arithmetic") & (ledger["over"] != "networks"), "over"]
     by_paper = _papers(ledger)
     decided, wrong = chance_of_error(ledger)
     page = template("index.html.j2").render(
@@ -52,11 +51,12 @@ def write_index(reports: Path, states: dict[str, str]) -> None:
         untested=[p | {"named": named_in(p["paper"])} for p in by_paper if not p["claims"] and p["paper"] != OURS],
         tables={part: pd.crosstab(rows["kind"], rows["verdict"]) for part, rows in _parts(ledger).items() if len(rows)},
         total=len(ledger),
+        controls=int((ledger["kind"] == "ours").sum()),
         decided=decided,
         wrong=wrong,
         few=int(ledger["few"].sum()),
         networks=NETWORKS,
-        others=[*others],
+        others=int(((ledger["kind"] != "arithmetic") & (ledger["over"] != "networks")).sum()),
         choices={
             "verdict": [v for v in VERDICTS if v in {*ledger["verdict"]}],
             **{column: sorted({*ledger[column]}) for column in ("kind", "fixed", "setting")},

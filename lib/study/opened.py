@@ -7,7 +7,7 @@ import platform
 import re
 import subprocess
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +111,7 @@ class Study:
         geometric: bool = False,
         also: float = 0.0,
         condition: Sequence[float] | None = None,
+        words: str = "",
     ) -> None:
         """Give a claim its measurements, one per independent network; the verdict follows from them.
 
@@ -118,6 +119,7 @@ class Study:
             geometric: average their logarithms, as ratios ask for: 2 and 1/2 then have the mean 1.
             also: a standard error that all values have in common (of logarithms, where these are averaged).
             condition: the same for what must hold with it; its values are averaged as they are.
+            words: what the measurements make a reader of the statement ask; they end it.
 
         Raises:
             ParameterError: the claim was never stated, or has a condition and is given nothing for it.
@@ -125,6 +127,7 @@ class Study:
         claim = self._stated(id)
         if (claim.holding is None) != (condition is None):
             raise ParameterError(f"claim {id!r} has {'a' if claim.holding else 'no'} condition")
+        self.claims[id] = claim = replace(claim, statement=claim.statement + words)
         mean, low, high = np.exp(interval(np.log(values), also=also)) if geometric else interval(values, also=also)
         if claim.criterion.n == len(values) == 1:
             low = high = mean
