@@ -216,7 +216,7 @@ def test_an_end_that_misses_the_bound_is_not_shown_at_it(study):
     assert "<= 1: 1.129 [0.998, 1.260]" in study.verdicts["2"]["condition"]
 
 
-def test_the_index_says_what_intervals_are_over(tmp_path):
+def test_the_index_says_how_many_claims_are_of_other_things_than_networks(tmp_path):
     opened = open_study(NAME, {"report_dir": str(tmp_path / "paper"), "seeds": 5})
     for i, over in enumerate(("layers", "networks", "sizes")):
         opened.expect(f"{i}", "faster", at_least(1), kind="ours", over=over)
@@ -224,7 +224,7 @@ def test_the_index_says_what_intervals_are_over(tmp_path):
     opened.save()
     write_index(tmp_path / "paper", {})
     page = (tmp_path / "paper" / "index.html").read_text("utf-8")
-    assert " 2 intervals are over layers, sizes instead." in page
+    assert " 2 claims count something other than networks," in page
     assert "5 layers</td>" in page
     assert "5 networks</td>" not in page
 
