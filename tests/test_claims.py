@@ -216,6 +216,16 @@ def test_an_end_that_misses_the_bound_is_not_shown_at_it(study):
     assert "<= 1: 1.129 [0.998, 1.260]" in study.verdicts["2"]["condition"]
 
 
+def test_words_end_a_statement_once(study):
+    """However often a cell is run again."""
+    study.expect("1", "faster", at_least(1), kind="ours")
+    for _ in range(2):
+        study.settle("1", FIVE, words=", on one thread")
+    assert study.ledger()["claim"].tolist() == ["1 faster, on one thread"]
+    study.settle("1", FIVE)
+    assert study.ledger()["claim"].tolist() == ["1 faster"]
+
+
 def test_the_index_says_how_many_claims_are_of_other_things_than_networks(tmp_path):
     opened = open_study(NAME, {"report_dir": str(tmp_path / "paper"), "seeds": 5})
     for i, over in enumerate(("layers", "networks", "sizes")):

@@ -7,7 +7,7 @@ import platform
 import re
 import subprocess
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +119,7 @@ class Study:
             geometric: average their logarithms, as ratios ask for: 2 and 1/2 then have the mean 1.
             also: a standard error that all values have in common (of logarithms, where these are averaged).
             condition: the same for what must hold with it; its values are averaged as they are.
-            words: what the measurements make a reader of the statement ask; they end it.
+            words: what the measurements make a reader of the statement ask; they end it in the ledger.
 
         Raises:
             ParameterError: the claim was never stated, or has a condition and is given nothing for it.
@@ -127,7 +127,6 @@ class Study:
         claim = self._stated(id)
         if (claim.holding is None) != (condition is None):
             raise ParameterError(f"claim {id!r} has {'a' if claim.holding else 'no'} condition")
-        self.claims[id] = claim = replace(claim, statement=claim.statement + words)
         mean, low, high = np.exp(interval(np.log(values), also=also)) if geometric else interval(values, also=also)
         if claim.criterion.n == len(values) == 1:
             low = high = mean
@@ -141,6 +140,7 @@ class Study:
             told |= {"measured": there, "bound": claim.holding.bound}
             joint += f": {measured(told)}" + f" (n = {len(condition)})" * (len(condition) != len(values))
         self.verdicts[id] = {
+            "claim": f"{id} {claim.statement}{words}",
             "measured": mean,
             "low": low,
             "high": high,
