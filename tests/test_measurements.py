@@ -14,7 +14,7 @@ import pytest
 from filelock import FileLock
 
 from lib.keys import apart
-from lib.study import MeasurementError
+from lib.study import Audit, MeasurementError, ParameterError
 from lib.study.measurements import Store, spread_of_networks
 from lib.study.tables import Measurement, merge, read_table, write_table
 
@@ -312,7 +312,7 @@ def published(tmp_path, notebook, **stamps):
 def test_an_audit_that_agrees_stamps_its_rows(tmp_path, cell):
     path = published(tmp_path, cell(), commit="old")
     changed = cell(("2 * x", "x + x"))
-    audit = Store("s", path, {"commit": "new"}, earlier=True, audit=0.3)
+    audit = Store("s", path, {"commit": "new"}, earlier=True, audit=Audit(0.3))
     audit.measure(changed.kept, POINTS)
     assert len(changed.calls) == 2  # 0.3 of four, rounded up
     assert [(a["points"], a["again"], a["differ"]) for a in audit.audits] == [(4, 2, 0)]
@@ -322,10 +322,24 @@ def test_an_audit_that_agrees_stamps_its_rows(tmp_path, cell):
     assert not measured_by(cell(("2 * x", "x + x")), table=path)  # they are of today's code from now on
 
 
+def test_an_audit_of_one_experiment_leaves_the_others_as_they_were(tmp_path, cell):
+    path = published(tmp_path, cell())
+    for told, again in ((Audit(1.0, ("tolerates",)), 0), (Audit(1.0, ("tolerates", "kept")), 4)):
+        changed = cell(("2 * x", "x + x"))
+        audit = Store("s", path, earlier=True, audit=Audit.of(str(told)))  # as a batch tells it
+        audit.measure(changed.kept, POINTS)
+        assert len(changed.calls) == again
+        audit.publish(tmp_path / "t.csv")
+        assert [bool(m.audited) for m in read_table(tmp_path / "t.csv")] == [again > 0] * 4
+    assert Audit.of("") is None
+    with pytest.raises(ParameterError, match=r"share of 1\.5"):
+        Audit(1.5)
+
+
 def test_an_audit_that_finds_a_difference_says_where_and_stamps_nothing(tmp_path, cell):
     path = published(tmp_path, cell())
     changed = cell(("2 * x", "2 * x + 0.001 * x"))
-    audit = Store("s", path, earlier=True, audit=1.0)
+    audit = Store("s", path, earlier=True, audit=Audit(1.0))
     frame = audit.measure(changed.kept, POINTS)
     assert frame["kept"].tolist() == [0.5, 2.0, 2.5, 4.0]  # the ledger stays what it was
     (row,) = audit.audits
@@ -342,7 +356,7 @@ def test_an_audit_allows_times_a_factor_of_two_and_nothing_else(tmp_path, cell):
     old.publish(path)
     for factor, timed, differ in ((1.5, ["kept"], 0), (1.5, [], 4), (2.5, ["kept"], 4)):
         notebook = cell(("    return {", f"    rate *= {factor}; seed *= {factor}\n    return {{"))
-        audit = Store("s", path, earlier=True, audit=1.0)
+        audit = Store("s", path, earlier=True, audit=Audit(1.0))
         audit.measure(notebook.kept, POINTS, timed=timed)
         assert audit.audits[0]["differ"] == differ
 
@@ -351,7 +365,7 @@ def test_on_another_machine_an_audit_allows_what_networks_differ_by(tmp_path, ce
     """Seeds 0 and 1 are 2 apart: a standard deviation of 1.41, twice of which is allowed."""
     path = published(tmp_path, cell(), device="a CPU")
     for off, differ in ((1.0, 0), (3.0, 4)):
-        audit = Store("s", path, {"device": "a GPU"}, earlier=True, audit=1.0)
+        audit = Store("s", path, {"device": "a GPU"}, earlier=True, audit=Audit(1.0))
         audit.measure(cell(("2 * x", f"2 * x + {off}")).kept, POINTS)
         assert audit.audits[0]["differ"] == differ
 

@@ -41,6 +41,25 @@ def test_the_readme_counts_the_ledger():
     assert said in " ".join((PROJECT / "README.md").read_text("utf-8").split())
 
 
+NUMBER = re.compile(r"(?<![\w.])\d[\d,]*(?:\.\d+)?")
+
+
+def test_every_number_that_the_readme_tells_of_a_study_is_on_its_page():
+    """To the digits that the README gives; whether it is the number of the same thing, a reader has to see."""
+    found = (PROJECT / "README.md").read_text("utf-8").split("## What the studies found")[1].split("\n![")[0]
+    told_of = dict(re.findall(r"\n- \*\*\[.*?\]\(reports/paper/(\w+)\.html\)\*\*(.*?)(?=\n- |\Z)", found, re.DOTALL))
+    assert sorted(told_of) == COMMITTED
+    for study, words in told_of.items():
+        page = BeautifulSoup((PAPER / f"{study}.html").read_text("utf-8"), "html.parser")
+        for part in page.select("script, style, .provenance, .runs, details.code"):
+            part.decompose()
+        there = [number.replace(",", "") for number in NUMBER.findall(page.get_text(" "))]
+        for number in (n.rstrip(",").replace(",", "") for n in NUMBER.findall(words)):
+            digits = len(number.partition(".")[2])
+            exact = [float(n) for n in there if len(n.partition(".")[2]) >= digits]
+            assert any(abs(n - float(number)) <= 0.5 * 10**-digits + 1e-9 for n in exact), f"{study}: {number}"
+
+
 def test_the_tables_are_the_committed_ones(paper):
     for table in sorted((PAPER / "results").glob("*.csv")):
         mine, committed = ((folder / "results" / table.name).read_text().splitlines() for folder in (paper, PAPER))

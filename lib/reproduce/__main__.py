@@ -11,7 +11,8 @@ import psutil
 
 from lib.reproduce.batch import folders, merged, overview, reproduce
 from lib.reproduce.plan import chosen, prepare, preset_parameters, presets
-from lib.study import PROJECT, MeasurementError, ParameterError, parameters, studies
+from lib.study import PROJECT, Audit, MeasurementError, ParameterError, parameters, studies
+from lib.study.tables import read_table
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -54,6 +55,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SHARE",
         help="measure this share of each experiment again (default: 0.05), the quickest first, and compare",
     )
+    parser.add_argument(
+        "--experiment",
+        action="append",
+        default=[],
+        metavar="NAME",
+        dest="experiments",
+        help="audit this one alone, or several such; the column `experiment` of results/*.csv names them",
+    )
     parser.add_argument("--render", action="store_true", help="make pages of what was measured, and measure nothing")
     parser.add_argument("--merge", type=Path, metavar="DIR", help="add the measurements of another report folder")
     parser.add_argument("--list", action="store_true", help="say how every study stands, and run none")
@@ -65,8 +74,9 @@ def _parser() -> argparse.ArgumentParser:
 def _answer(options: argparse.Namespace) -> int:
     if options.jobs is not None and options.jobs < 1:
         raise ParameterError(f"--jobs {options.jobs}: allowed are whole numbers from 1")
-    if options.audit is not None and not 0 < options.audit <= 1:
-        raise ParameterError(f"--audit {options.audit}: allowed are shares above 0, up to 1")
+    audit = Audit(options.audit, tuple(options.experiments)) if options.audit is not None else None
+    if options.experiments and audit is None:
+        raise ParameterError("--experiment says what --audit measures again: expected both")
     if options.prepare_only:
         prepare(options.preset, options.prepare_only)
         return 0
@@ -76,6 +86,9 @@ def _answer(options: argparse.Namespace) -> int:
     values = preset_parameters(options.preset, changed, options.studies)
     place = options.reports or (PROJECT / "reports" / "custom" if changed else None)
     reports, _ = folders(options.preset, place)
+    known = _experiments(chosen(values, options.studies), reports) if options.experiments else set()
+    if unknown := [name for name in options.experiments if name not in known]:
+        raise ParameterError(f"--experiment {unknown[0]}: there were measured {', '.join(sorted(known)) or 'none'}")
     if options.list or options.dry_run:
         asked = chosen(values, options.studies)
         _tell(overview({s: values[s] for s in asked}, reports), options)
@@ -94,9 +107,9 @@ def _answer(options: argparse.Namespace) -> int:
         jobs=options.jobs or _processes(),
         force=options.force or options.render,
         reports=reports,
-        audit=options.audit,
+        audit=audit,
     )
-    if options.audit is not None and _audited(reports, [s for s in chosen(values, options.studies) if not errors[s]]):
+    if audit is not None and _audited(reports, [s for s in chosen(values, options.studies) if not errors[s]]):
         return 1
     shown = reports.relative_to(Path.cwd()) if reports.is_relative_to(Path.cwd()) else reports
     sys.stderr.write(f"open {shown / 'index.html'}\n")
@@ -111,6 +124,11 @@ def _measured(names: Iterable[str], reports: Path) -> list[str]:
     if left:
         sys.stderr.write(f"left out, as nothing was measured: {', '.join(left)}\n")
     return found
+
+
+def _experiments(names: Iterable[str], reports: Path) -> set[str]:
+    tables = [table for name in names if (table := reports / "results" / f"{name}.csv").is_file()]
+    return {m.experiment for table in tables for m in read_table(table)}
 
 
 def _processes() -> int:

@@ -18,7 +18,7 @@ from lib.files import write_whole
 from lib.reproduce.index import write_index
 from lib.reproduce.plan import chosen, preset_parameters, up_to_date_key
 from lib.reproduce.run import Run, assist, last_run, run_study
-from lib.study import PROJECT, ParameterError, studies
+from lib.study import PROJECT, Audit, ParameterError, studies
 from lib.study.tables import merge
 
 
@@ -57,7 +57,7 @@ def reproduce(
     jobs: int = 1,
     force: bool = False,
     reports: Path | None = None,
-    audit: float | None = None,
+    audit: Audit | None = None,
 ) -> dict[str, str]:
     """Run the studies of a preset in ``jobs`` processes, and write reports, claims and index.
 
@@ -69,7 +69,7 @@ def reproduce(
     Args:
         only: studies, by name or number. changed: parameters over those of the preset, for these studies.
         force: run studies again that are up to date.
-        audit: the share of each experiment's measurements by earlier code to make again; studies then run again.
+        audit: which of the measurements that earlier code made to make again; studies then run again.
 
     Returns:
         By study, the error of its last run, or "".
@@ -148,7 +148,7 @@ def _run_all(
     build: Path,
     jobs: int,
     force: bool,
-    audit: float | None,
+    audit: Audit | None,
 ) -> dict[str, str]:
     stop, done = threading.Event(), dict.fromkeys(todo, 0.0)
     current: dict[str, str] = {}

@@ -22,7 +22,7 @@ import psutil
 from lib.files import write_whole
 from lib.reproduce.page import outline, render
 from lib.reproduce.plan import up_to_date_key
-from lib.study import PROJECT, parameters, provenance
+from lib.study import PROJECT, Audit, parameters, provenance
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def run_study(
     build: Path,
     report: Callable[[int, int], None] = lambda done, total: None,
     stop: threading.Event | None = None,
-    audit: float | None = None,
+    audit: Audit | None = None,
 ) -> Run:
     """Run one study through Papermill and publish what came of it.
 
@@ -98,7 +98,7 @@ def run_study(
     Args:
         report: is told how many cells are done, and of how many.
         stop: when set, the run is ended.
-        audit: the share of each experiment's older measurements to make again, see `lib.study.measurements.Store`.
+        audit: which of the measurements that earlier code made to make again.
 
     Raises:
         Interrupted: ``stop`` was set. OSError: a folder cannot be written.
@@ -160,14 +160,14 @@ def _stage(study: str, reports: Path, build: Path) -> tuple[Path, Path, Path]:
     return folder, stage, folder / f"{study}.ipynb"
 
 
-def _start(study: str, values: dict, folder: Path, stage: Path, log: Path, audit: float | None) -> subprocess.Popen:
+def _start(study: str, values: dict, folder: Path, stage: Path, log: Path, audit: Audit | None) -> subprocess.Popen:
     where = stage.relative_to(PROJECT) if stage.is_relative_to(PROJECT) else stage
     given = folder / "parameters.json"
     write_whole(given, json.dumps(values | {"report_dir": where.as_posix()}))
     script = Path(__file__).with_name("execute.py")  # by its path: as a module it would import torch first
     notebook = parameters.NOTEBOOKS / f"{study}.ipynb"
     command = [sys.executable, "-P", script, notebook, folder / notebook.name, given]
-    own = os.environ | {"WORKBOOK_STUDY": study, "WORKBOOK_AUDIT": "" if audit is None else str(audit)}
+    own = os.environ | {"WORKBOOK_STUDY": study, "WORKBOOK_AUDIT": str(audit or "")}
     with log.open("wb") as file:
         return subprocess.Popen([*map(str, command)], stdout=file, stderr=subprocess.STDOUT, env=own)
 

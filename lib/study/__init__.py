@@ -17,7 +17,7 @@ from lib.study.claims import (
     too_few,
 )
 from lib.study.curves import gain_at
-from lib.study.measurements import Store
+from lib.study.measurements import Audit, Store
 from lib.study.opened import Study, open_study, provenance
 from lib.study.papers import OURS, papers
 from lib.study.parameters import NOTEBOOKS, PROJECT, check_parameters, declared, question, studies
@@ -34,6 +34,7 @@ __all__ = [
     "OURS",
     "PROJECT",
     "SAID",
+    "Audit",
     "Claim",
     "Criterion",
     "MeasurementError",

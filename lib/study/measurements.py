@@ -15,12 +15,41 @@ from lib import data
 from lib.files import Journal, cache_folder
 from lib.keys import apart, content
 from lib.study.progress import Progress
+from lib.study.ranges import ParameterError
 from lib.study.tables import Measurement, MeasurementError, Row, plain, read_table, rows_of, write_table
 
 Key = tuple[str, str]
 
 ELSEWHERE = {"data_root", "report_dir", "threads", "processes"}
 """Parameters that say where and how fast something is made, not what."""
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What of the measurements that earlier code made is made again: a share of each experiment's, the quickest first.
+
+    Args:
+        share: above 0, up to 1. experiments: of these alone, by name; empty: of all.
+
+    >>> from lib.study import Audit
+    >>> Audit.of(str(Audit(0.05, ("tolerates",))))
+    Audit(share=0.05, experiments=('tolerates',))
+    """
+
+    share: float
+    experiments: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise ParameterError(f"an audit of a share of {self.share}: allowed are shares above 0, up to 1")
+
+    def __str__(self) -> str:  # as a batch tells it to a study
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def of(cls, told: str) -> "Audit | None":
+        """What a batch told; None for "", which is no audit."""
+        return cls(**(held := json.loads(told)) | {"experiments": tuple(held["experiments"])}) if told else None
 
 
 @dataclass
@@ -38,7 +67,7 @@ class Store:
         study: its name. table: where there is one. stamps: of new measurements: commit, device, torch.
         data_sets: names of data sets among the study's parameters: what is in their folders counts.
         earlier: whether the table's measurements that other code made are used, and kept where nobody asks for them.
-        audit: the share of these to measure again; None: no audit.
+        audit: which of these to measure again; None: no audit.
         closed: whether a point that was never measured is an error.
 
     >>> from lib.study.measurements import Store
@@ -55,7 +84,7 @@ class Store:
     stamps: dict[str, str] = field(default_factory=dict)
     data_sets: Sequence[str] = ()
     earlier: bool = False
-    audit: float | None = None
+    audit: Audit | None = None
     closed: bool = False
 
     def __post_init__(self) -> None:
@@ -93,7 +122,7 @@ class Store:
         for i, key in enumerate(keys):
             if key in keys[:i]:
                 raise MeasurementError(f"{name} is asked for {points[i]} twice")
-        if self.audit is not None:
+        if self.audit is not None and name in (self.audit.experiments or (name,)):
             self._audit(experiment, dict(zip(keys, points, strict=True)), code, timed)
         found = {key: self.find(key, code) for key in keys}
         todo = [(key, point) for key, point in zip(keys, points, strict=True) if found[key] is None]
@@ -172,12 +201,12 @@ class Store:
         return made
 
     def _audit(self, experiment: Callable, points: dict[Key, Row], code: str, timed: Sequence[str]) -> None:
-        """Measure a share of the table's points again, the quickest first; if all agree, all count as today's."""
+        """Measure a share of the table's points again; if all agree, all count as today's."""
         old = {key: m for key in points if (m := self.published.get(key)) and m.code != code}
         if not old:
             return
         order = sorted(old, key=lambda key: old[key].seconds if old[key].seconds == old[key].seconds else math.inf)
-        chosen, differ = order[: math.ceil(self.audit * len(old))], []
+        chosen, differ = order[: math.ceil(self.audit.share * len(old))], []
         spread = spread_of_networks([*old.values()], [*next(iter(points.values()))])
         for key in chosen:
             new = self._call(experiment, key, points[key], code)

@@ -18,7 +18,7 @@ from IPython import get_ipython
 
 from lib.files import write_whole
 from lib.study.claims import CLAIM_COLUMNS, JUDGED, Claim, Criterion, interval, judged, measured
-from lib.study.measurements import Store
+from lib.study.measurements import Audit, Store
 from lib.study.papers import OURS, check_paper
 from lib.study.parameters import PROJECT, check_parameters, declared, injected, require
 from lib.study.ranges import ParameterError
@@ -316,7 +316,6 @@ def _store(study: Study) -> Store:
     """Where an open study's measurements are kept; in a batch its own table lies in its folder already."""
     table = study.report_dir / "results" / f"{study.name}.csv" if study.report_dir else None
     named = [study.parameters[k] for k, p in declared(study.name).items() if "a data set" in p.range]
-    share = os.environ.get("WORKBOOK_AUDIT")
     place = study.provenance["device"]
     return Store(
         study.name,
@@ -328,7 +327,7 @@ def _store(study: Study) -> Store:
         },
         data_sets=sorted({n for value in named for n in ([value] if isinstance(value, str) else value) if n}),
         earlier=study.parameters.get("earlier_code", False),
-        audit=float(share) if share else None,
+        audit=Audit.of(os.environ.get("WORKBOOK_AUDIT", "")),
         closed=bool(os.environ.get("WORKBOOK_CLOSED")),
     )
 
