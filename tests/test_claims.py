@@ -89,8 +89,12 @@ def test_claims_are_stated_once_and_before_they_are_settled(study):
     ("details", "said"),
     [
         ({"paper": "PatDN"}, "'PatDN' is no key of papers.csv: near are PatDNN"),
-        ({}, "claims of the kind 'ours', and only these"),
-        ({"paper": "PatDNN", "kind": "ours"}, "claims of the kind 'ours', and only these"),
+        ({"paper": "Sun 2024"}, "'Sun 2024' is no key of papers.csv: none is near; add its line first"),
+        ({}, "paper = 'this workbook': such a claim is of kind='ours'"),
+        ({"paper": "PatDNN", "kind": "our"}, "kind = 'our': allowed are number, direction"),
+        ({"paper": "PatDNN", "units": "points"}, "units: allowed are unit, condition"),
+        ({"paper": "PatDNN", "criterion": 0.5}, "criterion = 0.5: expected at_least, at_most or near"),
+        ({"paper": "PatDNN", "kind": "ours"}, "paper = 'PatDNN', kind = 'ours': such a claim names no paper"),
         ({"paper": "PatDNN", "kind": "fact"}, "kind = 'fact': allowed are number, direction"),
         ({"paper": "PatDNN", "fixed": "later"}, "fixed = 'later': allowed are before, after pilot"),
         ({"paper": "PatDNN", "setting": "toy"}, "setting = 'toy': allowed are as published"),
@@ -103,7 +107,17 @@ def test_claims_are_stated_once_and_before_they_are_settled(study):
 )
 def test_a_claim_is_somebodys_and_of_a_kind(study, details, said):
     with pytest.raises(ParameterError, match=said):
-        study.expect("1", "a", at_least(0), **details)
+        study.expect("1", "a", **{"criterion": at_least(0)} | details)
+
+
+def test_chips_are_no_networks():
+    """Five values of one network give no verdict that asks for five, unless the claim says what they are of."""
+    study = Study("09_mine", {"seeds": 1}, {"commit": ""})
+    study.expect("chips", "a", at_least(0), kind="ours", over="chips")
+    study.settle("chips", [1.0, 1.1, 1.2, 0.9, 1.0])
+    study.expect("networks", "a", at_least(0), kind="ours")
+    with pytest.raises(ParameterError, match="'networks' is given 5 values, and seeds = 1 networks are trained: say"):
+        study.settle("networks", [1.0, 1.1, 1.2, 0.9, 1.0])
 
 
 @pytest.mark.parametrize(

@@ -314,6 +314,66 @@ def test_equal_variables_are_the_same_however_python_keeps_them(cell):
     assert code(shared["own"]) == code(apart["own"])
 
 
+SCRIPT = """
+import os, sys
+sys.path.insert(0, {project!r})
+from lib.keys import code, content
+
+RATE = 0.05
+RATES = dict(on=1, off=2)
+
+class Device:
+    exponent = 0.05
+
+    def disturb(self, cells):
+        return cells * RATE
+
+def drift(cells):
+    return cells * RATE + RATES["on"] + sum(later)
+
+later = [1]
+keys = [code(drift)]
+{change}
+keys.append(code(drift))
+devices = [content(Device())]
+Device.exponent = 0.3
+devices.append(content(Device()))
+Device.exponent = 0.05
+devices.append(content(Device()))
+print(keys[0] == keys[1], devices[0] == devices[1], devices[0] == devices[2])
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        ("pass", True),
+        ("RATE = 0.3", False),
+        ("for RATE in (0.1, 0.3): pass", False),
+        ("RATES['on'] = 3", False),
+        ("later += [2]", False),
+        ("globals()['RATE'] = 0.3", False),
+        ("os.environ['X'] = 'y'", True),
+    ],
+)
+def test_a_script_s_variables_and_classes_count_by_what_they_hold(change, same, tmp_path):
+    """A script still runs: what its text says of a variable is not what it holds now."""
+    (tmp_path / "mine.py").write_text(SCRIPT.format(project=str(PROJECT), change=change))
+    done = subprocess.run([sys.executable, tmp_path / "mine.py"], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == [str(same), "False", "True"], done.stderr
+
+
+def test_what_is_put_in_the_place_of_a_class_s_value_counts(write, cell):
+    text = "class Device:\n    nu = 0.05\n    def disturb(self, cells): return cells * self.nu\n"
+    for device in (write(mine=text).Device, cell(text)["Device"]):
+        keys = [code(device)]
+        for value in (0.3, 0.05):
+            device.nu = value
+            keys.append(code(device))
+        device.more = 1
+        assert keys[0] == keys[2] != keys[1] != code(device) != keys[0]
+
+
 def test_code_without_source_is_refused_by_name():
     space = {"__name__": "__main__"}
     exec("def own(w): return w", space)

@@ -549,6 +549,7 @@ def test_a_run_is_stopped_between_two_looks(slow):
         (["--preset", "fast"], "preset 'fast' is unknown: allowed are paper, quick, smoke"),
         (["02_none"], "study '02_none' is unknown: allowed are 0"),
         (["--jobs", "0"], "--jobs 0: allowed are whole numbers from 1"),
+        (["01", "-p", "sparsity", "0.5"], "parameter 'sparsity' is unknown in 01: near are sparsities"),
         (["--audit", "2"], "an audit of a share of 2.0: allowed are shares above 0, up to 1"),
         (["--experiment", "retrained"], "--experiment says what --audit measures again: expected both"),
         (["01", "--preset", "paper", "--audit", "--experiment", "none"], "--experiment none: there were measured "),

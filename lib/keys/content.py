@@ -7,13 +7,14 @@ import sys
 import time
 import types
 from collections.abc import Callable, Sequence
+from enum import EnumMeta
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from lib.keys.source import FUNCTION, File, aside, installed, read
+from lib.keys.source import FUNCTION, File, aside, binds, installed, read
 from lib.keys.values import KeysError, Values, name_of
 
 BORN = time.time_ns()
@@ -47,8 +48,9 @@ def code(function: Callable, without: Sequence[str] = ()) -> str:
 
     Ours is what is not installed: ``lib``, notebooks, a user's own files. Comments, docstrings, hints, layout, imports
     and the file that a definition stands in do not count, nor do rooms that only present results or keep them.
-    Names are followed through modules, closures, defaults, decorators and partial functions. A notebook's variables
-    count by their values, and so does what somebody puts in the place of a module's function or literal.
+    Names are followed through modules, closures, defaults, decorators and partial functions. Variables of a notebook,
+    and of the script that runs, count by their values, and so does what somebody puts in the place of a module's
+    function or literal or of a class's value. What a function reads from a file by its name does not.
 
     Raises:
         KeysError: a function without source, or whose file was changed after it was imported; a variable of a notebook
@@ -109,11 +111,22 @@ class _Live(Values):
 
     def define(self, module: str, name: str) -> list:
         """What a file says under a name, and what this process has in its place."""
-        form = super().define(module, name)
         space = vars(sys.modules[module]) if module in sys.modules else {}
         statements = self.file(module).bound[name]
-        if name in space and len(statements) == 1 and not _explains(statements[0], space[name], space):
-            form.append(self.value(space[name], name))
+        if name not in space:
+            return super().define(module, name)
+        here = space[name]
+        if module == "__main__":  # a script that still runs: a variable is what it holds now
+            statements = [
+                s for s in statements if isinstance(s, (*FUNCTION, ast.ClassDef)) and _explains(s, here, space)
+            ]
+            form = [self.form(statement, module) for statement in statements] or [self.value(here, name)]
+        else:
+            form = super().define(module, name)
+        if len(statements) == 1 and not _explains(statements[0], here, space):
+            form.append(self.value(here, name))
+        elif len(statements) == 1 and isinstance(statements[0], ast.ClassDef) and isinstance(here, type):
+            form += [put] if (put := self._put(here, statements[0])) else []
         return form
 
     def look(self, space: dict, free: Sequence[str], module: str, place: str, parts: Sequence[str]) -> list:
@@ -160,10 +173,18 @@ class _Live(Values):
             line = method.__code__.co_firstlineno
             nodes = [n for n in ast.walk(self._tree(method)) if isinstance(n, ast.ClassDef) and n.name == kind.__name__]
             for node in [n for n in nodes if n.lineno <= line <= n.end_lineno][-1:]:
-                return self._text(node, methods)
+                put = self._put(kind, node)
+                return [self._text(node, methods), put] if put else self._text(node, methods)
         own = {k: v for k, v in vars(kind).items() if not k[0] == k[-1] == "_"}  # but what Python has for itself
         values = self._counted(kind, own)
         return [*map(self.value, (kind.__bases__, [*inspect.get_annotations(kind)], values))]
+
+    def _put(self, kind: type, node: ast.ClassDef) -> list:
+        """The attributes of a class that have other values than its text gives them."""
+        says = {name: statement for statement in node.body for name in binds(statement)}
+        held = {} if isinstance(kind, EnumMeta) else {k: v for k, v in vars(kind).items() if k[0] != "_"}
+        values = {k: v for k, v in sorted(held.items()) if not callable(v) and not hasattr(type(v), "__get__")}
+        return [[k, self.value(v, k)] for k, v in values.items() if k not in says or not _explains(says[k], v, {})]
 
     def _text(self, node: ast.AST, functions: list[types.FunctionType]) -> Any:
         free = {name for f in functions for name in f.__code__.co_freevars}

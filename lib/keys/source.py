@@ -216,7 +216,7 @@ def read(path: Path, module: str, text: bytes) -> File:
         tree = ast.Module([], [])
     bound: dict[str, list[ast.stmt]] = {}
     for statement in tree.body:
-        for name in dict.fromkeys(_binds(statement)):
+        for name in dict.fromkeys(binds(statement)):
             bound.setdefault(name, []).append(statement)
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     return File(package, tree, _imports(_outside(tree)), bound)
@@ -231,7 +231,7 @@ def _outside(node: ast.AST) -> list[ast.AST]:
     return found
 
 
-def _binds(statement: ast.stmt) -> Iterator[str]:
+def binds(statement: ast.stmt) -> Iterator[str]:
     """The names that a statement defines or may change: `X = ...`, `X[k] = ...`, `X.append(...)`."""
     for node in _outside(statement):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):

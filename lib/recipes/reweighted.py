@@ -143,7 +143,7 @@ def reweighted(
         their levels.
 
     Raises:
-        TrainingError: a set without fixed groups (patterns, adaptive blocks: A.4 item 6), a negative strength or
+        TrainingError: a set without fixed groups (patterns, adaptive blocks), a negative strength or
             interval, a clip not above 0, a strength that names no layer of the plan.
 
     >>> from lib import data, models, pruning, recipes

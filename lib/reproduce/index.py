@@ -59,7 +59,7 @@ def write_index(reports: Path, states: dict[str, str]) -> None:
         others=int(((ledger["kind"] != "arithmetic") & (ledger["over"] != "networks")).sum()),
         choices={
             "verdict": [v for v in VERDICTS if v in {*ledger["verdict"]}],
-            **{column: sorted({*ledger[column]}) for column in ("kind", "fixed", "setting")},
+            **{column: sorted({*ledger[column]} - {""}) for column in ("kind", "fixed", "setting")},
         },
         verdicts=VERDICTS,
         reach=REACH,

@@ -1,6 +1,7 @@
 """What a batch would run: studies, presets with their parameters, and what a run depends on."""
 
 from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,11 @@ def preset_parameters(
     for name, value in (changed or {}).items():
         holders = [study for study in chosen(result, only) if name in known[study]]
         if not holders:
-            raise ParameterError(f"parameter {name!r} is unknown in {', '.join(only) if only else 'every study'}")
+            known_there = {n for study in chosen(result, only) for n in known[study]}
+            near = get_close_matches(name, known_there)
+            allowed = f"near are {', '.join(near)}" if near else f"allowed are {', '.join(sorted(known_there))}"
+            where = ", ".join(only) if only else "every study"
+            raise ParameterError(f"parameter {name!r} is unknown in {where}: {allowed}")
         for study in holders:
             result[study] = result[study] | {name: value}
     for study, values in result.items():

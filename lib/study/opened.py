@@ -24,6 +24,8 @@ from lib.study.parameters import PROJECT, check_parameters, declared, injected, 
 from lib.study.ranges import ParameterError
 from lib.study.shown import Shown
 
+DETAILS = ("unit", "condition", "holding", "fixed", "setting", "dataset", "model", "over")
+
 
 @dataclass
 class Study:
@@ -100,8 +102,13 @@ class Study:
         """
         if id in self.claims:
             raise ParameterError(f"claim {id!r} is stated twice")
+        if not isinstance(criterion, Criterion):
+            raise ParameterError(f"claim {id!r}, criterion = {criterion!r}: expected at_least, at_most or near")
+        if unknown := [name for name in details if name not in DETAILS]:
+            raise ParameterError(f"claim {id!r}, {unknown[0]}: allowed are {', '.join(DETAILS)}")
+        claim = Claim(id, statement, paper, kind, source, published, criterion, **details)
         check_paper(paper, ours=kind == "ours")
-        self.claims[id] = Claim(id, statement, paper, kind, source, published, criterion, **details)
+        self.claims[id] = claim
 
     def settle(
         self,
@@ -122,9 +129,13 @@ class Study:
             words: what the measurements make a reader of the statement ask; they end it in the ledger.
 
         Raises:
-            ParameterError: the claim was never stated, or has a condition and is given nothing for it.
+            ParameterError: the claim was never stated, or has a condition and is given nothing for it; there are
+                more values, of networks, than the parameter ``seeds`` trains.
         """
-        claim = self._stated(id)
+        claim, seeds = self._stated(id), self.parameters.get("seeds")
+        if claim.over == "networks" and seeds is not None and len(values) > seeds:
+            said = f"claim {id!r} is given {len(values)} values, and seeds = {seeds} networks are trained"
+            raise ParameterError(f"{said}: say what its interval is over, as in over='chips'")
         if (claim.holding is None) != (condition is None):
             raise ParameterError(f"claim {id!r} has {'a' if claim.holding else 'no'} condition")
         mean, low, high = np.exp(interval(np.log(values), also=also)) if geometric else interval(values, also=also)
@@ -220,7 +231,7 @@ class Study:
                 "over": c.over,
                 "criterion": c.wording,
                 "condition": c.joint,
-                "setting": c.setting,
+                "setting": c.setting if c.kind != "ours" else "",
                 "dataset": c.dataset or self.parameters.get("dataset", ""),
                 "model": c.model or self.parameters.get("model", ""),
             }

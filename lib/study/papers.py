@@ -64,9 +64,12 @@ def check_paper(key: str, ours: bool) -> None:
             that names none.
     """
     if ours or key == OURS:
-        if not ours or key != OURS:
-            raise ParameterError(f"paper = {key!r}: claims of the kind 'ours', and only these, are of {OURS!r}")
+        if not ours:
+            raise ParameterError(f"paper = {OURS!r}: such a claim is of kind='ours'; name a paper for any other")
+        if key != OURS:
+            raise ParameterError(f"paper = {key!r}, kind = 'ours': such a claim names no paper")
         return
     if key not in papers().index:
-        near = get_close_matches(key, papers().index, 3, 0.3) or papers().index[:3]
-        raise ParameterError(f"paper = {key!r} is no key of {PATH.name}: near are {', '.join(near)}")
+        near = get_close_matches(key, papers().index, 3, 0.75)
+        hint = f"near are {', '.join(near)}" if near else "none is near; add its line first"
+        raise ParameterError(f"paper = {key!r} is no key of {PATH.name}: {hint}")
