@@ -223,6 +223,27 @@ def test_a_changed_parameter_goes_to_the_studies_that_have_it(small, capsys):
     assert "01_study at smoke: n = 'five' is str: expected int" in capsys.readouterr().err
 
 
+def test_what_a_study_of_one_s_own_forgot_is_told(small, capsys):
+    """An entry in the preset, and a claim that was never settled: both are allowed, and neither is silent."""
+    folder, reports = small
+    source = """
+from lib.study import Study, at_least
+study = Study("01_study", {"seeds": 1, "report_dir": report_dir}, {"commit": ""})
+study.expect("1a", "costs nothing", at_least(0), kind="ours")
+study.expect("1b", "wins", at_least(0), kind="ours")
+study.settle("1a", [1.0])
+study.save()
+"""
+    write_study(folder, "01_study", source)
+    assert run_batch(reports, "01") == 0
+    said = capsys.readouterr().err
+    assert "01_study has no entry in presets/smoke.yaml: it runs with its defaults" in said
+    assert "claims without a measurement: 1b wins" in said
+    (folder / "presets" / "smoke.yaml").write_text("01_study: {}\n")
+    assert run_batch(reports, "01") == 0
+    assert "no entry" not in capsys.readouterr().err
+
+
 def test_a_changed_parameter_has_to_suit_the_studies_that_run_alone(small, capsys):
     folder, reports = small
     for name in ("01_study", "02_other"):

@@ -10,7 +10,7 @@ import pandas as pd
 import psutil
 
 from lib.reproduce.batch import folders, merged, overview, reproduce
-from lib.reproduce.plan import chosen, prepare, preset_parameters, presets
+from lib.reproduce.plan import chosen, given, prepare, preset_parameters, presets
 from lib.study import PROJECT, Audit, MeasurementError, ParameterError, parameters, studies
 from lib.study.tables import read_table
 
@@ -100,6 +100,8 @@ def _answer(options: argparse.Namespace) -> int:
     if options.render:
         os.environ["WORKBOOK_CLOSED"] = "1"  # for the kernels of this batch
         options.studies = options.studies or _measured(values, reports)
+    for study in sorted({*chosen(values, options.studies)} - {*given(options.preset)}):
+        sys.stderr.write(f"{study} has no entry in presets/{options.preset}.yaml: it runs with its defaults\n")
     errors = reproduce(
         options.preset,
         only=options.studies,

@@ -130,6 +130,13 @@ def _index(states: dict[str, str], reports: Path, build: Path) -> None:
         write_index(reports, states)
 
 
+def _unsettled(claims: Path) -> str:
+    """The claims that a run left without a measurement: by its parameters, or because a notebook forgot them."""
+    ledger = pd.read_csv(claims) if claims.is_file() else pd.DataFrame({"n": [], "claim": []})
+    left = [f"{text:.40}" for text in ledger["claim"][ledger["n"] == 0]]
+    return f"; claims without a measurement: {', '.join(left)}" if left else ""
+
+
 @dataclass
 class _Running:
     """A study that runs: since when, how many other processes have joined it, and whether it is over."""
@@ -205,6 +212,7 @@ def _run_all(
                     run = future.result()
                     errors[study] = run.error if run else ""
                     text = f"{run.minutes:.1f} min, {run.memory_mb} MB" if run else "ran in another batch"
+                    text += "" if errors[study] else _unsettled(reports / "claims" / f"{study}.csv")
                 except Exception as error:  # a full disk, a page that cannot be laid out: this study's, not the batch's
                     errors[study], text = f"{type(error).__name__}: {error}".splitlines()[0], "not published"
                 bar.update(1 - done[study])

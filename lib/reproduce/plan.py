@@ -65,8 +65,8 @@ def preset_parameters(
     >>> preset_parameters("smoke", {"seeds": 2})["01_lottery_ticket_vs_finetuning"]["seeds"]
     2
     """
-    given = _given(preset)
-    result = {study: given.get(study) or {} for study in sorted({*studies(), *given})}
+    told = given(preset)
+    result = {study: told.get(study) or {} for study in sorted({*studies(), *told})}
     known = {study: parameters.declared(study) for study in result}
     for name, value in (changed or {}).items():
         holders = [study for study in chosen(result, only) if name in known[study]]
@@ -87,22 +87,22 @@ def preset_parameters(
     return {study: result[study] for study in studies()}
 
 
-def _given(preset: str) -> dict[str, dict[str, str | list[str]]]:
+def given(preset: str) -> dict[str, dict[str, str | list[str]]]:
     """A preset's file as it is, every value text; ``""`` for a study without any."""
     if preset not in presets():
         raise ParameterError(f"preset {preset!r} is unknown: allowed are {', '.join(presets())}")
     path = parameters.NOTEBOOKS / "presets" / f"{preset}.yaml"
     try:
-        given = yaml.load(path.read_text("utf-8"), _Loader) or {}
+        told = yaml.load(path.read_text("utf-8"), _Loader) or {}
     except ParameterError as error:
         raise ParameterError(f"{path.name}: {error}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ParameterError(f"{path.name} is no YAML in UTF-8: {' '.join(str(error).split())}") from None
-    for place, found in {"": given, **(given if isinstance(given, dict) else {})}.items():
+    for place, found in {"": told, **(told if isinstance(told, dict) else {})}.items():
         if found and not isinstance(found, dict):
             where = f"{path.name}, {place}" if place else path.name
             raise ParameterError(f"{where} holds {found!r:.60}: expected `study:` and under it lines `name: value`")
-    return given
+    return told
 
 
 def prepare(preset: str, folder: Path) -> None:
