@@ -635,6 +635,16 @@ def test_chips_are_spent_where_they_decide(trained, images):
         assert np.log(few.high / few.low) == pytest.approx(np.log(every.high / every.low), rel=0.5)
 
 
+def test_an_interval_ends_where_chips_say_and_not_where_the_search_began(trained, images):
+    """The first rates that are met depend on ``lowest`` and ``highest``; an interval that ended there would too."""
+    ends = {}
+    for lowest, highest in ((1e-5, 0.5), (1e-6, 0.5), (1e-5, 0.1), (3e-4, 0.2)):
+        found = tolerated_rate(trained, "two_column", 3, 20, images.test, lowest=lowest, highest=highest)
+        ends[lowest, highest] = np.log([found.low, found.rate, found.high])
+    low, rate, high = np.ptp(list(ends.values()), axis=0)  # of logarithms; between the rates met it is interpolated
+    assert (low < 0.1, rate < 0.1, high < 0.25) == (True, True, True), ends
+
+
 def test_a_tolerated_rate_is_right_on_average_over_sets_of_chips_but_one_set_is_not():
     random = torch.Generator().manual_seed(0)
     classes = torch.randn(6, 24, generator=random)

@@ -1,6 +1,6 @@
 """The rate of broken cells that a network tolerates."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from math import ceil, inf, isfinite, log, log1p, log2, nan, sqrt
 from typing import NamedTuple
 
@@ -71,7 +71,8 @@ def tolerated_rate(
         precision: half the width of the last bracket, as a share of the rate.
         sure: a rate far from the one sought is left to the first `FEW` chips, twice as many, ..., whose mean lies this
             many standard errors, and a quarter of the drop, from where it has to be. All chips meet the last bracket,
-            and rates beside it until the interval ends between two of them. By default all meet every rate.
+            and rates beside it until the interval ends between two of them, or at ``lowest`` or ``highest``, where it
+            is open. By default all meet every rate.
 
     Raises:
         CrossbarError: as `sweep`; a drop that is not positive, a reference that is no number; bounds that are not
@@ -123,10 +124,16 @@ def tolerated_rate(
             look(rate, len(numbers))
         rates = np.array(sorted(rate for rate, found in measured.items() if len(found) == len(numbers)))
         rate, ends = _with_interval(rates, np.array([measured[r] for r in rates]), floor)
-        below, above = ([r for r in measured if r < rates[0]], [r for r in measured if r > rates[-1]])
-        wanted = [max(below)] if below and ends[0] <= rates[0] else []
-        wanted += [min(above)] if above and ends[1] >= rates[-1] else []
+        wanted = [_beyond(rates[0], lowest, measured)] if ends[0] <= rates[0] > lowest else []
+        wanted += [_beyond(rates[-1], highest, measured)] if ends[1] >= rates[-1] < highest else []
     return Tolerated(rate, *ends, sum(map(len, measured.values())), bound)
+
+
+def _beyond(outermost: float, bound: float, measured: Iterable[float]) -> float:
+    """The next rate outwards from the outermost that all chips have met, by a factor of two at most."""
+    reach = max(outermost / 2, bound) if bound < outermost else min(2 * outermost, bound)
+    between = [rate for rate in measured if min(outermost, reach) < rate < max(outermost, reach)]  # some have met
+    return min(between, key=lambda rate: abs(log(rate / outermost)), default=reach)
 
 
 def _clear(found: list[float], floor: float, sure: float, drop: float) -> bool:
