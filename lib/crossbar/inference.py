@@ -50,9 +50,8 @@ class ArrayLayer:
         """The layer's output without arrays."""
         return type(self.layer).forward(self.layer, x)
 
-    @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
-        """The layer's output, by way of whole numbers, which have no gradient."""
+        """The layer's output, by way of whole numbers."""
         whole, signed, programmed = self.whole(x), self.inputs.low < 0, self.programmed
         few = max(1, CHUNK // (self._windows(whole) * self.layer.weight[0].numel()))  # images at a time
         if programmed.folds:

@@ -179,14 +179,14 @@ class Programmed:
 
     @property
     def lossless(self) -> bool:
-        """Whether cells are whole and read exactly, with a code for every sum that there can be."""
+        """Whether perfect cells are read exactly, with a code for every sum that there can be."""
         bits = self.array.adc_bits
-        return self.whole and (bits is None or bits >= self.largest.bit_length() + self.signed_sums)
+        return bits is None or bits >= self.largest.bit_length() + self.signed_sums
 
     def _full_range(self) -> Converter:
-        """For the largest sum of perfect cells; of whole ones it reads every sum where the bits allow it."""
+        """For the largest sum that there can be; a step for every whole number where the bits allow it."""
         bits = self.array.adc_bits or max(1, self.largest.bit_length()) + self.signed_sums
-        return Converter.up_to(self.largest, bits, self.signed_sums, self.whole)
+        return Converter.up_to(self.largest, bits, self.signed_sums)
 
     def calibrate(self, *inputs: Tensor, signed: bool = False, most: int = 256) -> Converter:
         """Choose the converter's range that loses least of the columns' sums for inputs as in calls.
@@ -198,7 +198,7 @@ class Programmed:
             some = (x[:, sample(x.shape[1], most)] for x in inputs)
             parts = (part for x in some for part in self._parts(x, signed))
             sums = torch.cat([sums[:, :-1].flatten() for part in parts for sums in self._sums(part)])
-            self.converter = calibrated(sums if self.signed_sums else sums.abs(), self.converter.bits, self.signed_sums)
+            self.converter = calibrated(sums if self.signed_sums else sums.abs(), self.array.adc_bits, self.signed_sums)
         return self.converter
 
     def __call__(self, x: Tensor, signed: bool = False) -> Tensor:

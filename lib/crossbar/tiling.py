@@ -34,7 +34,9 @@ class Array:
             array (``two_crossbar`` of PRIME).
         analog_difference: a pair is subtracted before one conversion; otherwise both are converted.
         active_rows: that are read at once, and converted; the rows of an array take turns (None: all at once).
-        adc_bits: of the converters; None: as many as tell all sums of perfect cells apart.
+        adc_bits: of the converters; None: as many as tell all sums of perfect cells apart. Such converters, and those
+            of more bits, read in steps of one level, which also rounds small deviations of cells and wires away;
+            those of fewer bits have the range that loses least.
         flip: columns that are more than half full are stored inverted (ISAAC), which saves a bit and takes a column of
             ones in every array.
         dummy: a column of cells that are off is subtracted from every other, so that a finite ``on_off`` leaves no
