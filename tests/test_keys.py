@@ -363,12 +363,13 @@ def test_a_script_s_variables_and_classes_count_by_what_they_hold(change, same, 
     assert done.stdout.split() == [str(same), "False", "True"], done.stderr
 
 
-def test_what_is_put_in_the_place_of_a_class_s_value_counts(write, cell):
-    text = "class Device:\n    nu = 0.05\n    def disturb(self, cells): return cells * self.nu\n"
+@pytest.mark.parametrize("nu", ["nu", "_nu"])
+def test_what_is_put_in_the_place_of_a_class_s_value_counts(nu, write, cell):
+    text = f"class Device:\n    {nu} = 0.05\n    def disturb(self, cells): return cells * self.{nu}\n"
     for device in (write(mine=text).Device, cell(text)["Device"]):
         keys = [code(device)]
         for value in (0.3, 0.05):
-            device.nu = value
+            setattr(device, nu, value)
             keys.append(code(device))
         device.more = 1
         assert keys[0] == keys[2] != keys[1] != code(device) != keys[0]

@@ -115,17 +115,15 @@ class _Live(Values):
         statements = self.file(module).bound[name]
         if name not in space:
             return super().define(module, name)
-        here = space[name]
+        here, definitions = space[name], (*FUNCTION, ast.ClassDef)
         if module == "__main__":  # a script that still runs: a variable is what it holds now
-            statements = [
-                s for s in statements if isinstance(s, (*FUNCTION, ast.ClassDef)) and _explains(s, here, space)
-            ]
+            statements = [s for s in statements if isinstance(s, definitions) and _explains(s, here, space)]
             form = [self.form(statement, module) for statement in statements] or [self.value(here, name)]
         else:
             form = super().define(module, name)
-        if len(statements) == 1 and not _explains(statements[0], here, space):
-            form.append(self.value(here, name))
-        elif len(statements) == 1 and isinstance(statements[0], ast.ClassDef) and isinstance(here, type):
+            if len(statements) == 1 and not _explains(statements[0], here, space):
+                return [*form, self.value(here, name)]
+        if len(statements) == 1 and isinstance(statements[0], ast.ClassDef) and isinstance(here, type):
             form += [put] if (put := self._put(here, statements[0])) else []
         return form
 
@@ -182,9 +180,10 @@ class _Live(Values):
     def _put(self, kind: type, node: ast.ClassDef) -> list:
         """The attributes of a class that have other values than its text gives them."""
         says = {name: statement for statement in node.body for name in binds(statement)}
-        held = {} if isinstance(kind, EnumMeta) else {k: v for k, v in vars(kind).items() if k[0] != "_"}
-        values = {k: v for k, v in sorted(held.items()) if not callable(v) and not hasattr(type(v), "__get__")}
-        return [[k, self.value(v, k)] for k, v in values.items() if k not in says or not _explains(says[k], v, {})]
+        held = {} if isinstance(kind, EnumMeta) else dict(sorted(vars(kind).items()))
+        values = {k: v for k, v in held.items() if not callable(v) and not hasattr(type(v), "__get__")}
+        put = [k for k, v in values.items() if (not _explains(says[k], v, {}) if k in says else k[0] != "_")]
+        return [[k, self.value(values[k], k)] for k in put]  # hidden ones that it does not say are Python's own
 
     def _text(self, node: ast.AST, functions: list[types.FunctionType]) -> Any:
         free = {name for f in functions for name in f.__code__.co_freevars}

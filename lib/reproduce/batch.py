@@ -132,7 +132,9 @@ def _index(states: dict[str, str], reports: Path, build: Path) -> None:
 
 def _unsettled(claims: Path) -> str:
     """The claims that a run left without a measurement: by its parameters, or because a notebook forgot them."""
-    ledger = pd.read_csv(claims) if claims.is_file() else pd.DataFrame({"n": [], "claim": []})
+    if not claims.is_file():
+        return ""
+    ledger = pd.read_csv(claims)
     left = [f"{text:.40}" for text in ledger["claim"][ledger["n"] == 0]]
     return f"; claims without a measurement: {', '.join(left)}" if left else ""
 

@@ -7,7 +7,7 @@ import platform
 import re
 import subprocess
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from lib.study.parameters import PROJECT, check_parameters, declared, injected, 
 from lib.study.ranges import ParameterError
 from lib.study.shown import Shown
 
-DETAILS = ("unit", "condition", "holding", "fixed", "setting", "dataset", "model", "over")
+DETAILS = [f.name for f in fields(Claim) if f.default is not MISSING]
 
 
 @dataclass
