@@ -1,9 +1,11 @@
 """Published figures of devices, converters and chips: ``data/technology/*.csv``, with a source for every row."""
 
 from functools import cache
+from math import inf
 from pathlib import Path
 
 import pandas as pd
+from pandas.api.types import is_numeric_dtype
 
 FOLDER = Path(__file__).resolve().parent.parent / "data" / "technology"
 
@@ -17,6 +19,10 @@ class TechnologyError(ValueError):
         ...
     lib.technology.TechnologyError: technology table devices: 'prime_tio2' has no t_write_ns; ...
     """
+
+
+UNITS = ("pJ", "fJ", "mW", "W", "ns", "ms", "mm2", "um2", "nm", "ohm", "V", "uS", "MB", "GSps", "percent", "per_mac")
+"""What the names of columns of figures end in."""
 
 
 class Table:
@@ -42,10 +48,13 @@ class Table:
                 raise TechnologyError(f"technology table {name}: every row needs a {column}")
         if twice := frame.index[frame.index.duplicated()].tolist():
             raise TechnologyError(f"technology table {name}: {twice[0]!r} is there twice")
-        numbers = frame.select_dtypes("number").filter(regex=r"^(?!c\d)")  # c0, c1, ...: coefficients, of any sign
-        if (negative := numbers.lt(0)).any(axis=None):
-            row, column = negative.stack().idxmax()
-            raise TechnologyError(f"technology table {name}: {row!r} has {column} = {numbers.loc[row, column]:g}")
+        figures = frame.filter(regex=r"^(?!c\d)")  # c0, c1, ...: coefficients, of any sign
+        for column, values in figures.items():
+            if (unit := column.endswith(tuple(f"_{unit}" for unit in UNITS))) or is_numeric_dtype(values):
+                numbers = pd.to_numeric(values, errors="coerce")
+                if (wrong := values.notna() & ~(numbers.ge(0) & (numbers.lt(inf) | (not unit)))).any():
+                    said = f"{wrong.idxmax()!r} has {column} = {values[wrong.idxmax()]}, no number from 0"
+                    raise TechnologyError(f"technology table {name}: {said}")
         self.frame = frame
 
     def __call__(self, row: str, column: str) -> float:
@@ -70,18 +79,21 @@ class Table:
 
 
 @cache
-def table(name: str, unverified: bool = False, folder: Path = FOLDER) -> Table:
+def table(name: str, unverified: bool = False, folder: str | Path = FOLDER) -> Table:
     """The table ``name`` that ships with the project, or lies in another folder; its first column names the rows.
 
+    Keys of measurements know what is in ``data/technology``: a study's own tables belong there.
+
     Raises:
-        TechnologyError: no such table, a row without source or status, a name twice, or a negative number.
+        TechnologyError: no such table, a row without source or status, a name twice, or a figure that is negative or
+            no number.
 
     >>> from lib.technology import table
     >>> table("digital")("int8_mul", "energy_pJ"), table("digital")("fp32_mul", "energy_pJ")
     (0.2, 3.7)
     """
-    path = folder / f"{name}.csv"
+    path = Path(folder) / f"{name}.csv"
     if not path.is_file():
-        there = sorted(p.stem for p in folder.glob("*.csv"))
-        raise TechnologyError(f"there is no technology table {name!r} in {folder.name}: {', '.join(there)}")
+        there = sorted(p.stem for p in path.parent.glob("*.csv"))
+        raise TechnologyError(f"there is no technology table {name!r} in {path.parent.name}: {', '.join(there)}")
     return Table(pd.read_csv(path, index_col=0), name, unverified)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lib.crossbar import SCHEMES, Array, CrossbarError, Mapping, on_arrays
+from lib.crossbar import SCHEMES, Array, CrossbarError, Mapping, Polarized, calibrated, on_arrays
 
 BITS = ((None, None), (8, 2), (8, None), (8, 3), (5, 2), (4, 1), (2, 1), (16, 4))
 
@@ -110,6 +110,37 @@ def test_a_clipped_range_saturates_and_a_zero_layer_stays_zero():
 def test_impossible_mappings_are_refused(options, message):
     with pytest.raises(CrossbarError, match=message):
         Mapping(**options)
+
+
+HALVES = {
+    Mapping: ("weight_bits", "copies"),
+    Array: ("rows", "columns", "input_bits", "dac_bits", "active_rows", "adc_bits"),
+    Polarized: ("fragment",),
+}
+
+
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, names in HALVES.items() for name in names])
+def test_halves_are_refused(kind, name):
+    with pytest.raises(CrossbarError, match=f"{name} = 2.5: allowed are whole numbers"):
+        kind(**{name: 2.5})
+
+
+def test_a_range_is_the_same_whether_sums_come_at_once_or_piece_by_piece():
+    for values in (torch.randn(5000).mul(20).round(), torch.randn(400_000)):  # fewer and more than are looked at
+        for bits, signed in product((3, 6), (False, True)):
+            pieces = values.split([1000, 3000, len(values) - 4000])
+            assert calibrated(iter(pieces), bits, signed, count=len(values)) == calibrated(values, bits, signed)
+
+
+def test_arrays_outside_of_no_grad():
+    """Whatever the converters: what they round has no gradient, and what needs one elsewhere is no error."""
+    x = torch.rand(4, 1, 6, 6)
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Conv2d(2, 2, 3), nn.Flatten(), nn.Linear(8, 2))
+    for bits in (None, 3):
+        there = on_arrays(net, Array(adc_bits=bits), x)
+        with torch.no_grad():
+            known = there(x)
+        assert torch.equal(there(x), known)
 
 
 def test_copies_are_independent_cells_and_read_back_as_their_mean():

@@ -46,6 +46,9 @@ class TestTables:
                 "'a' has no x; its source prints none",
             ),
             ("name,x,status,source\na,-1,verified,here\n", "a", "'a' has x = -1"),
+            ("name,x_pJ,status,source\na,1,verified,here\nb,1e3 pJ,verified,here\n", "a", "'b' has x_pJ = 1e3 pJ"),
+            ("name,x_pJ,status,source\na,inf,verified,here\n", "a", "'a' has x_pJ = inf"),
+            ("name,x_pJ,status,source\na,~2,verified,here\nb,-1,verified,here\n", "a", "'a' has x_pJ = ~2"),
             ("name,x,status,source\na,1,verified,\n", "a", "every row needs a source"),
             ("name,x,status,source\na,1,verified,here\na,2,verified,here\n", "a", "'a' is there twice"),
         ],
@@ -165,18 +168,42 @@ class TestForms:
         """ISAAC's law at the array's bits; of FORMS's own converter one width is published."""
         arrays = {bits: replace(designs.forms_array(8), adc_bits=bits) for bits in (3, 4, 5, None)}
         law = [Forms(array, own_converter=False).conversion() for array in arrays.values()]
-        assert law == [(converter(b)[0], 4 * converter(b)[1]) for b in (3, 4, 5, 5)]  # 24 = 8 x 3 is below 2^5
+        assert law == [converter(b) for b in (3, 4, 5, 5)]  # 24 = 8 x 3 is below 2^5
         assert Forms(arrays[4]).conversion() == Forms().conversion()
         for bits in (3, 5, None):
             with pytest.raises(CostError, match=f"has 4 bits, the array {bits or 5}: own_converter=False"):
                 Forms(arrays[bits]).summary(crossbar.tile(layer_shapes(nn.Linear(8, 8), (8,)), arrays[bits]))
 
+    def test_drivers_of_several_bits_have_no_price(self):
+        with pytest.raises(CostError, match="dac_bits = 2: ISAAC-like prices row drivers of 1 bit"):
+            Isaac(Array(dac_bits=2))
+
+    def test_converters_that_columns_share(self, shapes):
+        """More of them take area and no time; fewer take less area, and the read waits for them."""
+        tiles = crossbar.tile(shapes, Isaac().array)
+        few, as_published, many = (Isaac(columns_per_adc=columns) for columns in (512, 128, 8))
+        assert as_published == Isaac()
+        areas = [design.area(96)["adc"] for design in (few, as_published, many)]
+        assert areas == pytest.approx([areas[1] / 4, areas[1], 16 * areas[1]])
+        times = [design.latency(tiles) for design in (few, as_published, many)]
+        assert times == pytest.approx([4 * times[1], times[1], times[1]])
+        with pytest.raises(CostError, match="columns_per_adc = 0"):
+            Isaac(columns_per_adc=0)
+
+    @pytest.mark.parametrize("design", [Isaac(), Forms(), Prime(), Timely()], ids=lambda design: design.name)
+    def test_no_design_prices_the_counts_of_another_array(self, shapes, design):
+        other = Array(64, 64)
+        net = nn.Sequential(nn.Linear(9, 3))
+        for tiles in (crossbar.tile(shapes, other), crossbar.occupied(net, (9,), other)):
+            with pytest.raises(CostError, match="the rows were counted for Array"):
+                design.summary(tiles)
+
     def test_what_is_priced_is_what_computes(self):
         """Bits of the converters that a design pays for, and of those that read every sum exactly."""
         for pair in (True, False):
-            for height, cell_bits, dac_bits in ((128, 2, 1), (32, 1, 2), (8, 4, 1)):
+            for height, cell_bits in ((128, 2), (32, 1), (8, 4)):
                 mapping = Mapping("differential", 9, cell_bits)
-                array = Array(mapping=mapping, active_rows=height, dac_bits=dac_bits, analog_difference=pair)
+                array = Array(mapping=mapping, active_rows=height, analog_difference=pair)
                 assert Isaac(array).adc_bits == crossbar.Programmed(torch.ones(2, 128), array).converter.bits
         flip = Array(flip=True)
         assert Isaac(flip).adc_bits == crossbar.Programmed(torch.ones(2, 128), flip).converter.bits == 8

@@ -598,6 +598,12 @@ def test_bad_models_and_faults_are_named(trained, images):
     aged = make_dataclass("Aged", [("by", float)], bases=(Device,))  # has no hash, so no trial could be known by it
     with pytest.raises(CrossbarError, match=r"Aged\(by=0.5\) cannot be told from its equals: .*frozen=True"):
         sweep(trained, "offset", [0.5], 1, images.test, faults=aged)
+    listed = make_dataclass("Listed", [("by", list)], bases=(Device,), frozen=True)
+    with pytest.raises(CrossbarError, match=r"Listed\(by=\[1\]\) cannot be told from its equals: .*without lists"):
+        sweep(trained, "offset", [0.5], 1, images.test, faults=lambda _: listed([1]))
+    fleeting = type("Fleeting", (Device,), {"lasting": False, "disturb": lambda self, cells, *_: cells})
+    with pytest.raises(CrossbarError, match="lasting = False is for ReadNoise"):
+        sweep(trained, "offset", [0.5], 1, images.test, faults=lambda _: fleeting())
     with pytest.raises(CrossbarError, match="add up to at most 1"):
         StuckAt.of(on=0.7, off=0.4)
     with pytest.raises(CrossbarError, match="allowed are 'cells', 'rows'"):
@@ -607,6 +613,21 @@ def test_bad_models_and_faults_are_named(trained, images):
             tolerated_rate(trained, "offset", drop, 1, images.test)
     with pytest.raises(CrossbarError, match="reference = nan"):
         tolerated_rate(trained, "offset", 1, 1, images.test, reference=float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda cells: cells[:, :1], r"makes cells \(1, 1, 3\) of \(1, 2, 3\), fc1"),  # would be broadcast
+        (lambda cells: cells * float("nan"), "makes conductances from nan to nan, fc1"),
+        (lambda cells: cells + float("inf"), "makes conductances from inf to inf"),
+        (lambda cells: cells - 1, "makes conductances from -1 to 0"),
+    ],
+)
+def test_what_are_no_cells_is_refused(change, message):
+    device = type("Wrong", (Device,), {"disturb": lambda self, cells, *_: change(cells)})
+    with pytest.raises(CrossbarError, match=message):
+        read_back(torch.tensor([1.0, 0.5, -1.0]), Mapping("two_column"), device(), chip=0, layer="fc1")
 
 
 # --- tolerated rate ---------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import torch
 from lib import models
 from lib.models import ModelError, build
 from lib.shapes import prunable
+from lib.study.parameters import outside
 
 
 def weights(model):
@@ -49,6 +50,46 @@ def test_building_leaves_the_global_random_state():
     torch.manual_seed(3)
     build("lenet300", (1, 28, 28), 10, seed=9)
     assert torch.equal(torch.rand(2), expected)
+
+
+THIN = """
+from torch import nn
+
+def thin(shape, classes, width=4):
+    return nn.Sequential(nn.Flatten(), nn.Linear(shape[1] * shape[2], width), nn.ReLU(), nn.Linear(width, classes))
+"""
+
+
+def test_a_network_of_ones_own_file(tmp_path):
+    (file := tmp_path / "nets_of_ones_own.py").write_text(THIN)
+    name = f"{file}:thin"
+    first, same = (build(name, (1, 8, 8), 3, seed=1) for _ in range(2))
+    assert first(torch.zeros(2, 1, 8, 8)).shape == (2, 3)
+    assert torch.equal(first[1].weight, same[1].weight)
+    assert build(name, (1, 8, 8), 3, width=7)[1].out_features == 7
+    before = outside("01_lottery_ticket_vs_finetuning", {"model": name, "dataset": "mnist"})
+    file.write_text(THIN.replace("width=4", "width=5"))  # who edits it gets what it says now, and no older number
+    assert build(name, (1, 8, 8), 3)[1].out_features == 5
+    after = outside("01_lottery_ticket_vs_finetuning", {"model": name, "dataset": "mnist"})
+    assert before.keys() == after.keys() == {name}
+    assert before != after
+
+
+@pytest.mark.parametrize(
+    ("file", "function", "text", "message"),
+    [
+        ("none_of_ones_own", "thin", None, "there is no file"),
+        ("ill_of_ones_own", "thin", "1 / 0", "ZeroDivisionError"),
+        ("torch", "thin", THIN, "a module 'torch' is there already; rename the file"),
+        ("lacking_of_ones_own", "thick", THIN, "there is no function 'thick'"),
+        ("no_network_of_ones_own", "thin", "thin = lambda shape, classes: 1", "built a int, no torch.nn.Module"),
+    ],
+)
+def test_a_file_that_cannot_be_a_network_is_named(tmp_path, file, function, text, message):
+    if text:
+        (tmp_path / f"{file}.py").write_text(text)
+    with pytest.raises(ModelError, match=message):
+        build(f"{tmp_path / file}.py:{function}", (1, 8, 8), 3)
 
 
 @pytest.mark.parametrize("name", ["lenet", "resnet9", "resnet2", ""])

@@ -72,7 +72,8 @@ class Design:
                 (`lib.crossbar.effective_cycles`); others take all of ``array.steps``.
 
         Raises:
-            CostError: a layer of ``cycles`` that is not there, or more of them than steps.
+            CostError: rows that were counted for another array; a layer of ``cycles`` that is not there, or more of
+                them than steps.
         """
         share = self.share(tiles, cycles)
         parts = {part: tiles[column] * share * pj for part, (column, pj) in self.events().items()}
@@ -89,12 +90,18 @@ class Design:
 
     def share(self, tiles: pd.DataFrame, cycles: Dict[str, float] | None) -> pd.Series:
         """Of all steps that each layer's inputs take."""
+        self.check(tiles)
         steps, cycles = self.array.steps, cycles or {}
         if unknown := sorted({*cycles} - {*tiles["layer"]}):
             raise CostError(f"cycles: no layer {unknown[0]}; there are {', '.join(tiles['layer'])}")
         if wrong := [f"{layer} {taken}" for layer, taken in cycles.items() if not 0 <= taken <= steps]:
             raise CostError(f"cycles: {wrong[0]}; allowed are 0 to the {steps} steps of {self.name}")
         return tiles["layer"].map(cycles).fillna(steps) / steps
+
+    def check(self, tiles: pd.DataFrame) -> None:
+        """Refuse rows that were counted for another array, with CostError."""
+        if (other := tiles.attrs.get("array", self.array)) != self.array:
+            raise CostError(f"{self.name} prices {self.array}; the rows were counted for {other}")
 
     def summary(self, tiles: pd.DataFrame, cycles: Dict[str, float] | None = None) -> pd.Series:
         """Arrays, conversions, energy (nJ), area (mm2) and time (us) of one network."""
@@ -114,25 +121,42 @@ class Design:
 class Isaac(Design):
     """ISAAC-CE (ISCA 2016): offset weights, bit-serial inputs, converters that an array's columns share.
 
-    Converters have the array's ``adc_bits``, or as many as tell its sums apart (``exact_bits``), by `converter`.
+    Converters have the array's ``adc_bits``, or as many as tell its sums apart (``exact_bits``), by `converter`. One
+    converts 128 columns in the 100 ns that a read takes; where more columns share it, reads take longer.
+
+    Raises:
+        CostError: inputs of several bits a step: the row drivers that are priced are inverters.
     """
 
     array: Array = field(default_factory=partial(Array, flip=True))
+    columns_per_adc: int = 128
     name: ClassVar[str] = "ISAAC-like"
     counted: ClassVar[str] = (
         "converters both ways, cells, sample-and-hold, shift-and-add; area: registers and tiles too"
     )
-    left_out: ClassVar[str] = "energy of eDRAM, bus, router, registers, sigmoid and pooling; HyperTransport"
+    left_out: ClassVar[str] = (
+        "energy of eDRAM, bus, router, registers, sigmoid and pooling; HyperTransport; columns of reference"
+    )
+
+    def __post_init__(self) -> None:
+        if self.array.dac_bits != 1:
+            raise CostError(f"dac_bits = {self.array.dac_bits}: {self.name} prices row drivers of 1 bit")
+        if self.columns_per_adc < 1:
+            raise CostError(f"columns_per_adc = {self.columns_per_adc}: allowed are whole numbers from 1")
 
     @property
     def adc_bits(self) -> int:
         """Of the converters."""
         return self.array.exact_bits if self.array.adc_bits is None else self.array.adc_bits
 
+    @property
+    def read_ns(self) -> float:
+        """Of the cells, or of converting the columns that share a converter, where these are more than 128."""
+        return READ_NS * max(1.0, self.columns_per_adc / 128)
+
     def conversion(self) -> tuple[float, float]:
-        """Energy (pJ) of a conversion, and area (um2) of the converters of an array."""
-        energy, area = converter(self.adc_bits)
-        return energy, area * self.array.columns / 128  # one converter for 128 columns in 100 ns
+        """Energy (pJ) of a conversion, and area (um2) of a converter."""
+        return converter(self.adc_bits)
 
     def events(self) -> dict[str, tuple[str, float]]:
         """Power of a group over 100 ns, divided among its events at full occupancy."""
@@ -155,7 +179,8 @@ class Isaac(Design):
         rows, columns = self.array.rows / 128, self.array.columns / 128
         scale = {"dac": rows, "array": rows * columns, "sample_hold": columns, "shift_add": columns}
         registers = isaac("ima_input_register", "area_mm2") + isaac("ima_output_register", "area_mm2")
-        found = {"adc": units * 8 * self.conversion()[1] / 1e6, "registers": units * registers}
+        adcs = units * 8 * self.array.columns / self.columns_per_adc
+        found = {"adc": adcs * self.conversion()[1] / 1e6, "registers": units * registers}
         found |= {part: units * area * scale[part] for part, area in of_ima.items()}
         return pd.Series(found | {"tiles": tiles * tile_periphery("area_mm2")})
 
@@ -215,28 +240,27 @@ class Forms(Isaac):
     """
 
     array: Array = field(default_factory=partial(forms_array, 8))
+    columns_per_adc: int = 32
     own_converter: bool = True
     name: ClassVar[str] = "FORMS-like"
     left_out: ClassVar[str] = Isaac.left_out + "; the sign table and the logic that skips zeros"
 
     @property
     def read_ns(self) -> float:
-        """128 columns by 4 converters."""
-        return self.array.columns / 4 / table("adc")("forms", "rate_GSps")
+        """Of converting the columns that share a converter."""
+        return self.columns_per_adc / table("adc")("forms", "rate_GSps")
 
     def conversion(self) -> tuple[float, float]:
-        """Four converters for each array.
+        """Energy (pJ) of a conversion, and area (um2) of a converter.
 
         Raises:
             CostError: FORMS's own converter, of which only 4 bits are published, with other ``adc_bits``.
         """
         if not self.own_converter:
-            energy, area = converter(self.adc_bits)
-        elif self.adc_bits == 4:
-            energy, area = (table("adc")("forms", c) for c in ("energy_pJ", "area_um2"))
-        else:
+            return converter(self.adc_bits)
+        if self.adc_bits != 4:
             raise CostError(f"FORMS's converter has 4 bits, the array {self.adc_bits}: own_converter=False has a law")
-        return energy, 4 * area
+        return tuple(table("adc")("forms", column) for column in ("energy_pJ", "area_um2"))
 
 
 PRIME_WEIGHTS = Mapping("two_column", 8, 4)
@@ -263,6 +287,7 @@ class Prime(Design):
 
     def summary(self, tiles: pd.DataFrame, cycles: Dict[str, float] | None = None) -> pd.Series:
         """Arrays and conversions; the rest is not a number."""
+        self.check(tiles)
         counts = {"arrays": int(tiles["arrays"].sum()), "conversions": float(tiles["adc_used"].sum())}
         return pd.Series(counts | dict.fromkeys(("energy_nJ", "area_mm2", "latency_us"), float("nan")))
 
@@ -289,6 +314,7 @@ class Timely(Design):
 
     def energy(self, tiles: pd.DataFrame, cycles: Dict[str, float] | None = None) -> pd.DataFrame:
         """As `Design.energy`; ``cycles`` do not apply, as numbers go in whole."""
+        self.check(tiles)
         timely = table("timely")
         pj = {part: timely(part, "energy_fJ") / 1000 for part in timely.frame.index if part not in UNPRICED}
         mapping, vectors = self.array.mapping, tiles["vectors"]

@@ -1,11 +1,12 @@
 """Converters at the columns of an array: how many bits they need, and what fewer do."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lib.crossbar.mapping import CrossbarError
+from lib.crossbar.mapping import CrossbarError, whole
 
 
 def exact_bits(rows: int, cell_bits: int, dac_bits: int = 1, flip: bool = False) -> int:
@@ -22,6 +23,7 @@ def exact_bits(rows: int, cell_bits: int, dac_bits: int = 1, flip: bool = False)
     >>> exact_bits(128, 2), exact_bits(128, 2, flip=True)
     (9, 8)
     """
+    whole(rows=rows, cell_bits=cell_bits, dac_bits=dac_bits)
     if rows < 1 or cell_bits < 1 or dac_bits < 1:
         raise CrossbarError(f"{rows=}, {cell_bits=}, {dac_bits=}: all must be 1 or more")
     largest = rows * (2**cell_bits - 1) * (2**dac_bits - 1)
@@ -50,6 +52,7 @@ class Converter:
     step: float = 1.0
 
     def __post_init__(self) -> None:
+        whole(adc_bits=self.bits)
         if not 1 <= self.bits <= 24:
             raise CrossbarError(f"adc_bits = {self.bits}: allowed are 1 to 24")
         if not self.step > 0:
@@ -86,10 +89,13 @@ def sample(count: int, most: int) -> Tensor | slice:
     return torch.randint(count, (most,), generator=torch.Generator().manual_seed(0)) if count > most else slice(None)
 
 
-def calibrated(values: Tensor, bits: int, signed: bool, tried: int = 20, most: int = 1 << 18) -> Converter:
+def calibrated(
+    values: Tensor | Iterable[Tensor], bits: int, signed: bool, tried: int = 20, most: int = 1 << 18, count: int = 0
+) -> Converter:
     """The converter of least squared error over some values, its range a share of their largest, in equal parts.
 
     Args:
+        values: all at once, or piece by piece, ``count`` together: of sums there can be gigabytes.
         tried: ranges. most: values that are looked at, drawn once for all; the largest of all is known.
 
     >>> from lib.crossbar import calibrated
@@ -99,9 +105,14 @@ def calibrated(values: Tensor, bits: int, signed: bool, tried: int = 20, most: i
     >>> calibrated(torch.cat([sums, torch.tensor([12.0])]), bits=2, signed=False).step  # one large sum may saturate
     1.0
     """
-    values = values.flatten()
-    largest = float(torch.stack(values.aminmax()).abs().max()) or 1.0  # of sums there can be gigabytes: no copy of all
-    values = values[sample(len(values), most)]
+    pieces, count = ([values], values.numel()) if isinstance(values, Tensor) else (values, count)
+    places, start, largest, some = torch.arange(count)[sample(count, most)].sort().values, 0, 0.0, []
+    for piece in pieces:
+        piece = piece.flatten()
+        here = places[(places >= start) & (places < start + len(piece))] - start
+        some.append(piece[here.to(piece.device)])
+        largest, start = max(largest, *(float(end.abs()) for end in piece.aminmax())), start + len(piece)
+    values = torch.cat(some)
     whole = bool((values == values.round()).all())
-    converters = (Converter.up_to(largest * k / tried, bits, signed, whole) for k in range(1, tried + 1))
+    converters = (Converter.up_to((largest or 1.0) * k / tried, bits, signed, whole) for k in range(1, tried + 1))
     return min(converters, key=lambda c: float((c.convert(values) - values).square().mean()))

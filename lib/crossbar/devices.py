@@ -1,5 +1,6 @@
 """What a device does to the cells that a mapping writes; `lib.faults` has the devices."""
 
+from math import inf
 from typing import ClassVar
 
 from torch import Tensor
@@ -43,15 +44,18 @@ def each(devices: Devices, lasting: bool = False) -> tuple[Device, ...]:
         lasting: others are refused.
 
     Raises:
-        CrossbarError: something that is no device, a dataclass that is not frozen, or a device that is new at every
-            read where it cannot be drawn.
+        CrossbarError: something that is no device, a dataclass that is not frozen or holds a list, or a device that is
+            new at every read where it cannot be drawn.
     """
     found = tuple(devices) if isinstance(devices, tuple | list) else (devices,)
     for device in found:
         if not isinstance(device, Device):
             raise CrossbarError(f"{device!r} is no device: allowed are those of lib.faults, one or a tuple of them")
-        if type(device).__hash__ is None:
-            raise CrossbarError(f"{device!r} cannot be told from its equals: write @dataclass(frozen=True)")
+        try:
+            hash(device)
+        except TypeError:
+            wants = "write @dataclass(frozen=True), and its fields without lists, dicts or arrays"
+            raise CrossbarError(f"{device!r} cannot be told from its equals: {wants}") from None
         if lasting and not device.lasting:
             raise CrossbarError(f"{device!r} is new at every read: only the trials of lib.faults.sweep draw it")
     return found
@@ -61,12 +65,19 @@ def disturbed(cells: Tensor, devices: Devices, mapping: Mapping, chip: int, laye
     """The cells after a device, or after several in turn, which are independent even where they draw the same kind.
 
     The first to draw a kind of random numbers draws those that it draws alone; the next ones have others.
+
+    Raises:
+        CrossbarError: as `each`; a device that gives back cells of another shape, or what is no conductance.
     """
     met: dict[str, int] = {}
     for device in each(devices):
         before = max((met.get(kind, 0) for kind in device.draws), default=0)
         met |= dict.fromkeys(device.draws, before + 1)
-        cells = device.disturb(cells, mapping, chip, of_its_own(layer, before))
+        shape, cells = cells.shape, device.disturb(cells, mapping, chip, of_its_own(layer, before))
+        if cells.shape != shape:
+            raise CrossbarError(f"{device!r} makes cells {tuple(cells.shape)} of {tuple(shape)}, {layer}")
+        if cells.numel() and not (0 <= (ends := [float(end) for end in cells.detach().aminmax()])[0] <= ends[1] < inf):
+            raise CrossbarError(f"{device!r} makes conductances from {ends[0]:g} to {ends[1]:g}, {layer}")
     return cells
 
 

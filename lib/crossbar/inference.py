@@ -50,8 +50,9 @@ class ArrayLayer:
         """The layer's output without arrays."""
         return type(self.layer).forward(self.layer, x)
 
+    @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
-        """The layer's output, by way of whole numbers."""
+        """The layer's output, by way of whole numbers, which no gradient passes."""
         whole, signed, programmed = self.whole(x), self.inputs.low < 0, self.programmed
         few = max(1, CHUNK // (self._windows(whole) * self.layer.weight[0].numel()))  # images at a time
         if programmed.folds:

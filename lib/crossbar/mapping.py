@@ -7,6 +7,7 @@ of the image.
 
 from dataclasses import dataclass, field, replace
 from math import ceil, inf
+from numbers import Integral
 from typing import Literal, get_args
 
 import torch
@@ -15,6 +16,17 @@ from torch.nn.functional import pad
 
 Scheme = Literal["offset", "two_column", "differential"]
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
+
+
+def whole(**numbers: int | None) -> None:
+    """Refuse numbers that are not whole; None passes.
+
+    Raises:
+        CrossbarError: one that is not, by its name.
+    """
+    for name, number in numbers.items():
+        if number is not None and (isinstance(number, bool) or not isinstance(number, Integral)):
+            raise CrossbarError(f"{name} = {number!r}: allowed are whole numbers")
 
 
 class CrossbarError(ValueError):
@@ -75,6 +87,7 @@ class Mapping:
     def __post_init__(self) -> None:
         if self.scheme not in SCHEMES:
             raise CrossbarError(f"mapping {self.scheme!r} is unknown: allowed are {', '.join(SCHEMES)}")
+        whole(weight_bits=self.weight_bits, cell_bits=self.cell_bits, copies=self.copies)
         if self.weight_bits is None and self.cell_bits is not None:
             raise CrossbarError(f"cell_bits = {self.cell_bits} without weight_bits: a continuous cell has no bits")
         if self.weight_bits is not None and not 2 <= self.weight_bits <= 16:
@@ -217,6 +230,7 @@ class Polarized(Mapping):
     def __post_init__(self) -> None:
         if self.scheme != "polarized":
             raise CrossbarError(f"scheme = {self.scheme!r}: Polarized has no other than 'polarized'")
+        whole(fragment=self.fragment)
         if self.fragment < 1:
             raise CrossbarError(f"fragment = {self.fragment}: allowed are whole numbers from 1")
         Mapping("two_column", self.weight_bits, self.cell_bits, self.on_off, self.clip, self.copies)

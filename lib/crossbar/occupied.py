@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lib.constraint import weights
 from lib.constraint.formats import index_width
 from lib.crossbar.mapping import CrossbarError
-from lib.crossbar.tiling import Array, Strip, count
+from lib.crossbar.tiling import Array, Strip, count, counted
 from lib.shapes import layer_shapes, prunable
 
 Rule = Literal["none", "lines", "blocks", "shapes"]
@@ -66,7 +66,7 @@ def occupied(
         left = [(int(part.any(0).sum()), int(part.any(1).sum())) for part in there.chunk(layer.groups)]
         row |= {"rows_left": max(r for r, _ in left), "filters_left": max(f for _, f in left)}
         found.append(row | {"kept": int(mask.sum()), "index_bits": index})
-    return pd.concat([shapes, pd.DataFrame(found, index=shapes.index)], axis=1)
+    return counted(pd.concat([shapes, pd.DataFrame(found, index=shapes.index)], axis=1), array)
 
 
 def _strips(mask: Tensor, rule: Rule, height: int) -> tuple[list[Strip], int]:

@@ -196,9 +196,12 @@ class Programmed:
         """
         if not self.lossless:
             some = (x[:, sample(x.shape[1], most)] for x in inputs)
-            parts = (part for x in some for part in self._parts(x, signed))
-            sums = torch.cat([sums[:, :-1].flatten() for part in parts for sums in self._sums(part)])
-            self.converter = calibrated(sums if self.signed_sums else sums.abs(), self.array.adc_bits, self.signed_sums)
+            parts = [part for x in some for part in self._parts(x, signed)]
+            sums = (sums[:, :-1] for part in parts for sums in self._sums(part))
+            sums = sums if self.signed_sums else (part.abs() for part in sums)
+            vectors, columns = sum(part.shape[1] for part in parts), self.cells[:, :-1].shape[:2].numel()
+            count = vectors * columns * self.array.steps
+            self.converter = calibrated(sums, self.array.adc_bits, self.signed_sums, count=count)
         return self.converter
 
     def __call__(self, x: Tensor, signed: bool = False) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import pandas as pd
 
 from lib.crossbar.converters import exact_bits
-from lib.crossbar.mapping import CrossbarError, Mapping, Polarized
+from lib.crossbar.mapping import CrossbarError, Mapping, Polarized, whole
 
 Tiling = Literal["dense", "channel_aligned"]
 Pair = Literal["columns", "arrays"]
@@ -68,6 +68,8 @@ class Array:
     dummy: bool = True
 
     def __post_init__(self) -> None:
+        whole(rows=self.rows, columns=self.columns, active_rows=self.active_rows)
+        whole(input_bits=self.input_bits, dac_bits=self.dac_bits, adc_bits=self.adc_bits)
         if self.rows < 1 or self.columns < 1:
             raise CrossbarError(f"an array of {self.rows} rows and {self.columns} columns: both must be 1 or more")
         if self.mapping.weight_bits is None:
@@ -161,7 +163,13 @@ def tile(shapes: pd.DataFrame, array: Array) -> pd.DataFrame:
         whole, rest = divmod(layer.rows, height)
         strips = [(height, layer.filters)] * whole + [(rest, layer.filters)] * bool(rest)
         counts.append(count(strips * layer.groups, layer.vectors, array))
-    return pd.concat([shapes, pd.DataFrame(counts, index=shapes.index)], axis=1)
+    return counted(pd.concat([shapes, pd.DataFrame(counts, index=shapes.index)], axis=1), array)
+
+
+def counted(tiles: pd.DataFrame, array: Array) -> pd.DataFrame:
+    """Counts that say of which array they are, so that no other prices them."""
+    tiles.attrs["array"] = array
+    return tiles
 
 
 def count(strips: list[Strip], vectors: int, array: Array, stacked: bool = False) -> dict[str, float]:

@@ -2,10 +2,12 @@
 
 Devices disturb the conductances that a `lib.crossbar.Mapping` writes: `StuckAt`, `Variation`, `Published`, `PowerLaw`,
 `PhaseChange`, `Relaxation`, `ReadNoise`. A chip is a number; `sweep` and `tolerated_rate` run trials on chips, and
-`UnderFaults` is a hook of `lib.training.fit` that trains on a new chip at every step.
+`UnderFaults` is a hook of `lib.training.fit` that trains on a new chip at every step. A device of your own derives from
+`Device` and draws from `stream`.
 """
 
 from lib.crossbar import Device
+from lib.faults.chips import stream
 from lib.faults.moments import moments
 from lib.faults.readback import on_chip, on_crossbars, read_back
 from lib.faults.stuck import InSlice, StuckAt
@@ -30,6 +32,7 @@ __all__ = [
     "on_chip",
     "on_crossbars",
     "read_back",
+    "stream",
     "sweep",
     "tolerated_rate",
 ]

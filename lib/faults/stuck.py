@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lib.crossbar import CrossbarError, Device, Mapping
 from lib.crossbar.devices import Devices, disturbed, each
+from lib.crossbar.mapping import whole
 from lib.faults.chips import events, failures, time_of
 
 RATIO = 5.2
@@ -28,7 +29,8 @@ class StuckAt(Device):
         rate: share of all cells, on and off together, in [0, 1].
         ratio: stuck_on over stuck_off; 0: all are off, ``inf``: all are on.
         stuck_on_value: conductance of a stuck_on cell in shares of G_max (up to 4 in Liu et al., DAC 2017).
-        array: length of a row and of a column of one array, in cells.
+        array: length of a row and of a column of one array, in cells; a layer's cells are one matrix here
+            (`Mapping.plane`), groups side by side, cut every so many cells, whatever `lib.crossbar.Array` runs it.
 
     >>> from lib.crossbar import Mapping
     >>> from lib.faults import StuckAt, read_back
@@ -55,6 +57,7 @@ class StuckAt(Device):
             raise CrossbarError(f"{self.ratio=}, {self.stuck_on_value=}: allowed are ratio >= 0, stuck_on_value > 0")
         if self.where not in ("cells", "rows", "columns", "clusters"):
             raise CrossbarError(f"where = {self.where!r}: allowed are 'cells', 'rows', 'columns' and 'clusters'")
+        whole(array=self.array)
         if self.array < 1 or self.radius < 0 or not 0 < self.fill <= 1:
             raise CrossbarError(f"{self.array=}, {self.radius=}, {self.fill=}: allowed are >= 1, >= 0, above 0 to 1")
 

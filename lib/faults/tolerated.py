@@ -67,7 +67,8 @@ def tolerated_rate(
     compare them by the ratio of their rates, and never take their agreement for precision.
 
     Args:
-        drop: points of accuracy. reference: accuracy in [0, 1]; by default that of the healthy mapped model.
+        drop: points of accuracy, 1.0 for one image in a hundred.
+        reference: accuracy in [0, 1]; by default that of the healthy mapped model.
         precision: half the width of the last bracket, as a share of the rate.
         sure: a rate far from the one sought is left to the first `FEW` chips, twice as many, ..., whose mean lies this
             many standard errors, and a quarter of the drop, from where it has to be. All chips meet the last bracket,

@@ -96,7 +96,10 @@ class _Bench:
 
 
 def _reads(devices: Devices) -> list[ReadNoise]:
-    return [device for device in each(devices) if not device.lasting]
+    found = [device for device in each(devices) if not device.lasting]
+    if others := [device for device in found if not isinstance(device, ReadNoise)]:
+        raise CrossbarError(f"{others[0]!r}: lasting = False is for ReadNoise, whose noise outputs are given")
+    return found
 
 
 def _add_noise(layer: nn.Module, sigma: float, random: torch.Generator):

@@ -1,9 +1,12 @@
 """Network builders by name."""
 
+import importlib
 import pickle
 import re
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -13,7 +16,7 @@ from torch.nn.functional import pad
 from lib.models.errors import ModelError
 from lib.models.recurrent import gru, lstm
 
-NAMES = ("lenet5", "lenet300", "resnet<6n+2>", "vgg", "gru", "lstm", "any torchvision.models name")
+NAMES = ("lenet5", "lenet300", "resnet<6n+2>", "vgg", "gru", "lstm", "any torchvision.models name", "file.py:function")
 OWN = ("lenet5", "lenet300", "vgg", "gru", "lstm")
 
 
@@ -257,16 +260,58 @@ def _of_torchvision(name: str) -> bool:
     return name in torchvision.models.list_models(module=torchvision.models)
 
 
+FILE = re.compile(r"(.+)\.py:(\w+)")
+_READ: dict[Path, bytes] = {}
+
+
+def own(name: str) -> bool:
+    """Whether a model's name is a function in a file.
+
+    >>> from lib.models import own
+    >>> own("nets.py:thin"), own("lenet5")
+    (True, False)
+    """
+    return FILE.fullmatch(name) is not None
+
+
+def _of_file(path: Path, function: str) -> Callable[..., nn.Module]:
+    """A user's own builder; its module is read again when the file has changed."""
+    path, name = path.expanduser().resolve(), path.stem
+    if not path.is_file():
+        raise ModelError(f"model '{path.name}:{function}': there is no file {path}")
+    text, known = path.read_bytes(), sys.modules.get(name)
+    if known is not None and Path(getattr(known, "__file__", None) or "").resolve() != path:
+        raise ModelError(f"model '{path.name}:{function}': a module {name!r} is there already; rename the file")
+    if str(path.parent) not in sys.path:  # so that processes which are started find it too
+        sys.path.append(str(path.parent))
+    try:
+        importlib.invalidate_caches()
+        changed = known is not None and _READ.get(path) != text
+        module = importlib.reload(known) if changed else importlib.import_module(name)
+    except Exception as error:
+        raise ModelError(f"model '{path.name}:{function}': {type(error).__name__}: {error}") from error
+    _READ[path] = text
+    if not callable(found := getattr(module, function, None)):
+        raise ModelError(f"model '{path.name}:{function}': there is no function {function!r} in {path}")
+    return found
+
+
 def builder(name: str) -> Callable[..., nn.Module]:
     """The function ``(shape, classes, **options) -> model`` for a model name; its source is part of a cache key.
 
+    Args:
+        name: of `NAMES`. ``nets.py:thin`` is the function ``thin`` in a file of your own.
+
     Raises:
-        ModelError: unknown name, or a residual depth that is not 6n + 2.
+        ModelError: unknown name, a residual depth that is not 6n + 2, or a file that cannot be imported.
 
     >>> from lib.models import builder
     >>> builder("lenet300")((1, 28, 28), 10).fc3
     Linear(in_features=100, out_features=10, bias=True)
     """
+    if own(name):
+        file, function = FILE.fullmatch(name).groups()
+        return _of_file(Path(f"{file}.py"), function)
     if name in OWN:
         return {"lenet5": lenet5, "lenet300": lenet300, "vgg": vgg, "gru": gru, "lstm": lstm}[name]
     found = re.fullmatch(r"resnet(\d+)", name)
@@ -292,7 +337,7 @@ def build(
         options: of the model, such as the ``width`` of ``vgg`` and of residual networks.
 
     Raises:
-        ModelError: as `builder`, or a network that takes no images of this size, or has no such weights.
+        ModelError: as `builder`, or a network that takes no images of this size, or has no such weights, or is none.
 
     >>> from lib.models import build
     >>> from lib.shapes import prunable
@@ -309,7 +354,10 @@ def build(
         options["pretrained"] = True
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return make(shape, classes, **options).to(memory_format=torch.channels_last)
+        model = make(shape, classes, **options)
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"model {name!r} built a {type(model).__name__}, no torch.nn.Module")
+    return model.to(memory_format=torch.channels_last)
 
 
 class Pixels(nn.Module):

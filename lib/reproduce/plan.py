@@ -7,7 +7,6 @@ from typing import Any
 
 import yaml
 
-from lib import data
 from lib.keys import content, script
 from lib.study import ParameterError, check_parameters, parameters, studies
 
@@ -143,8 +142,6 @@ def up_to_date_key(study: str, values: dict[str, Any]) -> str:
     """
     python = f"{parameters.python_of(study)}\nfrom lib.study import interval\ninterval"  # what an open study judges by
     full = check_parameters(study, values)
-    named = [full[name] for name, p in parameters.declared(study).items() if "a data set" in p.range]
-    names = {n for value in named for n in ([value] if isinstance(value, str) else value)}
-    seen = {n: data.fingerprint(n) for n in sorted(names)}
     hidden = ("data_root", "report_dir")  # where files lie changes no result
-    return content(script(python), {k: full[k] for k in sorted(full) if k not in hidden}, seen)
+    counted = {k: full[k] for k in sorted(full) if k not in hidden}
+    return content(script(python), counted, parameters.outside(study, full))

@@ -11,7 +11,6 @@ from pathlib import Path
 import pandas as pd
 from filelock import FileLock, Timeout
 
-from lib import data
 from lib.files import Journal, cache_folder
 from lib.keys import apart, content
 from lib.study.progress import Progress
@@ -59,13 +58,13 @@ class Store:
     The journal, in the cache, takes each measurement as soon as it is made, from several processes at once. The table,
     ``reports/<preset>/results/<study>.csv``, is what a run begins with and what it publishes.
 
-    Of data, a key knows the folders of images that are ``data_sets``; those that ship are checked as they are loaded.
+    Of data, a key knows the folders that are ``outside``; sets that ship are checked as they are loaded.
     Whatever else an experiment reads, as a text or recordings, it takes by name alone: one whose content may change
     under its name takes a checksum of it as an argument.
 
     Args:
         study: its name. table: where there is one. stamps: of new measurements: commit, device, torch.
-        data_sets: names of data sets among the study's parameters: what is in their folders counts.
+        outside: by name, a hash of what the study's parameters name: folders of data, files of networks.
         earlier: whether the table's measurements that other code made are used, and kept where nobody asks for them.
         audit: which of these to measure again; None: no audit.
         closed: whether a point that was never measured is an error.
@@ -82,7 +81,7 @@ class Store:
     study: str
     table: Path | None = None
     stamps: dict[str, str] = field(default_factory=dict)
-    data_sets: Sequence[str] = ()
+    outside: Callable[[], dict[str, str]] = dict
     earlier: bool = False
     audit: Audit | None = None
     closed: bool = False
@@ -185,9 +184,8 @@ class Store:
         return f"{said}."
 
     def _point(self, name: str, arguments: Row, variables: dict[str, str]) -> str:
-        folders = {v: data.fingerprint(v) for v in self.data_sets if v not in data.NAMES}
         counted = {k: v for k, v in variables.items() if k not in ELSEWHERE}
-        return content(name, sorted(arguments.items()), sorted(counted.items()), sorted(folders.items()))[:12]
+        return content(name, sorted(arguments.items()), sorted(counted.items()), sorted(self.outside().items()))[:12]
 
     def _call(self, experiment: Callable, key: Key, point: Row, code: str) -> Measurement:
         started = time.monotonic()

@@ -8,6 +8,7 @@ import re
 import subprocess
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from lib.files import write_whole
 from lib.study.claims import CLAIM_COLUMNS, JUDGED, Claim, Criterion, interval, judged, measured
 from lib.study.measurements import Audit, Store
 from lib.study.papers import OURS, check_paper
-from lib.study.parameters import PROJECT, check_parameters, declared, injected, require
+from lib.study.parameters import PROJECT, check_parameters, declared, injected, outside, require
 from lib.study.ranges import ParameterError
 from lib.study.shown import Shown
 
@@ -326,7 +327,6 @@ def open_study(name: str, namespace: dict[str, Any]) -> Study:
 def _store(study: Study) -> Store:
     """Where an open study's measurements are kept; in a batch its own table lies in its folder already."""
     table = study.report_dir / "results" / f"{study.name}.csv" if study.report_dir else None
-    named = [study.parameters[k] for k, p in declared(study.name).items() if "a data set" in p.range]
     place = study.provenance["device"]
     return Store(
         study.name,
@@ -336,7 +336,7 @@ def _store(study: Study) -> Store:
             "device": place if torch.cuda.is_available() else f"{place} {study.provenance['instructions']}",
             "torch": study.provenance["torch"],
         },
-        data_sets=sorted({n for value in named for n in ([value] if isinstance(value, str) else value) if n}),
+        outside=partial(outside, study.name, study.parameters),
         earlier=study.parameters.get("earlier_code", False),
         audit=Audit.of(os.environ.get("WORKBOOK_AUDIT", "")),
         closed=bool(os.environ.get("WORKBOOK_CLOSED")),

@@ -12,6 +12,8 @@ from typing import Any
 
 from IPython.core.inputtransformer2 import TransformerManager
 
+from lib import data, models
+from lib.keys import code
 from lib.study.ranges import ParameterError, Refusal, has_type, read, refusal
 
 PROJECT = Path(__file__).resolve().parent.parent.parent
@@ -161,6 +163,24 @@ def check_parameters(study: str, given: dict[str, Any]) -> dict[str, Any]:
             continue
         require(values, name, holds, expected)
     return values
+
+
+def outside(study: str, values: dict[str, Any]) -> dict[str, str]:
+    """What a study's parameters name that is no part of the project, with a hash of it: folders of data, own networks.
+
+    >>> from lib.study.parameters import outside
+    >>> outside("01_lottery_ticket_vs_finetuning", {"dataset": "mnist", "model": "lenet5"})
+    {}
+    """
+    found = {}
+    for name, parameter in declared(study).items():
+        value = values.get(name, "")
+        for each in filter(None, [value] if isinstance(value, str) else value if isinstance(value, list) else []):
+            if "a data set" in parameter.range and each not in data.NAMES:
+                found[each] = data.fingerprint(each)
+            elif "a model" in parameter.range and models.own(each):
+                found[each] = code(models.builder(each))
+    return dict(sorted(found.items()))
 
 
 def require(values: dict[str, Any], name: str, holds: bool, expected: str) -> None:
