@@ -8,6 +8,7 @@ import pytest
 
 from lib import plots
 from lib.reproduce import write_index
+from lib.reproduce.index import statements
 from lib.study import (
     CLAIM_COLUMNS,
     JUDGED,
@@ -348,3 +349,20 @@ def test_a_paper_with_a_missing_field_is_named(tmp_path, monkeypatch, line, said
             papers()
     finally:
         papers.cache_clear()
+
+
+def test_a_statement_of_a_paper_counts_once_however_often_it_is_tested():
+    tests = {
+        ("P", "wins"): ["reproduced", "inconclusive"],
+        ("P", "by 4x"): ["direction only"],
+        ("Q", "wins"): ["reproduced", "not reproduced"],
+        ("Q", "costs little"): ["not reproduced"] * 2,
+        ("Q", "adds up"): ["reproduced"],
+        ("Q", "scales"): ["inconclusive"],
+    }
+    rows = [(*said, verdict) for said, verdicts in tests.items() for verdict in verdicts]
+    ledger = pd.DataFrame(rows, columns=["paper", "published", "verdict"]).assign(kind="direction")
+    ledger.loc[ledger["published"] == "adds up", "kind"] = "arithmetic"
+    mine = ledger.iloc[:1].assign(kind="ours", published="ours")
+    counts = {"all": 6, "reproduced": 2, "arithmetic": 1, "part": 2, "not": 1, "open": 1}
+    assert statements(pd.concat([ledger, mine])) == counts

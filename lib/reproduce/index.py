@@ -51,6 +51,7 @@ def write_index(reports: Path, states: dict[str, str]) -> None:
         untested=[p | {"named": named_in(p["paper"])} for p in by_paper if not p["claims"] and p["paper"] != OURS],
         tables={part: pd.crosstab(rows["kind"], rows["verdict"]) for part, rows in _parts(ledger).items() if len(rows)},
         total=len(ledger),
+        statements=statements(ledger),
         controls=int((ledger["kind"] == "ours").sum()),
         decided=decided,
         wrong=wrong,
@@ -71,6 +72,19 @@ def _parts(ledger: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """What papers say, and what is this workbook's own."""
     ours = ledger["kind"] == "ours"
     return {"published": ledger[~ours], "ours": ledger[ours]}
+
+
+def statements(ledger: pd.DataFrame) -> dict[str, int]:
+    """How published statements stand, of which one may be put to several tests: how many, and of them by outcome."""
+    own = ledger[ledger["kind"] != "ours"]
+    outcomes = Counter()
+    for _, tests in own.groupby(["paper", "published"]):
+        met = {*tests["verdict"]} - {"inconclusive"}
+        outcome = {"": "open", "reproduced": "reproduced", "not reproduced": "not"}.get("".join(met), "part")
+        outcomes.update(
+            ["all", outcome] + ["arithmetic"] * (outcome == "reproduced" and {*tests["kind"]} == {"arithmetic"})
+        )
+    return dict(outcomes)
 
 
 def _counts(ledger: pd.DataFrame) -> list[tuple[str, int]]:
