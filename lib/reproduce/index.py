@@ -77,10 +77,10 @@ def _parts(ledger: pd.DataFrame) -> dict[str, pd.DataFrame]:
 def statements(ledger: pd.DataFrame) -> dict[str, int]:
     """How published statements stand, of which one may be put to several tests: how many, and of them by outcome."""
     own = ledger[ledger["kind"] != "ours"]
-    outcomes = Counter()
+    outcomes = Counter(dict.fromkeys(("all", "reproduced", "arithmetic", "no", "part", "open"), 0))
     for _, tests in own.groupby(["paper", "published"]):
         met = {*tests["verdict"]} - {"inconclusive"}
-        outcome = {"": "open", "reproduced": "reproduced", "not reproduced": "not"}.get("".join(met), "part")
+        outcome = {"": "open", "reproduced": "reproduced", "not reproduced": "no"}.get("".join(met), "part")
         outcomes.update(
             ["all", outcome] + ["arithmetic"] * (outcome == "reproduced" and {*tests["kind"]} == {"arithmetic"})
         )
