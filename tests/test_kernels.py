@@ -266,6 +266,34 @@ def test_a_network_is_the_same_and_says_what_it_chose():
     assert set(dense.choices["kernel"]) == {"dense"}
     slow = kernels.compile(net, x, repeats=3, gain=1e9)
     assert set(slow.choices["kernel"]) == {"dense"}
+    assert set(dense.choices["why"]) == {"no zeros"}
+    assert all(why.endswith("times as fast") for why in slow.choices["why"])
+    assert set(chosen["why"]) == {""}
+
+
+def test_a_layer_that_stays_dense_says_why():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.audio, self.wide, self.never = nn.Conv1d(1, 4, 3), nn.Linear(4 * 30, 8), nn.Linear(8, 8)
+            self.named, self.hooked = nn.Linear(8, 8), nn.Linear(8, 8)
+            self.hooked.register_forward_pre_hook(lambda layer, x: (x[0].round(),))
+
+        def forward(self, x):
+            return self.hooked(self.named(input=self.wide(self.audio(x).flatten(1))))
+
+    net = Net().eval()
+    for layer in (net.audio, net.never, net.named, net.hooked):
+        thin(layer, 0.5)
+    found = kernels.compile(net, torch.randn(2, 1, 32), repeats=3, gain=0.0).choices.set_index("layer")
+    assert set(found["kernel"]) == {"dense"}
+    assert found["why"].to_dict() == {
+        "audio": "no kernel is for a Conv1d",
+        "wide": "no zeros",
+        "never": "the example never meets it",
+        "named": "its inputs are named",
+        "hooked": "a hook, or a forward pass of its own",
+    }
 
 
 def test_the_network_given_stays_as_it_was():

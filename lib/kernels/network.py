@@ -54,7 +54,8 @@ def compile(model: nn.Module, example: Tensor, repeats: int = 7, gain: float = 1
 
     Returns:
         The copy, in evaluation mode, for inference on a CPU; ``choices`` is a table of it: ``layer``, ``density``,
-        ``kernel`` (``dense`` where it stays) and ``speedup`` over the faster dense layout, with ``attrs["threads"]``.
+        ``kernel`` (``dense`` where it stays), ``speedup`` over the faster dense layout, and ``why`` a layer stays
+        dense, with ``attrs["threads"]``.
 
     Raises:
         KernelError: less than one thread; a kernel's outputs are not those of the dense layer, or the network's differ
@@ -87,19 +88,21 @@ def compile(model: nn.Module, example: Tensor, repeats: int = 7, gain: float = 1
             for hook in hooks:
                 hook.remove()
             rows = {
-                name: _choose(fast, name, layer, *seen[name], repeats, gain)
-                for name, layer in layers.items()
+                name: (name, density, *_choose(fast, name, layer, density, *seen[name], repeats, gain))
                 if name in seen
+                else (name, density, "dense", 1.0, "the example never meets it")
+                for name, layer in layers.items()
+                for density in [_density(layer)]
             }
             replaced = [name for name in rows if fast.get_submodule(name) is not layers[name]]
             while not _same(fast, example, before):  # somebody reads a weight, as torch's transformer layers do
                 if not replaced:
                     raise KernelError("the network gives other outputs for the same inputs: none can be compared")
                 fast.set_submodule(name := replaced.pop(), layers[name])
-                rows[name] = (*rows[name][:2], "dense", 1.0)
+                rows[name] = (*rows[name][:2], "dense", 1.0, "the network itself looks at its weight")
     finally:
         torch.set_num_threads(found_threads)
-    fast.choices = pd.DataFrame(rows.values(), columns=["layer", "density", "kernel", "speedup"])
+    fast.choices = pd.DataFrame(rows.values(), columns=["layer", "density", "kernel", "speedup", "why"])
     fast.choices.attrs["threads"] = threads
     return fast
 
@@ -124,25 +127,32 @@ def _close(a: Tensor, b: Tensor) -> bool:
     return bool((a - b).abs().max() <= 1e-3 * float(b.abs().max()) + 1e-6) if b.numel() else a.shape == b.shape
 
 
-def _choose(
-    model: nn.Module, name: str, layer: nn.Module, given: tuple, named: dict, repeats: int, gain: float
-) -> tuple:
+def _density(layer: nn.Module) -> float:
     matrices = [w for w in layer.parameters() if w.ndim > 1]
-    density = float(sum(w.count_nonzero() for w in matrices) / sum(w.numel() for w in matrices))
+    return float(sum(w.count_nonzero() for w in matrices) / sum(w.numel() for w in matrices))
+
+
+def _choose(
+    model: nn.Module, name: str, layer: nn.Module, density: float, given: tuple, named: dict, repeats: int, gain: float
+) -> tuple[str, float, str]:
+    """A layer's kernel, put in its place, what it gains, and why there is none."""
+    if not isinstance(layer, nn.Conv2d | nn.Linear | Direction):
+        return "dense", 1.0, f"no kernel is for a {type(layer).__name__}"
     if named or more_than(layer, nn.Conv2d, nn.Linear, Direction):
-        return name, density, "dense", 1.0
+        return "dense", 1.0, "its inputs are named" if named else "a hook, or a forward pass of its own"
+    why = "no zeros"
     try:
         found = candidates(layer) if density < 1 else []
         outputs = [_outputs(kernel(*given)) for kernel in found]
-    except KernelError:  # what no kernel takes stays dense, and the table says so
-        found, outputs = [], []
+    except KernelError as error:  # what no kernel takes stays dense, and the table says so
+        found, outputs, why = [], [], str(error)
     dense = [layer]
     if isinstance(layer, nn.Conv2d) and found:
         dense.append(plain(layer).to(memory_format=torch.channels_last))
     if isinstance(layer, Direction):
         dense.append(TorchDirection(layer))
     if len(dense) + len(found) == 1:
-        return name, density, "dense", 1.0
+        return "dense", 1.0, why
     expected = _outputs(layer(*given))
     for kernel, output in zip(found, outputs, strict=True):
         if not _close(output, expected):
@@ -150,15 +160,17 @@ def _choose(
             raise KernelError(f"{name}: {kernel.format} differs from the dense layer by {error:g}")
     times = in_turns([lambda m=m: m(*given) for m in (*dense, *found)], repeats)
     base, own = min(times[: len(dense)]), times[len(dense) :]
-    new, chosen = layer, ("dense", 1.0)
+    if own:
+        why = f"{found[own.index(min(own))].format} is {base / min(own):.2g} times as fast"
+    new, chosen = layer, ("dense", 1.0, why)
     if isinstance(layer, Direction) and times[1] < times[0]:
         new = dense[1]
     if own and base >= gain * min(own):
         new = found[own.index(min(own))]
-        chosen = new.format, base / min(own)
+        chosen = new.format, base / min(own), ""
     if new is not layer:
         model.set_submodule(name, new)
-    return name, density, *chosen
+    return chosen
 
 
 def _outputs(out: Tensor | tuple) -> Tensor:
