@@ -1,11 +1,10 @@
 """Published figures of devices, converters and chips: ``data/technology/*.csv``, with a source for every row."""
 
+import re
 from functools import cache
-from math import inf
 from pathlib import Path
 
 import pandas as pd
-from pandas.api.types import is_numeric_dtype
 
 FOLDER = Path(__file__).resolve().parent.parent / "data" / "technology"
 
@@ -19,10 +18,6 @@ class TechnologyError(ValueError):
         ...
     lib.technology.TechnologyError: technology table devices: 'prime_tio2' has no t_write_ns; ...
     """
-
-
-UNITS = ("pJ", "fJ", "mW", "W", "ns", "ms", "mm2", "um2", "nm", "ohm", "V", "uS", "MB", "GSps", "percent", "per_mac")
-"""What the names of columns of figures end in."""
 
 
 class Table:
@@ -48,13 +43,15 @@ class Table:
                 raise TechnologyError(f"technology table {name}: every row needs a {column}")
         if twice := frame.index[frame.index.duplicated()].tolist():
             raise TechnologyError(f"technology table {name}: {twice[0]!r} is there twice")
-        figures = frame.filter(regex=r"^(?!c\d)")  # c0, c1, ...: coefficients, of any sign
-        for column, values in figures.items():
-            if (unit := column.endswith(tuple(f"_{unit}" for unit in UNITS))) or is_numeric_dtype(values):
-                numbers = pd.to_numeric(values, errors="coerce")
-                if (wrong := values.notna() & ~(numbers.ge(0) & (numbers.lt(inf) | (not unit)))).any():
-                    said = f"{wrong.idxmax()!r} has {column} = {values[wrong.idxmax()]}, no number from 0"
-                    raise TechnologyError(f"technology table {name}: {said}")
+        for column, values in frame.items():
+            numbers, there = pd.to_numeric(values, errors="coerce"), values.notna()
+            if (
+                2 * numbers.notna().sum() > there.sum()
+            ):  # a column of figures; c0, c1, ... are coefficients, of any sign
+                wrong = there & (numbers.isna() | (numbers.lt(0) & (re.fullmatch(r"c\d.*", column) is None)))
+                if wrong.any():
+                    said = f"{wrong.idxmax()!r} has {column} = {values[wrong.idxmax()]}"
+                    raise TechnologyError(f"technology table {name}: {said}; expected a number, 0 or more")
         self.frame = frame
 
     def __call__(self, row: str, column: str) -> float:
@@ -75,7 +72,10 @@ class Table:
         value = self.frame.loc[row, column]
         if pd.isna(value):
             raise TechnologyError(f"technology table {self.name}: {row!r} has no {column}; its source prints none")
-        return float(value)
+        try:
+            return float(value)
+        except ValueError:
+            raise TechnologyError(f"technology table {self.name}: {row!r} has {column} = {value}, no number") from None
 
 
 @cache

@@ -3,11 +3,12 @@
 from itertools import product
 from math import inf
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from lib.crossbar import SCHEMES, Array, CrossbarError, Mapping, Polarized, calibrated, on_arrays
+from lib.crossbar import SCHEMES, Array, CrossbarError, Mapping, Polarized, calibrated, exact_bits, on_arrays
 
 BITS = ((None, None), (8, 2), (8, None), (8, 3), (5, 2), (4, 1), (2, 1), (16, 4))
 
@@ -121,8 +122,30 @@ HALVES = {
 
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, names in HALVES.items() for name in names])
 def test_halves_are_refused(kind, name):
-    with pytest.raises(CrossbarError, match=f"{name} = 2.5: allowed are whole numbers"):
+    with pytest.raises(CrossbarError, match=f"{name} = 2.5: allowed are integers"):
         kind(**{name: 2.5})
+
+
+def test_numbers_of_numpy_become_pythons():
+    """Whose bits are counted without a method that numpy lacks, and whose powers of two do not overflow."""
+    rows, bits = np.int64(128), np.int8(8)
+    array = Array(rows, rows, Mapping("offset", bits, np.uint8(2)), bits, bits)
+    assert array == Array(128, 128, Mapping("offset", 8, 2), 8, 8)
+    assert (array.input_top, array.exact_bits, exact_bits(np.uint8(200), np.uint8(2))) == (255, 17, 10)
+
+
+def test_values_without_a_range_are_refused():
+    nan, known = torch.tensor([1.0, float("nan")]), torch.ones(10)
+    for values in (nan, iter([known, nan]), torch.tensor([float("inf")])):
+        with pytest.raises(CrossbarError, match="not finite"):
+            calibrated(values, 4, False, count=12)
+    for count, message in ((None, "count = None"), (0, "count = 0"), (11, "10 values in pieces, and count = 11")):
+        with pytest.raises(CrossbarError, match=message):
+            calibrated(iter([known]), 4, False, count=count)
+    net, image = nn.Sequential(nn.Conv2d(1, 2, 3)), torch.rand(1, 1, 6, 6)
+    image[0, 0, 0, 0] = float("nan")
+    with pytest.raises(CrossbarError, match="not finite"):
+        on_arrays(net, Array(), image)
 
 
 def test_a_range_is_the_same_whether_sums_come_at_once_or_piece_by_piece():

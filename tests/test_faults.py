@@ -619,6 +619,7 @@ def test_bad_models_and_faults_are_named(trained, images):
     ("change", "message"),
     [
         (lambda cells: cells[:, :1], r"makes cells \(1, 1, 3\) of \(1, 2, 3\), fc1"),  # would be broadcast
+        (lambda cells: cells.numpy(), "makes a ndarray of cells, fc1"),
         (lambda cells: cells * float("nan"), "makes conductances from nan to nan, fc1"),
         (lambda cells: cells + float("inf"), "makes conductances from inf to inf"),
         (lambda cells: cells - 1, "makes conductances from -1 to 0"),

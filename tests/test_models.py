@@ -4,6 +4,7 @@ import torch
 from lib import models
 from lib.models import ModelError, build
 from lib.shapes import prunable
+from lib.study import MeasurementError, Store
 from lib.study.parameters import outside
 
 
@@ -73,14 +74,38 @@ def test_a_network_of_ones_own_file(tmp_path):
     after = outside("01_lottery_ticket_vs_finetuning", {"model": name, "dataset": "mnist"})
     assert before.keys() == after.keys() == {name}
     assert before != after
+    file.write_text(THIN.replace("def thin", "def thick"))
+    with pytest.raises(ModelError, match="there is no function 'thin'"):
+        build(name, (1, 8, 8), 3)
+
+
+def test_what_changes_while_it_is_measured_is_not_kept(tmp_path):
+    (file := tmp_path / "edited_meanwhile.py").write_text(THIN)
+    name = f"{file}:thin"
+
+    def wide(seed):
+        if seed:
+            file.write_text(THIN.replace("width=4", "width=6"))
+        return {"width": build(name, (1, 8, 8), 3)[1].out_features}
+
+    store = Store("s", outside=lambda: outside("01_lottery_ticket_vs_finetuning", {"model": name}))
+    with pytest.raises(MeasurementError, match=r"edited_meanwhile\.py:thin changed while wide was measured"):
+        store.measure(wide, [{"seed": 0}, {"seed": 1}])
+    assert store.measure(wide, [{"seed": 1}])["width"].tolist() == [6]
+    file.write_text(THIN)
+    assert store.measure(wide, [{"seed": 0}])["width"].tolist() == [4]
 
 
 @pytest.mark.parametrize(
     ("file", "function", "text", "message"),
     [
-        ("none_of_ones_own", "thin", None, "there is no file"),
+        ("none_of_ones_own", "thin", None, "cannot be read"),
         ("ill_of_ones_own", "thin", "1 / 0", "ZeroDivisionError"),
-        ("torch", "thin", THIN, "a module 'torch' is there already; rename the file"),
+        ("torch", "thin", THIN, "'torch' is no name for a module, or that of another; rename the file"),
+        ("colorsys", "thin", THIN, "rename the file"),
+        ("nets.v2", "thin", THIN, "rename the file"),
+        ("quits", "thin", "raise SystemExit(2)", "SystemExit"),
+        ("narrow_of_ones_own", "thin", "def thin(shape): pass", "is called with shape, classes: too many"),
         ("lacking_of_ones_own", "thick", THIN, "there is no function 'thick'"),
         ("no_network_of_ones_own", "thin", "thin = lambda shape, classes: 1", "built a int, no torch.nn.Module"),
     ],

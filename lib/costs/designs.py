@@ -16,6 +16,7 @@ import pandas as pd
 
 from lib.costs.energy import CostError
 from lib.crossbar import Array, Mapping, Polarized
+from lib.crossbar.tiling import layout
 from lib.technology import table
 
 READ_NS = 100.0
@@ -99,9 +100,10 @@ class Design:
         return tiles["layer"].map(cycles).fillna(steps) / steps
 
     def check(self, tiles: pd.DataFrame) -> None:
-        """Refuse rows that were counted for another array, with CostError."""
-        if (other := tiles.attrs.get("array", self.array)) != self.array:
-            raise CostError(f"{self.name} prices {self.array}; the rows were counted for {other}")
+        """Refuse rows that say that they were counted for another layout of cells, with CostError."""
+        for name, value in layout(self.array).items():
+            if (other := tiles.attrs.get("layout", {}).get(name, value)) != value:
+                raise CostError(f"{self.name} has an array of {name} = {value}; the rows were counted for {other}")
 
     def summary(self, tiles: pd.DataFrame, cycles: Dict[str, float] | None = None) -> pd.Series:
         """Arrays, conversions, energy (nJ), area (mm2) and time (us) of one network."""
@@ -125,7 +127,8 @@ class Isaac(Design):
     converts 128 columns in the 100 ns that a read takes; where more columns share it, reads take longer.
 
     Raises:
-        CostError: inputs of several bits a step: the row drivers that are priced are inverters.
+        CostError: inputs of several bits a step, as the row drivers that are priced are inverters; no whole number of
+            columns.
     """
 
     array: Array = field(default_factory=partial(Array, flip=True))
@@ -141,7 +144,7 @@ class Isaac(Design):
     def __post_init__(self) -> None:
         if self.array.dac_bits != 1:
             raise CostError(f"dac_bits = {self.array.dac_bits}: {self.name} prices row drivers of 1 bit")
-        if self.columns_per_adc < 1:
+        if not isinstance(self.columns_per_adc, int) or self.columns_per_adc < 1:
             raise CostError(f"columns_per_adc = {self.columns_per_adc}: allowed are whole numbers from 1")
 
     @property

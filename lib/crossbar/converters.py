@@ -2,11 +2,12 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import isfinite
 
 import torch
 from torch import Tensor
 
-from lib.crossbar.mapping import CrossbarError, whole
+from lib.crossbar.mapping import CrossbarError, integer, whole
 
 
 def exact_bits(rows: int, cell_bits: int, dac_bits: int = 1, flip: bool = False) -> int:
@@ -23,7 +24,7 @@ def exact_bits(rows: int, cell_bits: int, dac_bits: int = 1, flip: bool = False)
     >>> exact_bits(128, 2), exact_bits(128, 2, flip=True)
     (9, 8)
     """
-    whole(rows=rows, cell_bits=cell_bits, dac_bits=dac_bits)
+    rows, cell_bits, dac_bits = integer("rows", rows), integer("cell_bits", cell_bits), integer("dac_bits", dac_bits)
     if rows < 1 or cell_bits < 1 or dac_bits < 1:
         raise CrossbarError(f"{rows=}, {cell_bits=}, {dac_bits=}: all must be 1 or more")
     largest = rows * (2**cell_bits - 1) * (2**dac_bits - 1)
@@ -52,7 +53,7 @@ class Converter:
     step: float = 1.0
 
     def __post_init__(self) -> None:
-        whole(adc_bits=self.bits)
+        whole(self, "bits")
         if not 1 <= self.bits <= 24:
             raise CrossbarError(f"adc_bits = {self.bits}: allowed are 1 to 24")
         if not self.step > 0:
@@ -90,13 +91,21 @@ def sample(count: int, most: int) -> Tensor | slice:
 
 
 def calibrated(
-    values: Tensor | Iterable[Tensor], bits: int, signed: bool, tried: int = 20, most: int = 1 << 18, count: int = 0
+    values: Tensor | Iterable[Tensor],
+    bits: int,
+    signed: bool,
+    tried: int = 20,
+    most: int = 1 << 18,
+    count: int | None = None,
 ) -> Converter:
     """The converter of least squared error over some values, its range a share of their largest, in equal parts.
 
     Args:
         values: all at once, or piece by piece, ``count`` together: of sums there can be gigabytes.
         tried: ranges. most: values that are looked at, drawn once for all; the largest of all is known.
+
+    Raises:
+        CrossbarError: values that are not finite, or pieces that are not ``count`` values together.
 
     >>> from lib.crossbar import calibrated
     >>> calibrated(torch.tensor([0.0, 1.0, 2.0, 3.0]), bits=2, signed=False)
@@ -106,12 +115,19 @@ def calibrated(
     1.0
     """
     pieces, count = ([values], values.numel()) if isinstance(values, Tensor) else (values, count)
-    places, start, largest, some = torch.arange(count)[sample(count, most)].sort().values, 0, 0.0, []
-    for piece in pieces:
-        piece = piece.flatten()
+    if not count:
+        raise CrossbarError(f"count = {count}: a range is chosen for values, and pieces need their number")
+    drawn = sample(count, most)
+    places = torch.arange(count) if isinstance(drawn, slice) else drawn.sort().values
+    start, largest, some = 0, 0.0, []
+    for piece in (piece.flatten() for piece in pieces if piece.numel()):
+        if not isfinite(end := float(torch.stack(piece.aminmax()).abs().max())):
+            raise CrossbarError("values that are not finite: no converter has a range for them")
         here = places[(places >= start) & (places < start + len(piece))] - start
         some.append(piece[here.to(piece.device)])
-        largest, start = max(largest, *(float(end.abs()) for end in piece.aminmax())), start + len(piece)
+        largest, start = max(largest, end), start + len(piece)
+    if start != count:
+        raise CrossbarError(f"{start} values in pieces, and count = {count}")
     values = torch.cat(some)
     whole = bool((values == values.round()).all())
     converters = (Converter.up_to((largest or 1.0) * k / tried, bits, signed, whole) for k in range(1, tried + 1))

@@ -74,6 +74,8 @@ def disturbed(cells: Tensor, devices: Devices, mapping: Mapping, chip: int, laye
         before = max((met.get(kind, 0) for kind in device.draws), default=0)
         met |= dict.fromkeys(device.draws, before + 1)
         shape, cells = cells.shape, device.disturb(cells, mapping, chip, of_its_own(layer, before))
+        if not isinstance(cells, Tensor):
+            raise CrossbarError(f"{device!r} makes a {type(cells).__name__} of cells, {layer}: expected a tensor")
         if cells.shape != shape:
             raise CrossbarError(f"{device!r} makes cells {tuple(cells.shape)} of {tuple(shape)}, {layer}")
         if cells.numel() and not (0 <= (ends := [float(end) for end in cells.detach().aminmax()])[0] <= ends[1] < inf):

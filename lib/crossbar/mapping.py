@@ -18,15 +18,22 @@ Scheme = Literal["offset", "two_column", "differential"]
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
 
 
-def whole(**numbers: int | None) -> None:
-    """Refuse numbers that are not whole; None passes.
+def integer(name: str, value: int) -> int:
+    """A whole number as Python's own, also of numpy, whose small ones overflow without a word.
 
     Raises:
-        CrossbarError: one that is not, by its name.
+        CrossbarError: another value, by its name.
     """
-    for name, number in numbers.items():
-        if number is not None and (isinstance(number, bool) or not isinstance(number, Integral)):
-            raise CrossbarError(f"{name} = {number!r}: allowed are whole numbers")
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise CrossbarError(f"{name} = {value!r}: allowed are integers")
+    return int(value)
+
+
+def whole(owner: object, *names: str) -> None:
+    """Make fields of a frozen dataclass Python's own integers; None stays. Raises as `integer`."""
+    for name in names:
+        if (value := getattr(owner, name)) is not None:
+            object.__setattr__(owner, name, integer(name, value))
 
 
 class CrossbarError(ValueError):
@@ -87,7 +94,7 @@ class Mapping:
     def __post_init__(self) -> None:
         if self.scheme not in SCHEMES:
             raise CrossbarError(f"mapping {self.scheme!r} is unknown: allowed are {', '.join(SCHEMES)}")
-        whole(weight_bits=self.weight_bits, cell_bits=self.cell_bits, copies=self.copies)
+        whole(self, "weight_bits", "cell_bits", "copies")
         if self.weight_bits is None and self.cell_bits is not None:
             raise CrossbarError(f"cell_bits = {self.cell_bits} without weight_bits: a continuous cell has no bits")
         if self.weight_bits is not None and not 2 <= self.weight_bits <= 16:
@@ -230,7 +237,7 @@ class Polarized(Mapping):
     def __post_init__(self) -> None:
         if self.scheme != "polarized":
             raise CrossbarError(f"scheme = {self.scheme!r}: Polarized has no other than 'polarized'")
-        whole(fragment=self.fragment)
+        whole(self, "fragment", "weight_bits", "cell_bits", "copies")
         if self.fragment < 1:
             raise CrossbarError(f"fragment = {self.fragment}: allowed are whole numbers from 1")
         Mapping("two_column", self.weight_bits, self.cell_bits, self.on_off, self.clip, self.copies)

@@ -68,8 +68,7 @@ class Array:
     dummy: bool = True
 
     def __post_init__(self) -> None:
-        whole(rows=self.rows, columns=self.columns, active_rows=self.active_rows)
-        whole(input_bits=self.input_bits, dac_bits=self.dac_bits, adc_bits=self.adc_bits)
+        whole(self, "rows", "columns", "active_rows", "input_bits", "dac_bits", "adc_bits")
         if self.rows < 1 or self.columns < 1:
             raise CrossbarError(f"an array of {self.rows} rows and {self.columns} columns: both must be 1 or more")
         if self.mapping.weight_bits is None:
@@ -167,9 +166,15 @@ def tile(shapes: pd.DataFrame, array: Array) -> pd.DataFrame:
 
 
 def counted(tiles: pd.DataFrame, array: Array) -> pd.DataFrame:
-    """Counts that say of which array they are, so that no other prices them."""
-    tiles.attrs["array"] = array
+    """Counts that say for what layout they hold, so that nothing prices them for another."""
+    tiles.attrs["layout"] = layout(array)
     return tiles
+
+
+def layout(array: Array) -> dict[str, int | str | bool]:
+    """What of an array the counts depend on."""
+    same = ("rows", "columns", "steps", "height", "tiling", "pair", "analog_difference")
+    return {name: getattr(array, name) for name in same} | {"cells": array.mapping.slices * array.mapping.columns}
 
 
 def count(strips: list[Strip], vectors: int, array: Array, stacked: bool = False) -> dict[str, float]:

@@ -27,17 +27,21 @@ LATE = 2.0**-6
 def stream(chip: int, layer: str, *purpose: int) -> np.random.Generator:
     """The random numbers of one layer of one chip for one purpose; independent of all others.
 
-    Purposes from 100 on are free for devices of your own; those below are taken by `lib.faults`.
+    Purposes from 100 on are free for devices of your own, each with a number and a word in ``draws`` of its own; those
+    below are taken by `lib.faults`.
 
+    >>> import torch
     >>> from dataclasses import dataclass
+    >>> from typing import ClassVar
     >>> from lib.crossbar import Mapping
     >>> from lib.faults import Device, read_back, stream
     >>> @dataclass(frozen=True)
     ... class Open(Device):  # a share of all cells conducts nothing
     ...     share: float
+    ...     draws: ClassVar = ("open",)  # so that two of them break different cells
     ...     def disturb(self, cells, mapping, chip, layer):
     ...         broken = stream(chip, layer, 100).random(cells.shape) < self.share
-    ...         return cells.masked_fill(torch.from_numpy(broken), 0.0)
+    ...         return cells.masked_fill(torch.from_numpy(broken).to(cells.device), 0.0)
     >>> read_back(torch.ones(1000), Mapping("two_column"), Open(0.1), chip=0, layer="fc1").mean().item()
     0.9...
     """

@@ -57,7 +57,7 @@ class StuckAt(Device):
             raise CrossbarError(f"{self.ratio=}, {self.stuck_on_value=}: allowed are ratio >= 0, stuck_on_value > 0")
         if self.where not in ("cells", "rows", "columns", "clusters"):
             raise CrossbarError(f"where = {self.where!r}: allowed are 'cells', 'rows', 'columns' and 'clusters'")
-        whole(array=self.array)
+        whole(self, "array")
         if self.array < 1 or self.radius < 0 or not 0 < self.fill <= 1:
             raise CrossbarError(f"{self.array=}, {self.radius=}, {self.fill=}: allowed are >= 1, >= 0, above 0 to 1")
 

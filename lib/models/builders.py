@@ -1,9 +1,12 @@
 """Network builders by name."""
 
-import importlib
+import importlib.util
+import inspect
+import os
 import pickle
 import re
 import sys
+import types
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -261,7 +264,7 @@ def _of_torchvision(name: str) -> bool:
 
 
 FILE = re.compile(r"(.+)\.py:(\w+)")
-_READ: dict[Path, bytes] = {}
+_READ: dict[str, tuple[types.ModuleType, bytes]] = {}
 
 
 def own(name: str) -> bool:
@@ -274,26 +277,39 @@ def own(name: str) -> bool:
     return FILE.fullmatch(name) is not None
 
 
-def _of_file(path: Path, function: str) -> Callable[..., nn.Module]:
-    """A user's own builder; its module is read again when the file has changed."""
-    path, name = path.expanduser().resolve(), path.stem
-    if not path.is_file():
-        raise ModelError(f"model '{path.name}:{function}': there is no file {path}")
-    text, known = path.read_bytes(), sys.modules.get(name)
-    if known is not None and Path(getattr(known, "__file__", None) or "").resolve() != path:
-        raise ModelError(f"model '{path.name}:{function}': a module {name!r} is there already; rename the file")
-    if str(path.parent) not in sys.path:  # so that processes which are started find it too
+def _of_file(file: str, function: str) -> Callable[..., nn.Module]:
+    """A user's own builder, as the file says it now: read again when it has changed, never from compiled code."""
+    path, said = Path(os.path.expanduser(file)).absolute(), f"model '{file}:{function}'"
+    name = path.stem
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise ModelError(f"{said}: {path} cannot be read ({error.strerror})") from None
+    module, known = _READ.get(str(path), (None, b""))
+    if module is None or known != text or sys.modules.get(name) is not module:
+        module = _executed(name, path, text, said)
+        _READ[str(path)] = module, text
+    if not callable(found := vars(module).get(function)):
+        raise ModelError(f"{said}: there is no function {function!r} in {path}")
+    return found
+
+
+def _executed(name: str, path: Path, text: bytes, said: str) -> types.ModuleType:
+    """A file as a module of its own, which other processes find by its name."""
+    there = sys.modules.get(name)
+    spec = getattr(there, "__spec__", None) if there else name.isidentifier() and importlib.util.find_spec(name)
+    if not name.isidentifier() or ((there or spec) and Path(getattr(spec, "origin", None) or "") != path):
+        raise ModelError(f"{said}: {name!r} is no name for a module, or that of another; rename the file")
+    module = importlib.util.module_from_spec(importlib.util.spec_from_file_location(name, path))
+    sys.modules[name] = module
+    if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))
     try:
-        importlib.invalidate_caches()
-        changed = known is not None and _READ.get(path) != text
-        module = importlib.reload(known) if changed else importlib.import_module(name)
-    except Exception as error:
-        raise ModelError(f"model '{path.name}:{function}': {type(error).__name__}: {error}") from error
-    _READ[path] = text
-    if not callable(found := getattr(module, function, None)):
-        raise ModelError(f"model '{path.name}:{function}': there is no function {function!r} in {path}")
-    return found
+        exec(compile(text, str(path), "exec"), vars(module))
+    except (Exception, SystemExit) as error:
+        del sys.modules[name]
+        raise ModelError(f"{said}: {type(error).__name__}: {error}") from error
+    return module
 
 
 def builder(name: str) -> Callable[..., nn.Module]:
@@ -311,7 +327,7 @@ def builder(name: str) -> Callable[..., nn.Module]:
     """
     if own(name):
         file, function = FILE.fullmatch(name).groups()
-        return _of_file(Path(f"{file}.py"), function)
+        return _of_file(f"{file}.py", function)
     if name in OWN:
         return {"lenet5": lenet5, "lenet300": lenet300, "vgg": vgg, "gru": gru, "lstm": lstm}[name]
     found = re.fullmatch(r"resnet(\d+)", name)
@@ -352,6 +368,13 @@ def build(
         if name in OWN or not _of_torchvision(name):
             raise ModelError(f"pretrained = True: {name} is no torchvision model; lib.published reads other networks")
         options["pretrained"] = True
+    if own(name):
+        try:
+            inspect.signature(make).bind(shape, classes, **options)
+        except TypeError as error:
+            raise ModelError(
+                f"model {name!r} is called with shape, classes{', '.join(['', *options])}: {error}"
+            ) from None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = make(shape, classes, **options)

@@ -94,6 +94,7 @@ class Store:
         self.written: dict[tuple[Key, str], Measurement] = {}
         self.used: dict[Key, tuple[Measurement, bool]] = {}  # and whether today's code made it
         self.audits: list[Row] = []
+        self.seen: dict[str, str] = {}  # what was outside when keys were last made
 
     def measure(self, experiment: Callable, points: Iterable[Row], timed: Sequence[str] = ()) -> pd.DataFrame:
         """What an experiment returns at each point, arguments first; a call that was made before is read.
@@ -117,6 +118,7 @@ class Store:
         if lost := [{*point} - {*kept} for point, kept in zip(asked, points, strict=True) if len(kept) < len(point)]:
             raise MeasurementError(f"an argument of {name}, {min(lost[0])} = '': a table cannot tell it from none")
         code, variables = (found := apart(experiment))[0][:12], found[1]
+        self.seen = self.outside()
         keys = [(name, self._point(name, point, variables)) for point in points]
         for i, key in enumerate(keys):
             if key in keys[:i]:
@@ -185,12 +187,14 @@ class Store:
 
     def _point(self, name: str, arguments: Row, variables: dict[str, str]) -> str:
         counted = {k: v for k, v in variables.items() if k not in ELSEWHERE}
-        return content(name, sorted(arguments.items()), sorted(counted.items()), sorted(self.outside().items()))[:12]
+        return content(name, sorted(arguments.items()), sorted(counted.items()), sorted(self.seen.items()))[:12]
 
     def _call(self, experiment: Callable, key: Key, point: Row, code: str) -> Measurement:
         started = time.monotonic()
         rows = rows_of(experiment(**point), point, key[0])
         took = round(time.monotonic() - started, 3)
+        if changed := [given for given, found in self.outside().items() if found != self.seen.get(given)]:
+            raise MeasurementError(f"{changed[0]} changed while {key[0]} was measured: nobody can tell which it is of")
         return Measurement(key[0], rows, key[1], code, **self.stamps, seconds=took)
 
     def _keep(self, made: Measurement) -> Measurement:
