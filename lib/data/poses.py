@@ -36,8 +36,9 @@ def poses(
       any position, on a noisy ground; figure by figure from a seed, the same on every machine up to rounding.
     - ``faces`` are cut closely from photographs and put on one canvas, two by two: ``faces/faces68_training.npz`` and
       ``faces68_test.npz`` in the data root, each with ``images`` ``(N, 64, 64)`` uint8 and ``keypoints`` ``(N, 68, 2)``
-      in pixels. Canvases of training and validation have different faces. A point that lies outside its cut is not to
-      be seen.
+      in pixels. Canvases of training and validation have different images of faces; in the published files many test
+      and validation images are other frames of videos that training images are from. A point that lies outside its
+      cut is not to be seen.
 
     Pixels are normalized by mean and deviation over the training images.
 

@@ -158,7 +158,7 @@ def common_error(statistic: Callable[..., float], *trials: np.ndarray, times: in
     count, random = trials[0].shape[-1], np.random.default_rng(0)
     drawn = random.integers(0, count, (times, count))
     found = [statistic(*(own[..., index].mean(-1) for own in trials)) for index in drawn]
-    return float(np.std(found, ddof=1))
+    return float(np.std(found, ddof=1)) * (count / max(1, count - 1)) ** 0.5  # a bootstrap of few is too narrow
 
 
 @dataclass

@@ -209,7 +209,8 @@ class Store:
             return
         order = sorted(old, key=lambda key: old[key].seconds if old[key].seconds == old[key].seconds else math.inf)
         chosen, differ = order[: math.ceil(self.audit.share * len(old))], []
-        spread = spread_of_networks([*old.values()], [*next(iter(points.values()))])
+        known = [m for m in self.published.values() if m.experiment == experiment.__name__]  # of networks not asked too
+        spread = spread_of_networks(known, [*next(iter(points.values()))])
         for key in chosen:
             new = self._call(experiment, key, points[key], code)
             same = new.device == old[key].device and new.torch == old[key].torch
