@@ -368,6 +368,10 @@ def test_on_another_machine_an_audit_allows_what_networks_differ_by(tmp_path, ce
         audit = Store("s", path, {"device": "a GPU"}, earlier=True, audit=Audit(1.0))
         audit.measure(cell(("2 * x", f"2 * x + {off}")).kept, POINTS)
         assert audit.audits[0]["differ"] == differ
+    audit = Store("s", path, {"device": "a GPU"}, earlier=True, audit=Audit(1.0))
+    for seed in (0, 1):  # one network at a time: the other one is in the table all the same
+        audit.measure(cell(("2 * x", "2 * x + 1.0")).kept, [point for point in POINTS if point["seed"] == seed])
+    assert [row["differ"] for row in audit.audits] == [0, 0]
 
 
 def test_the_spread_of_networks_is_that_between_seeds_alone():
