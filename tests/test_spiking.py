@@ -175,7 +175,7 @@ class TestMemory:
         assert self.bytes(reversible, 4)["saved"] == 5 * (12 * (2 * 36 + 8 * 9) + 4 * 16)
 
     def test_images_count_in_no_way(self):
-        """Checkpoints hold them where autograd does not see it: one checkpoint keeps what the reversible network does."""
+        """Checkpoints hold them where autograd does not see it: one of them keeps what a reversible network does."""
         assert self.bytes(checkpointed, 4)["saved"] == self.bytes(reversible, 4)["saved"]
 
     @pytest.mark.parametrize("over_time", [reversible, plainly_reversible])
