@@ -150,8 +150,8 @@ def common_error(statistic: Callable[..., float], *trials: np.ndarray, times: in
     >>> from lib.study import common_error
     >>> chips = np.random.default_rng(0).normal(size=(1, 100))
     >>> networks = np.array([[80.0], [81.0], [82.0]]) + chips  # all suffer alike: the error of 100 chips, not of 300
-    >>> round(common_error(lambda mean: mean.mean(), networks), 2)
-    0.09
+    >>> round(common_error(lambda mean: mean.mean(), networks), 1)
+    0.1
     >>> round(common_error(lambda one, other: (one - other).mean(), networks, networks - 1.0), 9)  # paired: it cancels
     0.0
     """
