@@ -45,9 +45,8 @@ class Table:
             raise TechnologyError(f"technology table {name}: {twice[0]!r} is there twice")
         for column, values in frame.items():
             numbers, there = pd.to_numeric(values, errors="coerce"), values.notna()
-            if (
-                2 * numbers.notna().sum() > there.sum()
-            ):  # a column of figures; c0, c1, ... are coefficients, of any sign
+            # Most are numbers: a column of figures, all of which have to be; c0, c1, ... are coefficients, of any sign.
+            if 2 * numbers.notna().sum() > there.sum():
                 wrong = there & (numbers.isna() | (numbers.lt(0) & (re.fullmatch(r"c\d.*", column) is None)))
                 if wrong.any():
                     said = f"{wrong.idxmax()!r} has {column} = {values[wrong.idxmax()]}"
