@@ -13,7 +13,7 @@ from lib.data import Split
 from lib.layers import LayerError, choosing
 from lib.layers.gates import RecurrentGate, SkippedBlock, gate_of, skippable
 from lib.models import BasicBlock, build
-from lib.recipes.e2_train import MiniBatchDropping, SignPrediction, e2_train, predictive_signs
+from lib.recipes.e2_train import MiniBatchDropping, SignPrediction, e2_train, low_precision, predictive_signs
 from lib.recipes.e2_train.signs import leading, quantized
 from lib.shapes import macs, prunable
 from lib.training import Hook, StrideFirst, TrainingError, batches, cached, evaluate, fit, metered
@@ -321,6 +321,35 @@ def test_signs_and_input_gradients_are_those_of_the_rounded_operands(name, thres
         assert torch.allclose(layer.bias.grad, true, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", list(_layers()))
+def test_at_low_precision_gradients_are_those_of_the_rounded_operands(name):
+    torch.manual_seed(0)
+    layer, x = _layers()[name]
+    twin, other = deepcopy(layer), quantized(x, 8, signed=False).value.requires_grad_()
+    twin.weight.data = quantized(layer.weight.detach(), 8).value
+    with low_precision(layer):
+        y = layer(x.requires_grad_())
+        y.backward(g := torch.randn_like(y))
+    twin(other).backward(quantized(g, 16).value)
+    assert torch.allclose(x.grad, other.grad, atol=1e-5)
+    assert torch.allclose(layer.weight.grad, twin.weight.grad, rtol=1e-4, atol=1e-4)
+    assert layer.weight.grad.unique().numel() > 3  # no signs
+
+
+def test_layers_that_are_shared_add_their_gradients_at_low_precision():
+    torch.manual_seed(0)
+    first, second = nn.Linear(4, 4), nn.Linear(4, 4)
+    second.weight, x = first.weight, torch.randn(3, 4)
+    with low_precision(nn.Sequential(first, second)):
+        second(first(x).relu()).sum().backward()
+        both, first.weight.grad = first.weight.grad, None
+        second(first(x).relu().detach()).sum().backward()
+        last, first.weight.grad = first.weight.grad, None
+        second.weight = nn.Parameter(first.weight.detach().clone())
+        second(first(x).relu()).sum().backward()
+    assert torch.allclose(both, first.weight.grad + last, atol=1e-5)
+
+
 def test_operands_have_no_more_levels_than_bits():
     torch.manual_seed(0)
     x = torch.randn(4000)
@@ -463,6 +492,15 @@ def test_the_meter_is_the_product_of_the_three(plain, gated, images, threshold):
     assert energy == pytest.approx(formula, rel=1e-9)
 
 
+def test_ordinary_gradients_of_eight_bits_are_charged_as_signs_with_nothing_predicted(plain, images):
+    twin, options = deepcopy(plain), {"epochs": 1, **FAST}
+    nothing = metered(twin, e2_train, images, signs=True, threshold=2.0, **options)[1]
+    log, spent = metered(plain, e2_train, images, eight_bits=True, **options)
+    rough = (nothing["product"] == "weight_gradient") & (nothing["bits_a"] == 4)
+    assert spent.equals(nothing[~rough].reset_index(drop=True))
+    assert log["predicted"].isna().all()
+
+
 GATED = ("block1_1", "block1_2", "block2_2", "block3_2")
 
 
@@ -498,6 +536,7 @@ PARTS = {
     "drop": {"drop": 0.3},
     "blocks": {"skip_cost": 0.1},
     "random": {"keep": 0.8},
+    "eight bits": {"eight_bits": True},
     "signs": {"signs": True},
     "all": {"drop": 0.3, "skip_cost": 0.1, "least": 0.5, "signs": True},
 }
@@ -598,6 +637,8 @@ def test_networks_that_do_not_fit_are_refused(plain, net, images):
             twice[:2](torch.ones(2, 4)).sum().backward()
     tied = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     tied[1].weight = tied[0].weight
+    with low_precision(tied), pytest.raises(TrainingError, match="swapped already"), low_precision(tied):
+        pass
     with pytest.raises(TrainingError, match="several modules share 0"), predictive_signs(tied):
         pass
     for bits in ({"msb_bits": 1}, {"msb_bits": 9}, {"msb_bits_grad": 17}):

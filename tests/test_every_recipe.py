@@ -105,7 +105,7 @@ NO_TRAINING = {
 }
 FEDERATED = {"fed_avg", "local_clients"}  # whose clients are recipes, with options of their own
 NO_TRAINING |= {"FixedPoint", "Server", "dirichlet_split", "dropouts", "group_split", "in_shares", "layer_errors"}
-NO_TRAINING |= {"synthetic_inputs"}  # which trains inputs
+NO_TRAINING |= {"low_precision", "synthetic_inputs"}  # which trains inputs
 PLANNED = [name for name in RUNS if name not in ("e2_train", "early_bird", "search_budgets", "search_rate")]
 
 

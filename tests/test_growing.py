@@ -1,6 +1,7 @@
 """Grow-and-prune, its parallel form, and regrowth by gradient."""
 
 from copy import deepcopy
+from functools import partial
 from itertools import chain
 
 import pytest
@@ -159,6 +160,16 @@ def test_processes_change_nothing_and_count_the_same(small, images):
     assert all(torch.equal(state[k], other[k]) for k in state)
     assert log.equals(other_log)
     assert spent["macs"].tolist() == pytest.approx(other_spent["macs"].tolist())
+
+
+def test_growing_in_parallel_costs_what_growing_in_turn_does(small, images):
+    """Statistics of batch norms, found anew for the log, are no training."""
+    plan, total = uniform_plan(small, Unstructured(0.8)), []
+    for recipe in (grow_and_prune, partial(parallel_grow_and_prune, processes=1)):
+        _, spent = metered(deepcopy(small), recipe, plan, images, parts=2, **STEPS)
+        total.append(spent.groupby(["layer", "product"])["macs"].sum())
+    assert len(total[0]) > 3
+    assert total[1].to_dict() == pytest.approx(total[0].to_dict(), rel=1e-9)
 
 
 def test_the_merged_network_has_each_part_from_where_it_grew(small, images):

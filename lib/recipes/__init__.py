@@ -7,7 +7,7 @@ the weights that training goes on from. The loop is always `lib.training.fit`; r
 from lib.recipes.admm import admm, progressive, split
 from lib.recipes.budgets import search_budgets, search_rate
 from lib.recipes.clustering import deep_kmeans
-from lib.recipes.e2_train import MiniBatchDropping, e2_train, predictive_signs
+from lib.recipes.e2_train import MiniBatchDropping, e2_train, low_precision, predictive_signs
 from lib.recipes.early_bird import (
     ScalePull,
     channels_by_norm,
@@ -53,6 +53,7 @@ __all__ = [
     "layer_errors",
     "layer_weights",
     "local_clients",
+    "low_precision",
     "mask_distances",
     "norms_of_channels",
     "one_shot",

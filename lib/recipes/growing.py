@@ -261,10 +261,12 @@ def parallel_grow_and_prune(
             detach_masks(model).load_state_dict(_merged([state for state, _ in done], groups, model))
             attach_masks(model, others)
             row = {"round": r + 1, "part": 0, "epochs": (r + 1) * len(groups) * epochs}
-            row["accuracy"] = evaluate(recalibrate(model, data), data.validation)
-            before, masks = masks, _pruned(model, plan)
+            with uncounted():  # training needs no statistics of batch norms, the log does
+                row["accuracy"] = evaluate(recalibrate(model, data), data.validation)
+                before, masks = masks, _pruned(model, plan)
+                pruned = recalibrate(attach_masks(model, others | masks), data)
+                row["pruned_accuracy"] = evaluate(pruned, data.validation)
             row["exchanged"] = _exchanged(before, masks, masks)
-            row["pruned_accuracy"] = evaluate(recalibrate(attach_masks(model, others | masks), data), data.validation)
             rows.append(row)
             if progress:
                 progress(row["epochs"] / total, f"round {r + 1} of {rounds}, {row['pruned_accuracy']:.1%} pruned")

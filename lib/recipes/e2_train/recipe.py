@@ -1,6 +1,6 @@
 """E2-Train: batches dropped, blocks skipped and signs predicted, each alone or all together (arXiv 1910.13349)."""
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from math import isfinite, nan
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lib.data import Data
 from lib.layers.gates import LayerError, RecurrentGate, SkippedBlock, gate_of
-from lib.recipes.e2_train.signs import SignPrediction, predictive_signs
+from lib.recipes.e2_train.signs import SignPrediction, low_precision, predictive_signs
 from lib.training import Hook, TrainingError, fit
 
 
@@ -74,6 +74,7 @@ def e2_train(
     skip_cost: float | None = None,
     least: float = 0.0,
     keep: float | None = None,
+    eight_bits: bool = False,
     signs: bool = False,
     threshold: float = 0.05,
     sign_scale: float = 0.01,
@@ -88,12 +89,14 @@ def e2_train(
             teaches the gate of a network that is `skippable` to skip; 0 lets the task alone decide.
         least: while a batch executes less than this share of the gated blocks' work, the cost loss has the other sign.
         keep: instead of a learned gate, pass each block with this probability: the control.
-        signs: 8-bit layers with `predictive_signs`; ``threshold`` is the paper's beta.
+        eight_bits: layers in `low_precision`, with the gradients that they give: what signs save beyond few bits.
+        signs: such layers with `predictive_signs`; ``threshold`` is the paper's beta.
         sign_scale: what the signs are multiplied by. They have magnitude 1, which is a hundred times a usual gradient
             or more: ``lr * sign_scale`` is the rate of convolutions and linear layers, ``lr`` that of all else.
         fit_options: as `fit`, weight decay and seed among them.
 
-    The weights that are left are floats in ordinary layers, also after training at 8 bits. Skipped blocks stay behind
+    The weights that are left are floats in ordinary layers, also after training at 8 bits; `low_precision` around
+    an evaluation rounds them as training did. Skipped blocks stay behind
     their gate; in evaluation it is asked as well (`SkippedBlock`).
 
     Returns:
@@ -132,12 +135,20 @@ def e2_train(
             return task(model, x, y, output) + gate.now.expected(sign * skip_cost)
 
         fit_options["objective"] = with_cost
-    with predictive_signs(model, threshold, scale=sign_scale) if signs else nullcontext() as rule:
+    with _arithmetic(model, eight_bits, signs, threshold, sign_scale) as rule:
         record = _Record(gate, rule)
         log = fit(model, data, epochs=epochs, lr=lr, hooks=(dropping, *hooks, record), **fit_options)
     kept = [record.rows[epoch] for epoch in log["epoch"]]
     more = pd.DataFrame(kept, columns=["executed", "predicted", "agreement"], dtype=float)
     return pd.concat([log[["epoch", "train_loss", "train_accuracy", "images"]], more], axis=1)
+
+
+def _arithmetic(
+    model: nn.Module, eight_bits: bool, signs: bool, threshold: float, scale: float
+) -> AbstractContextManager[SignPrediction | None]:
+    if signs:
+        return predictive_signs(model, threshold, scale=scale)
+    return low_precision(model) if eight_bits else nullcontext()
 
 
 def _gated(model: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""Predictive sign gradients: eight bits forward, and most signs from four bits of the inputs (arXiv 1910.13349)."""
+"""Training at 8 and 16 bits, and signs of gradients of which most come from 4 bits of the inputs (arXiv 1910.13349)."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -135,11 +135,13 @@ Geometry = tuple | None
 """Stride, padding, dilation and groups of a convolution; None for a linear layer."""
 
 
-class _SignProduct(torch.autograd.Function):
-    """The product of a layer's inputs and weights at few bits, and the signs of its weights' gradient."""
+class _Product(torch.autograd.Function):
+    """A layer's product at few bits; its weights' gradient, or the signs that a rule makes of it."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, layer: nn.Module, geometry: Geometry, rule: SignPrediction) -> Tensor:
+    def forward(
+        ctx, x: Tensor, weight: Tensor, layer: nn.Module, geometry: Geometry, rule: SignPrediction | None
+    ) -> Tensor:
         inputs, weights = quantized(x, BITS, signed=False), quantized(weight, BITS)
         ctx.save_for_backward(*inputs, weights.value)
         ctx.layer, ctx.geometry, ctx.rule = layer, geometry, rule
@@ -164,15 +166,15 @@ class _SignProduct(torch.autograd.Function):
             of_x = _input_gradient(full, weight, x.codes.shape, ctx.geometry)
             _charge(ctx, "input_gradient", (GRADIENT_BITS, BITS))
         if ctx.needs_input_grad[1]:
-            rule.once(ctx.layer)
-            few = quantized(gradient, rule.msb_bits_grad).value
-            of_weight = rule.scale * rule.signs(
-                _weight_gradient(few, leading(x, rule.msb_bits), weight.shape, ctx.geometry),
-                _weight_gradient(full, x.value, weight.shape, ctx.geometry),
-                ctx.live,
-            )
-            _charge(ctx, "weight_gradient", (rule.msb_bits, rule.msb_bits_grad))
-            _charge(ctx, "weight_gradient", (BITS, GRADIENT_BITS), 1 - rule.last)
+            of_weight, left = _weight_gradient(full, x.value, weight.shape, ctx.geometry), 1.0
+            if rule:
+                rule.once(ctx.layer)
+                few = quantized(gradient, rule.msb_bits_grad).value
+                rough = _weight_gradient(few, leading(x, rule.msb_bits), weight.shape, ctx.geometry)
+                of_weight = rule.scale * rule.signs(rough, of_weight, ctx.live)
+                _charge(ctx, "weight_gradient", (rule.msb_bits, rule.msb_bits_grad))
+                left -= rule.last
+            _charge(ctx, "weight_gradient", (BITS, GRADIENT_BITS), left)
         return of_x, of_weight, None, None, None
 
 
@@ -194,18 +196,61 @@ def _weight_gradient(gradient: Tensor, x: Tensor, shape: torch.Size, geometry: G
     return conv2d_weight(x, shape, gradient, stride, padding, *rest)
 
 
-def _forward(layer: nn.Module, rule: SignPrediction, x: Tensor) -> Tensor:
+def _forward(layer: nn.Module, rule: SignPrediction | None, x: Tensor) -> Tensor:
     """What a layer computes while it is swapped; its bias is added apart, and so keeps its true gradient."""
     if isinstance(layer, nn.Linear):
-        y = _SignProduct.apply(x, layer.weight, layer, None, rule)
+        y = _Product.apply(x, layer.weight, layer, None, rule)
         return y if layer.bias is None else y + layer.bias
     padding = layer.padding
     if layer.padding_mode != "zeros" or isinstance(padding, str):
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
         x, padding = pad(x, layer._reversed_padding_repeated_twice, mode), (0, 0)
     geometry = (layer.stride, padding, layer.dilation, layer.groups)
-    y = _SignProduct.apply(x, layer.weight, layer, geometry, rule)
+    y = _Product.apply(x, layer.weight, layer, geometry, rule)
     return y if layer.bias is None else y + layer.bias.view(-1, 1, 1)
+
+
+@contextmanager
+def low_precision(model: nn.Module, rule: SignPrediction | None = None) -> Iterator[None]:
+    """Within, convolutions and linear layers compute at few bits, in training and in evaluation.
+
+    Forward: inputs and weights at 8 bits. Backward: the gradient of a layer's output at 16 bits; the gradients of its
+    inputs and weights are the products of that with the 8-bit weights and inputs. Scales are a tensor's own: its
+    largest magnitude, symmetric, but unsigned for inputs without negative values.
+
+    The weights that are trained, and left in an ordinary network afterwards, are floats, never rounded themselves:
+    whoever evaluates after the block measures the float network, within it the 8-bit one. The layers of a recurrent
+    gate stay at 32 bits: the code released with E2-Train does so with its LSTM and its read-out, but not with its
+    projections.
+
+    Args:
+        rule: what makes signs of the weights' gradients (`predictive_signs`); None: they are left as they are.
+
+    Raises:
+        TrainingError: a convolution along one dimension, or layers that another such block has swapped.
+
+    >>> from lib.recipes.e2_train import low_precision
+    >>> layer = torch.nn.Linear(2, 1, bias=False)
+    >>> _ = torch.nn.init.constant_(layer.weight, 1.0)
+    >>> with low_precision(layer):
+    ...     y = layer(torch.tensor([1.0, 0.001]))  # 0.001 is less than half a step of 1 / 255
+    >>> y.item()
+    1.0
+    """
+    gates = {id(m) for gate in model.modules() if isinstance(gate, RecurrentGate) for m in gate.modules()}
+    named = {name: layers for name, layers in uses(model).items() if id(layers[0]) not in gates}
+    for name in (name for name, layers in named.items() if isinstance(layers[0], nn.Conv1d)):
+        raise TrainingError(f"low_precision: layer {name} is a Conv1d; linear layers and Conv2d are known")
+    layers = [layer for same in named.values() for layer in same]
+    if any("forward" in vars(layer) for layer in layers):
+        raise TrainingError("low_precision: the network's layers are swapped already; leave the other block first")
+    for layer in layers:
+        layer.forward, layer.charges_itself = partial(_forward, layer, rule), True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward, layer.charges_itself
 
 
 @contextmanager
@@ -217,29 +262,23 @@ def predictive_signs(
     msb_bits: int = 4,
     msb_bits_grad: int = GRADIENT_BITS,
 ) -> Iterator[SignPrediction]:
-    """Within, convolutions and linear layers compute at few bits, and their weights' gradients are signs (PSG).
+    """Within, layers compute in `low_precision`, and their weights' gradients are signs (PSG).
 
-    Forward: inputs and weights at 8 bits, in training and in evaluation. Backward: the gradient of a layer's output at
-    16 bits; the inputs' gradient is its product with the 8-bit weights. The weights' gradient ``g_msb`` is first found
-    from the ``msb_bits`` most significant bits of the inputs and ``msb_bits_grad`` of the output's gradient; where
-    ``|g_msb| >= threshold * max |g_msb|`` its sign is taken, and elsewhere that of the 8-bit by 16-bit product (Wang
-    et al., NeurIPS 2019, section 3.3, where the threshold 0.05 is called beta). Scales are a tensor's own: its largest
-    magnitude, symmetric, but unsigned for inputs without negative values.
+    The weights' gradient ``g_msb`` is first found from the ``msb_bits`` most significant bits of the inputs and
+    ``msb_bits_grad`` of the output's gradient; where ``|g_msb| >= threshold * max |g_msb|`` its sign is taken, and
+    elsewhere that of the 8-bit by 16-bit product (Wang et al., NeurIPS 2019, section 3.3, where the threshold 0.05 is
+    called beta). ``weight.grad`` is then ``scale`` times -1, 0 or 1; biases and norms keep their true gradients.
 
-    ``weight.grad`` is then ``scale`` times -1, 0 or 1; biases and norms keep their true gradients. The weights that
-    are trained, and left in an ordinary network afterwards, are floats, never rounded themselves: whoever evaluates
-    after the block measures the float network, within it the 8-bit one. The simulation computes the full gradient of
-    all weights, to see how many signs were predicted rightly; hardware would only where none is predicted, and that is
-    what the energy meter is charged. The layers of a recurrent gate stay at 32 bits: the paper's code does so with its
-    LSTM and its read-out, but not with its projections.
+    The simulation computes the full gradient of all weights, to see how many signs were predicted rightly; hardware
+    would only where none is predicted, and that is what the energy meter is charged.
 
     Yields:
         The rule, with the share ``predicted`` and the ``agreement`` since its ``reset``.
 
     Raises:
-        TrainingError: a value that is not allowed, a convolution along one dimension, layers that another such block
-            has swapped, or a layer that several modules share or that one backward pass meets twice, such as a
-            recurrent one: the method signs the sum of all uses, and each use here knows its own.
+        TrainingError: as `low_precision`; a value that is not allowed; a layer that several modules share or that one
+            backward pass meets twice, such as a recurrent one: the method signs the sum of all uses, and each use here
+            knows its own.
 
     >>> from lib.recipes.e2_train import predictive_signs
     >>> layer = torch.nn.Linear(4, 3)
@@ -249,20 +288,7 @@ def predictive_signs(
     (True, True)
     """
     rule = SignPrediction(threshold, msb_bits, msb_bits_grad, scale)
-    gates = {id(m) for gate in model.modules() if isinstance(gate, RecurrentGate) for m in gate.modules()}
-    found = {name: layers for name, layers in uses(model).items() if id(layers[0]) not in gates}
-    if shared := [name for name, layers in found.items() if len(layers) > 1]:
+    if shared := [name for name, layers in uses(model).items() if len(layers) > 1]:
         raise TrainingError(f"predictive_signs: several modules share {shared[0]}; one sign a step is known")
-    named = {name: layer for name, (layer, *_) in found.items()}
-    for name in (name for name, layer in named.items() if isinstance(layer, nn.Conv1d)):
-        raise TrainingError(f"predictive_signs: layer {name} is a Conv1d; linear layers and Conv2d are known")
-    layers = [*named.values()]
-    if any("forward" in vars(layer) for layer in layers):
-        raise TrainingError("predictive_signs: the network's layers are swapped already; leave the other block first")
-    for layer in layers:
-        layer.forward, layer.charges_itself = partial(_forward, layer, rule), True
-    try:
+    with low_precision(model, rule):
         yield rule
-    finally:
-        for layer in layers:
-            del layer.forward, layer.charges_itself
