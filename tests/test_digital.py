@@ -649,6 +649,14 @@ class TestBill:
         assert bill["weight gradient, DRAM"] == pytest.approx(10 * 2 * 100 * (2 * x + y + 2 * w))
         arithmetic = bill[[c for c in bill.index if c.endswith("arithmetic")]].sum()
         assert arithmetic == pytest.approx(1e12 * training_energy(spent)["energy_J"].sum())
+        sign = [("conv", "weight_sign", 4, 16, macs), ("conv", "weight_gradient", 8, 16, macs / 4)]
+        bill = training_bill(pd.DataFrame(sign, columns=spent.columns), [layer], batch=5)
+        bill = bill.groupby("component")["energy_pJ"].sum()
+        assert bill["weight sign, DRAM"] == pytest.approx(10 * 2 * 100 * (x / 2 + 2 * y + 2 * w))
+        assert bill["weight gradient, DRAM"] == pytest.approx(10 * 2 * 100 * x / 2 / 4)  # half a byte of a quarter
+        mixed = pd.DataFrame([*sign, ("conv", "weight_gradient", 32, 32, macs)], columns=spent.columns)
+        with pytest.raises(CostError, match="conv had signs of gradients and gradients of several widths"):
+            training_bill(mixed, [layer])
         with pytest.raises(CostError, match="no layer conv; there are fc"):
             training_bill(spent, [replace(layer, layer="fc")])
         with pytest.raises(CostError, match="batch = 0"):

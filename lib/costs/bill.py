@@ -18,7 +18,7 @@ from lib.technology import table
 
 BILL = ["layer", "component", "energy_pJ", "cycles", "area_mm2"]
 
-ORDER = {"forward": "xwy", "input_gradient": "ywx", "weight_gradient": "xyw"}
+ORDER = {"forward": "xwy", "input_gradient": "ywx", "weight_gradient": "xyw", "weight_sign": "xyw"}
 """Operands and result of the products of training: inputs or their gradients, weights, outputs."""
 
 
@@ -101,8 +101,10 @@ def training_bill(spent: pd.DataFrame, layers: list[Loops], batch: int = 1) -> p
     """The bill of a training run: E2-Train's price of arithmetic (`training_energy`), and beside it DRAM.
 
     Every product takes both operands from DRAM once and writes its result once, weights and their gradients once a
-    batch: less no chip can move whose buffer holds no whole layer. A byte costs what the DNN-Chip Predictor's
-    configuration of Eyeriss says; results are as wide as the wider operand. Time and area are left out.
+    batch: less no chip can move whose buffer holds no whole layer. Where signs of gradients are predicted from leading
+    bits, the rest of the bits follows for the share that is not, and a result is written once. A byte costs what the
+    DNN-Chip Predictor's configuration of Eyeriss says; results are as wide as the wider operand. Time and area are
+    left out.
 
     Args:
         spent: as `lib.training.metered` returns it, all uses of a layer together. layers: of one input, a row a use.
@@ -112,7 +114,8 @@ def training_bill(spent: pd.DataFrame, layers: list[Loops], batch: int = 1) -> p
         As of `digital_bill`; components are ``forward, arithmetic``, ``forward, DRAM``, and so on.
 
     Raises:
-        CostError: a layer of ``spent`` that is not there, or a batch below 1.
+        CostError: a layer of ``spent`` that is not there, a batch below 1, or signs predicted in a layer that also had
+            ordinary gradients of other widths: two trainings, of which nobody can tell what moved in which.
 
     >>> import pandas as pd
     >>> from lib.costs import training_bill
@@ -128,12 +131,18 @@ def training_bill(spent: pd.DataFrame, layers: list[Loops], batch: int = 1) -> p
     if batch < 1:
         raise CostError(f"batch = {batch}: 1 or more is allowed")
     byte, rows = table("digital_chips")("eyeriss", "dram_pJ"), []
+    signs, gradients = (spent[spent["product"] == f"weight_{kind}"].set_index("layer") for kind in ("sign", "gradient"))
+    twice = {*signs.index[signs.index.duplicated()], *gradients.index[gradients.index.duplicated()]}
+    if mixed := sorted(twice & {*signs.index}):
+        raise CostError(f"spent: {mixed[0]} had signs of gradients and gradients of several widths: bill them apart")
     for row in training_energy(spent).itertuples(index=False):
         sizes = ("inputs", "weights", "outputs", "macs")
         inputs, weights, outputs, macs = (sum(getattr(use, size) for use in loops[row.layer]) for size in sizes)
         numbers = {"x": inputs, "w": weights / batch, "y": outputs}
         a, b, out = (numbers[name] for name in ORDER[row.product])
         bits = a * row.bits_a + b * row.bits_b + out * max(row.bits_a, row.bits_b)
+        if row.product == "weight_gradient" and row.layer in signs.index:  # what the sign was predicted from is there
+            bits = a * (row.bits_a - signs.at[row.layer, "bits_a"]) + b * (row.bits_b - signs.at[row.layer, "bits_b"])
         rows.append((row.layer, f"{row.product}, arithmetic".replace("_", " "), row.energy_J * 1e12))
         rows.append((row.layer, f"{row.product}, DRAM".replace("_", " "), bits / 8 * byte * row.macs / macs))
     return _rows(pd.DataFrame(rows, columns=BILL[:3]), {}, {})

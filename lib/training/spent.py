@@ -17,7 +17,7 @@ from lib.constraint import Mask
 from lib.shapes import all_layers, dense_macs, source, uses
 from lib.training.loop import Progress, TrainingError
 
-Product = Literal["forward", "input_gradient", "weight_gradient"]
+Product = Literal["forward", "input_gradient", "weight_gradient", "weight_sign"]
 COLUMNS = ["layer", "product", "bits_a", "bits_b", "macs"]
 
 
@@ -155,9 +155,9 @@ def charge(layer: nn.Module, product: Product, macs: float, bits: tuple[int, int
     >>> from lib.training.spent import Meter, charge
     >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3))
     >>> with Meter(net) as meter:
-    ...     charge(net[0], "weight_gradient", 12.0, bits=(4, 16))
+    ...     charge(net[0], "weight_sign", 12.0, bits=(4, 16))
     >>> meter.frame().values.tolist()
-    [['0', 'weight_gradient', 4, 16, 12.0]]
+    [['0', 'weight_sign', 4, 16, 12.0]]
     """
     for meter in _open:
         if id(layer) in meter.layers:

@@ -172,7 +172,7 @@ class _Product(torch.autograd.Function):
                 few = quantized(gradient, rule.msb_bits_grad).value
                 rough = _weight_gradient(few, leading(x, rule.msb_bits), weight.shape, ctx.geometry)
                 of_weight = rule.scale * rule.signs(rough, of_weight, ctx.live)
-                _charge(ctx, "weight_gradient", (rule.msb_bits, rule.msb_bits_grad))
+                _charge(ctx, "weight_sign", (rule.msb_bits, rule.msb_bits_grad))
                 left -= rule.last
             _charge(ctx, "weight_gradient", (BITS, GRADIENT_BITS), left)
         return of_x, of_weight, None, None, None
