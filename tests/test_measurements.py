@@ -374,6 +374,25 @@ def test_on_another_machine_an_audit_allows_what_networks_differ_by(tmp_path, ce
     assert [row["differ"] for row in audit.audits] == [0, 0]
 
 
+def test_what_the_old_code_measured_on_this_machine_tells_code_from_machine(tmp_path, cell, monkeypatch):
+    trained = ("rate * slope", "rate * slope + float(__import__('os').environ.get('MACHINE', 0))")
+    path = published(tmp_path, cell(trained), device="a CPU")
+    monkeypatch.setenv("CACHE_ROOT", str(tmp_path / "elsewhere"))
+    monkeypatch.setenv("MACHINE", "0.25")  # its networks differ, and none of the code does
+    options = {"table": path, "stamps": {"device": "a GPU"}, "earlier": True}
+    repeat = Store("s", audit=Audit.of(str(Audit(0.5, again=True))), **options)
+    assert repeat.measure(cell(trained).kept, POINTS)["kept"].tolist() == [0.5, 2.0, 2.5, 4.0]  # the table's
+    assert [(a["points"], a["again"], a["differ"]) for a in repeat.audits] == [(4, 2, 0)]  # within twice the spread
+    repeat.publish(path)
+    assert not any(m.audited for m in read_table(path))
+    for change, differ in ((("2 * x", "x + x"), 0), (("2 * x", "2 * x + 0.001"), 2)):
+        audit = Store("s", audit=Audit(0.5), **options)
+        audit.measure(cell(trained, change).kept, POINTS)
+        assert audit.audits[0]["differ"] == differ
+    (row,) = audit.audits
+    assert row["first"].endswith("kept = 0.751, was 0.75")
+
+
 def test_the_spread_of_networks_is_that_between_seeds_alone():
     rows = [
         Measurement("e", ({"seed": s, "rate": r, "acc": 100 * r + s},), f"{s}{r}", "") for s in (0, 1) for r in (1, 2)

@@ -572,6 +572,7 @@ def test_a_run_is_stopped_between_two_looks(slow):
         (["--jobs", "0"], "--jobs 0: allowed are whole numbers from 1"),
         (["01", "-p", "sparsity", "0.5"], "parameter 'sparsity' is unknown in 01: near are sparsities"),
         (["--audit", "2"], "an audit of a share of 2.0: allowed are shares above 0, up to 1"),
+        (["--again"], "--again says what --audit measures again: expected both"),
         (["--experiment", "retrained"], "--experiment says what --audit measures again: expected both"),
         (["01", "--preset", "paper", "--audit", "--experiment", "none"], "--experiment none: there were measured "),
     ],

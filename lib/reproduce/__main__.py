@@ -63,6 +63,9 @@ def _parser() -> argparse.ArgumentParser:
         dest="experiments",
         help="audit this one alone, or several such; the column `experiment` of results/*.csv names them",
     )
+    parser.add_argument(
+        "--again", action="store_true", help="audit what today's code made: what a later audit here compares with"
+    )
     parser.add_argument("--render", action="store_true", help="make pages of what was measured, and measure nothing")
     parser.add_argument("--merge", type=Path, metavar="DIR", help="add the measurements of another report folder")
     parser.add_argument("--list", action="store_true", help="say how every study stands, and run none")
@@ -74,9 +77,10 @@ def _parser() -> argparse.ArgumentParser:
 def _answer(options: argparse.Namespace) -> int:
     if options.jobs is not None and options.jobs < 1:
         raise ParameterError(f"--jobs {options.jobs}: allowed are whole numbers from 1")
-    audit = Audit(options.audit, tuple(options.experiments)) if options.audit is not None else None
-    if options.experiments and audit is None:
-        raise ParameterError("--experiment says what --audit measures again: expected both")
+    if (options.experiments or options.again) and options.audit is None:
+        alone = "--experiment" if options.experiments else "--again"
+        raise ParameterError(f"{alone} says what --audit measures again: expected both")
+    audit = Audit(options.audit, tuple(options.experiments), options.again) if options.audit is not None else None
     if options.prepare_only:
         prepare(options.preset, options.prepare_only)
         return 0
@@ -144,7 +148,7 @@ def _audited(reports: Path, names: list[str]) -> bool:
     files = [reports / "audits" / f"{name}.csv" for name in names]
     found = [pd.read_csv(file, keep_default_na=False).assign(study=file.stem) for file in files if file.is_file()]
     if not found:
-        sys.stdout.write("nothing to audit: every measurement is of today's code\n")
+        sys.stdout.write("nothing to audit: no measurement is of such code\n")
         return False
     table = pd.concat(found)
     columns = ["study", "experiment", "points", "again", "differ"]

@@ -27,16 +27,21 @@ ELSEWHERE = {"data_root", "report_dir", "threads", "processes"}
 class Audit:
     """What of the measurements that earlier code made is made again: a share of each experiment's, the quickest first.
 
+    They are compared with what the earlier code measured on this machine, where it did; else with the table's.
+
     Args:
         share: above 0, up to 1. experiments: of these alone, by name; empty: of all.
+        again: of what today's code made, not earlier code: for later audits on this machine, which then compare code
+            with code. Another machine trains other networks, and whoever compares with them cannot tell.
 
     >>> from lib.study import Audit
     >>> Audit.of(str(Audit(0.05, ("tolerates",))))
-    Audit(share=0.05, experiments=('tolerates',))
+    Audit(share=0.05, experiments=('tolerates',), again=False)
     """
 
     share: float
     experiments: tuple[str, ...] = ()
+    again: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
@@ -158,11 +163,7 @@ class Store:
         kept = self.published.get(key)
         if kept is not None and kept.code == code:
             return kept
-        if (key, code) not in self.written:
-            for line in self.journal.news():
-                m = Measurement(**(held := json.loads(line)) | {"rows": tuple(held["rows"])})
-                self.written[m.key, m.code] = m
-        return self.written.get((key, code), kept if self.earlier else None)
+        return self._here(key, code) or (kept if self.earlier else None)
 
     def publish(self, path: Path) -> None:
         """Write the table of what was used, and where earlier code counts, of what the table had beside it.
@@ -185,6 +186,14 @@ class Store:
             said += f"; the table holds {more} more that this study does not ask for"
         return f"{said}."
 
+    def _here(self, key: Key, code: str) -> Measurement | None:
+        """What this code measured at a point on this machine."""
+        if (key, code) not in self.written:
+            for line in self.journal.news():
+                m = Measurement(**(held := json.loads(line)) | {"rows": tuple(held["rows"])})
+                self.written[m.key, m.code] = m
+        return self.written.get((key, code))
+
     def _point(self, name: str, arguments: Row, variables: dict[str, str]) -> str:
         counted = {k: v for k, v in variables.items() if k not in ELSEWHERE}
         return content(name, sorted(arguments.items()), sorted(counted.items()), sorted(self.seen.items()))[:12]
@@ -203,8 +212,8 @@ class Store:
         return made
 
     def _audit(self, experiment: Callable, points: dict[Key, Row], code: str, timed: Sequence[str]) -> None:
-        """Measure a share of the table's points again; if all agree, all count as today's."""
-        old = {key: m for key in points if (m := self.published.get(key)) and m.code != code}
+        """Measure a share of the table's points again; if all agree, those of earlier code count as today's."""
+        old = {key: m for key in points if (m := self.published.get(key)) and (m.code == code) == self.audit.again}
         if not old:
             return
         order = sorted(old, key=lambda key: old[key].seconds if old[key].seconds == old[key].seconds else math.inf)
@@ -212,14 +221,18 @@ class Store:
         known = [m for m in self.published.values() if m.experiment == experiment.__name__]  # of networks not asked too
         spread = spread_of_networks(known, [*next(iter(points.values()))])
         for key in chosen:
-            new = self._call(experiment, key, points[key], code)
-            same = new.device == old[key].device and new.torch == old[key].torch
-            if said := difference(old[key], new, {} if same else spread, timed):
+            new, was = self._call(experiment, key, points[key], code), old[key]
+            if self.audit.again:
+                self._keep(new)
+            else:
+                was = self._here(key, was.code) or was
+            same = new.device == was.device and new.torch == was.torch
+            if said := difference(was, new, {} if same else spread, timed):
                 differ.append(f"{points[key]}: {said}")
         said = f"{len(chosen)} of {len(old)} at {self.stamps.get('commit', '')}"
         row = {"experiment": key[0], "points": len(old), "again": len(chosen), "differ": len(differ)}
         self.audits.append(row | {"first": differ[0] if differ else "", "device": self.stamps.get("device", "")})
-        if not differ:
+        if not differ and not self.audit.again:
             self.published |= {key: replace(m, code=code, audited=said) for key, m in old.items()}
 
 
