@@ -360,6 +360,15 @@ class TestSmartExchange:
         assert powers.min() >= -6
         assert powers.max() <= 0
 
+    @pytest.mark.parametrize("bits", [4, 8])
+    def test_bases_are_whole_numbers_of_so_many_bits(self, bits):
+        f = SmartExchange(basis_bits=bits).factors(random(16, 3, 3, 3) * 0.05)
+        for basis in f.basis:
+            step = 2.0 ** next(e for e in range(-40, 10) if basis.abs().max() / 2.0**e <= 2 ** (bits - 1) - 1)
+            assert torch.equal(basis / step, (basis / step).round())
+        rough, fine = (min(SmartExchange(basis_bits=b).factors(random(16, 3, 3, 3)).errors) for b in (bits, 16))
+        assert rough >= fine
+
     def test_the_best_turn_is_taken_though_errors_rise(self):
         rose = 0
         for seed in range(6):
@@ -402,13 +411,13 @@ class TestSmartExchange:
         f = c.factors(weight)
         bill = f.storage(c.bits, c.basis_bits)
         assert bill.data == 4 * int(f.coefficients.count_nonzero())
-        assert bill.table == 16 * 9 * 8
+        assert bill.table == 16 * (9 * 8 + 8)
         assert bill.index <= f.coefficients.numel()
         weight[:12] = 0
-        assert c.storage_bits(weight, 8).table == 4 * 9 * 8  # nothing is made of the other bases
+        assert c.storage_bits(weight, 8).table == 4 * (9 * 8 + 8)  # nothing is made of the other bases
 
     def test_refusals(self):
-        for bad in ({"threshold": 1.0}, {"bits": 1}, {"iterations": 0}, {"rows": 2}):
+        for bad in ({"threshold": 1.0}, {"bits": 1}, {"basis_bits": 1}, {"iterations": 0}, {"rows": 2}):
             with pytest.raises(ConstraintError, match="allowed"):
                 SmartExchange(**bad)
 

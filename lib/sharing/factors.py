@@ -11,12 +11,16 @@ from lib.constraint.formats import irregular_levels
 from lib.constraint.selection import nearest_power
 from lib.constraint.views import blocks, gemm, joined, wide
 
+EXPONENT_BITS = 8
+"""Of the step in which a slice's basis is counted."""
+
 
 class Factors(NamedTuple):
     """``weight = coefficients @ basis``, slice by slice.
 
     Attributes:
-        coefficients: ``(slices, rows, n)``, zero or signed powers of two. basis: ``(slices, n, n)``.
+        coefficients: ``(slices, rows, n)``, zero or signed powers of two. basis: ``(slices, n, n)``, whole numbers of
+            a step that is a power of two, one for each slice.
         weight: their product, in the layer's shape.
         errors: ``||W - Ce B|| / ||W||`` after every turn; it need not fall.
 
@@ -26,8 +30,8 @@ class Factors(NamedTuple):
     >>> factors.coefficients[0].round(decimals=4).tolist()
     [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [0.5, 0.0, 0.0], [0.0, 0.5, 0.0], [0.0, 0.0, 0.5]]
     >>> bill = factors.storage(bits=4, basis_bits=8)
-    >>> bill.data, bill.table  # 6 coefficients and 9 numbers
-    (24, 72.0)
+    >>> bill.data, bill.table  # 6 coefficients; 9 numbers and their step
+    (24, 80.0)
     """
 
     coefficients: Tensor
@@ -36,9 +40,10 @@ class Factors(NamedTuple):
     errors: tuple[float, ...]
 
     def storage(self, bits: int, basis_bits: int) -> Storage:
-        """Nonzero coefficients, where they are, and the bases of slices that have any."""
+        """Nonzero coefficients, where they are, and the bases of slices that have any, with the exponents of steps."""
         bill = irregular_levels((self.coefficients != 0).flatten(0, 1), bits)  # (slices * rows, n)
-        return bill._replace(table=bill.table + self.basis[self.coefficients.flatten(1).any(1)].numel() * basis_bits)
+        made = self.basis[self.coefficients.flatten(1).any(1)]
+        return bill._replace(table=bill.table + made.numel() * basis_bits + len(made) * EXPONENT_BITS)
 
 
 @dataclass(frozen=True)
@@ -46,14 +51,15 @@ class SmartExchange(Constraint):
     """``Ce @ B``: sparse powers of two times a small basis, slice by slice (Zhao et al., ISCA 2020, arXiv 2005.03403).
 
     A convolution's filter is a slice of ``C*Kh`` rows and ``Kw`` columns, a linear layer's row one of 3 columns; at
-    most ``rows`` each. By turns: coefficients to powers of two, the basis by least squares, coefficients by least
-    squares, small ones to zero. That need not converge, nor give the same point twice: the best turn is taken. So
+    most ``rows`` each. By turns: coefficients to powers of two, the basis by least squares and rounded, coefficients by
+    least squares, small ones to zero. That need not converge, nor give the same point twice: the best turn is taken. So
     harden once, and keep that. The released code's thresholds and powers are absolute; here each column of coefficients
     is scaled to at most 1 first, which the basis takes up, so that they don't depend on a layer's scale.
 
     Attributes:
         threshold: coefficients below it become zero. bits: of a coefficient, sign and zero included.
-        basis_bits: of a number of the basis, counted only. iterations: turns. rows: of a slice, at most.
+        basis_bits: of a number of the basis, in steps of a power of two for each slice. iterations: turns. rows: of a
+            slice, at most.
 
     >>> from lib.sharing import SmartExchange
     >>> basis = torch.diag(torch.tensor([2.0, 4.0, 8.0]))
@@ -77,6 +83,7 @@ class SmartExchange(Constraint):
         if not 0 <= self.threshold < 1:
             raise ConstraintError(f"threshold = {self.threshold}: allowed are shares of the largest, in [0, 1)")
         check_count(2, 8, bits=self.bits)
+        check_count(2, 24, basis_bits=self.basis_bits)
         check_count(iterations=self.iterations)
         check_count(3, rows=self.rows)
 
@@ -104,7 +111,7 @@ class SmartExchange(Constraint):
         for _ in range(self.iterations):
             raw, basis = _balanced(raw, basis)
             coefficients = nearest_power(torch.where(raw.abs() < self.threshold, 0.0, raw), 0, 2 ** (self.bits - 1) - 1)
-            basis = _least_squares(coefficients, w, basis)
+            basis = _rounded(_least_squares(coefficients, w, basis), self.basis_bits)
             errors.append(float((w - coefficients @ basis).norm() / size))
             if errors[-1] == min(errors):
                 best = coefficients, basis
@@ -141,6 +148,13 @@ def _balanced(raw: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     scale = raw.abs().amax(1, keepdim=True)  # (slices, 1, n)
     scale = torch.where(scale > 0, scale, 1.0)
     return raw / scale, basis * scale.transpose(1, 2)  # (slices, n, 1)
+
+
+def _rounded(basis: Tensor, bits: int) -> Tensor:
+    """Signed whole numbers of so many bits, times the least power of two that reaches the largest of a slice."""
+    largest = basis.abs().amax((1, 2), keepdim=True) / (2 ** (bits - 1) - 1)
+    step = torch.where(largest > 0, largest, 1.0).log2().ceil().exp2()
+    return (basis / step).round() * step
 
 
 def _least_squares(coefficients: Tensor, w: Tensor, before: Tensor) -> Tensor:
