@@ -2,6 +2,7 @@
 
 import itertools
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ from torch import nn
 
 from lib import crossbar, data, models, recipes, training
 from lib.constraint import ConstraintError, attach_masks, fitted, harden, weights
+from lib.costs.designs import forms_array
 from lib.crossbar import Array, CrossbarError, Mapping, exact_bits
+from lib.layers import LayerError, Packed, packed
 from lib.pruning import (
     NM,
     AlignedLines,
@@ -82,6 +85,57 @@ class TestPolarizedFragments:
     def test_refusals(self, options):
         with pytest.raises(ConstraintError):
             PolarizedFragments(**options)
+
+
+class TestPacked:
+    """Rows and filters that keep a weight, and no others."""
+
+    LAYERS = (
+        (nn.Linear(9, 7), (5, 9)),
+        (nn.Linear(9, 7, bias=False), (2, 5, 9)),
+        (nn.Conv2d(3, 6, 3), (2, 3, 8, 8)),
+        (nn.Conv2d(3, 6, (3, 5), stride=(2, 1), padding=(1, 2), dilation=2), (2, 3, 12, 14)),
+    )
+
+    @pytest.mark.parametrize(("layer", "shape"), LAYERS, ids=str)
+    def test_it_computes_what_the_layer_does(self, layer, shape):
+        layer, x = deepcopy(layer), random(*shape)
+        matrix = layer.weight.data.flatten(1)
+        matrix[[1, 4]], matrix[:, ::2] = 0.0, 0.0
+        small = Packed(layer)
+        assert small.lines.weight.shape == (len(matrix) - 2, matrix.shape[1] // 2)
+        assert torch.allclose(small(x), layer(x), atol=1e-5)
+        layer.weight.data.zero_()
+        assert torch.allclose(Packed(layer)(x), layer(x))
+
+    def test_a_pruned_network_takes_the_same_arrays_and_its_fragments_lie_side_by_side(self, images):
+        net = models.build("lenet5", images.shape, images.classes, seed=1)
+        harden(net, fitted(net, uniform_plan(net, SubmatrixAdaptive(8.0))))
+        small, x = packed(net), images.test.x[:20]
+        assert torch.allclose(small(x), net(x), atol=1e-4)
+        lines, shape = (crossbar.occupied(n, images.shape, Array(), "lines") for n in (net, small)), images.shape
+        columns = ["rows_left", "filters_left", "vectors", "arrays", "adc_used", "kept"]
+        assert next(lines)[columns].equals(next(lines)[columns])
+        harden(small, uniform_plan(small, PolarizedFragments(8)))
+        for name, layer in small.named_modules():
+            if name.endswith(".lines"):
+                for part in layer.weight.split(8, dim=1):
+                    assert ((part >= 0).all(1) | (part <= 0).all(1)).all()
+        with torch.no_grad():
+            there = crossbar.on_arrays(small, replace(forms_array(8), adc_bits=None), images.train.x[:100])(x)
+            assert torch.allclose(there, small(x), atol=0.05 * float(small(x).abs().max()))
+        counts = [crossbar.occupied(n, shape, forms_array(8), r) for n, r in ((net, "lines"), (small, "none"))]
+        assert counts[0]["arrays"].tolist() == counts[1]["arrays"].tolist()
+
+    def test_refusals(self):
+        for layer in (nn.Conv2d(4, 4, 3, groups=2), nn.Conv1d(2, 2, 3), nn.Conv2d(2, 2, 3, padding="same")):
+            with pytest.raises(LayerError, match="cannot be packed"):
+                packed(nn.Sequential(layer))
+        tied = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+        tied[1].weight = tied[0].weight
+        with pytest.raises(LayerError, match="2 modules share"):
+            packed(tied)
+        assert isinstance(packed(nn.Linear(3, 3)), Packed)
 
 
 class TestAlignedLines:

@@ -1,4 +1,4 @@
-"""What replaces a layer: branches, circulants, gates, choices, exits, widths, attention, ways back in time."""
+"""What replaces a layer: branches, circulants, gates, choices, exits, widths, lines, attention, ways back in time."""
 
 from lib.layers.attention import SparseAttention, dense_attention
 from lib.layers.branches import Branches, branched
@@ -14,6 +14,7 @@ from lib.layers.choices import (
 from lib.layers.circulant import CirculantConv2d, CirculantLinear, as_dense, circulant
 from lib.layers.exits import Exits, anytime, at_all_exits, dearest, exit_of, leave, stages
 from lib.layers.gates import FeedForwardGate, LayerError, RecurrentGate, SkippedBlock, gate_of, skippable
+from lib.layers.packed import Packed, packed
 from lib.layers.reversible import checkpointed, inverse, plainly_reversible, previous, reversible, saved_bytes
 from lib.layers.widths import at_width, cut_to, ordered, sandwich, slimmable, uneven
 
@@ -25,6 +26,7 @@ __all__ = [
     "Exits",
     "FeedForwardGate",
     "LayerError",
+    "Packed",
     "RecurrentGate",
     "SkippedBlock",
     "SparseAttention",
@@ -46,6 +48,7 @@ __all__ = [
     "inverse",
     "leave",
     "ordered",
+    "packed",
     "path_costs",
     "plainly_reversible",
     "previous",
