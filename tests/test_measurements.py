@@ -8,6 +8,7 @@ import sys
 import time
 import types
 import warnings
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -391,6 +392,21 @@ def test_what_the_old_code_measured_on_this_machine_tells_code_from_machine(tmp_
         assert audit.audits[0]["differ"] == differ
     (row,) = audit.audits
     assert row["first"].endswith("kept = 0.751, was 0.75")
+
+
+def test_an_audit_draws_from_what_every_commit_and_machine_made(tmp_path, cell):
+    notebook = cell()
+    for commit, seed in (("first", 0), ("second", 1)):
+        store = Store("s", tmp_path / "s.csv", {"commit": commit}, earlier=True)
+        store.measure(notebook.kept, [point for point in POINTS if point["seed"] == seed])
+        store.publish(tmp_path / "s.csv")
+    rows = [replace(m, seconds=float("nan") if m.commit == "first" else 1.0) for m in read_table(tmp_path / "s.csv")]
+    write_table(tmp_path / "s.csv", rows)
+    changed = cell(("2 * x", "2 * x + (x == 0)"))  # of the first commit's networks alone
+    audit = Store("s", tmp_path / "s.csv", earlier=True, audit=Audit(0.05))
+    audit.measure(changed.kept, POINTS)
+    assert sorted(seed for seed, _ in changed.calls) == [0, 1]
+    assert [(a["again"], a["differ"]) for a in audit.audits] == [(2, 1)]
 
 
 def test_the_spread_of_networks_is_that_between_seeds_alone():

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from math import isclose
 from pathlib import Path
@@ -25,7 +25,7 @@ ELSEWHERE = {"data_root", "report_dir", "threads", "processes"}
 
 @dataclass(frozen=True)
 class Audit:
-    """What of the measurements that earlier code made is made again: a share of each experiment's, the quickest first.
+    """What of the measurements that earlier code made is made again: of each experiment's a share, the quickest first.
 
     They are compared with what the earlier code measured on this machine, where it did; else with the table's.
 
@@ -46,6 +46,15 @@ class Audit:
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
             raise ParameterError(f"an audit of a share of {self.share}: allowed are shares above 0, up to 1")
+
+    def chosen(self, old: Mapping[Key, Measurement]) -> list[Key]:
+        """The quickest of every commit and machine: what one of these made says nothing of what another did."""
+        groups: dict[tuple, list[Key]] = {}
+        for key, m in old.items():
+            groups.setdefault((m.code, m.commit, m.device, m.torch), []).append(key)
+        unknown = {key: math.inf for key, m in old.items() if m.seconds != m.seconds}
+        order = [sorted(keys, key=lambda key: unknown.get(key, old[key].seconds)) for keys in groups.values()]
+        return [key for keys in order for key in keys[: math.ceil(self.share * len(keys))]]
 
     def __str__(self) -> str:  # as a batch tells it to a study
         return json.dumps(asdict(self))
@@ -216,8 +225,7 @@ class Store:
         old = {key: m for key in points if (m := self.published.get(key)) and (m.code == code) == self.audit.again}
         if not old:
             return
-        order = sorted(old, key=lambda key: old[key].seconds if old[key].seconds == old[key].seconds else math.inf)
-        chosen, differ = order[: math.ceil(self.audit.share * len(old))], []
+        chosen, differ = self.audit.chosen(old), []
         known = [m for m in self.published.values() if m.experiment == experiment.__name__]  # of networks not asked too
         spread = spread_of_networks(known, [*next(iter(points.values()))])
         for key in chosen:
