@@ -1,4 +1,4 @@
-"""A compressed network as a file to carry away: packed positions and levels in safetensors, restored bit for bit.
+"""A compressed network as a file to carry away: packed positions and levels in safetensors, restored exactly.
 
 Nothing has to be known of how a network was compressed: a layer's weights are looked at, and stored in the cheapest
 of the ways below. ``lib.costs.network_storage`` accounts for the same bits from the constraints' side.

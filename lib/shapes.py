@@ -22,6 +22,10 @@ RECOMPUTING = (BasePruningMethod, SpectralNorm, WeightNorm)
 """Forward hooks of torch that make a new ``weight`` before every pass; whatever is written there is lost."""
 
 
+def own_forward(*_) -> None:
+    """A hook that does nothing: where there is one, torch's fused transformer layer lets its layers run themselves."""
+
+
 WRAPPERS = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}
 """Of torch: a compiled network runs no hooks that come later, and a name with a prefix has other chips."""
 

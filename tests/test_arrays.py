@@ -183,6 +183,7 @@ class TestCounts:
         ({"pair": "arrays"}, "there is no pair to place"),
         ({"active_rows": 129}, "divisors of rows = 128"),
         ({"active_rows": 7}, "divisors of rows = 128"),
+        ({"active_rows": 8, "tiling": "channel_aligned"}, "channel_aligned reads all 128 rows at once"),
         ({"mapping": Mapping("two_column", 8, 2), "flip": True, "analog_difference": True}, "flip inverts single"),
         ({"mapping": Polarized(weight_bits=8, cell_bits=2)}, "a fragment is read at once"),
     ],
@@ -530,7 +531,7 @@ class TestNetworks:
         ],
         ids=str,
     )
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
     def test_every_layer(self, layer, dtype):
         torch.manual_seed(0)
         nn.init.normal_(layer.weight)

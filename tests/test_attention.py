@@ -81,6 +81,12 @@ def test_a_share_takes_whole_blocks_of_the_past():
     assert found.density.tolist() == pytest.approx([(inside + past) / (256 * 257 / 2)] * 4)
 
 
+def test_a_share_is_rounded_up_as_numbers_are_not_as_floats_are():
+    q, k, v = (torch.randn(1, 200, 4) for _ in range(3))
+    found = SparseAttention(share=0.6, segment=100, queries=100, block=4)(q, k, v)  # 60 of 100: 15 blocks, not 16
+    assert float(found.density) == pytest.approx((2 * 100 * 101 / 2 + 100 * 60) / (200 * 201 / 2))
+
+
 def chosen_by_loops(q, k, v, rule, share, segment, queries, block):
     """Permuted block-sparse attention as its authors' code goes about it, one block after the other."""
     heads, n, d = q.shape

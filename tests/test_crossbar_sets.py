@@ -127,14 +127,26 @@ class TestPacked:
         counts = [crossbar.occupied(n, shape, forms_array(8), r) for n, r in ((net, "lines"), (small, "none"))]
         assert counts[0]["arrays"].tolist() == counts[1]["arrays"].tolist()
 
+    def test_a_layer_in_two_places_is_one_and_what_is_frozen_stays_so(self):
+        layer = nn.Linear(3, 3).requires_grad_(False)
+        net, x = nn.Sequential(layer, nn.Tanh(), layer), torch.randn(4, 3)
+        small = packed(net)
+        assert small[0] is small[2]
+        assert torch.allclose(small(x), net(x), atol=1e-6)
+        assert not any(p.requires_grad for p in small.parameters())
+
     def test_refusals(self):
         for layer in (nn.Conv2d(4, 4, 3, groups=2), nn.Conv1d(2, 2, 3), nn.Conv2d(2, 2, 3, padding="same")):
             with pytest.raises(LayerError, match="cannot be packed"):
                 packed(nn.Sequential(layer))
         tied = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
         tied[1].weight = tied[0].weight
-        with pytest.raises(LayerError, match="2 modules share"):
+        with pytest.raises(LayerError, match="weight is also another module's"):
             packed(tied)
+        hooked = nn.Sequential(nn.Linear(3, 3))
+        hooked[0].register_forward_pre_hook(lambda layer, x: (x[0].round(),))
+        with pytest.raises(LayerError, match=r"0 \(Linear\) does more than its class"):
+            packed(hooked)
         assert isinstance(packed(nn.Linear(3, 3)), Packed)
 
 

@@ -316,6 +316,9 @@ class TestOthers:
         both = [d.energy(crossbar.tile(shapes, d.array)).iloc[0] for d in (shared, alone)]
         assert both[1]["dtc"] == pytest.approx(12 * both[0]["dtc"])
         assert both[1]["tdc"] == pytest.approx(12 * both[0]["tdc"])
+        counts = [d.summary(crossbar.tile(shapes, d.array))["conversions"] for d in (shared, alone)]
+        assert counts == [12 * 128 * 2, 12 * 12 * 128 * 2]  # of the numbers that the energy counts
+        assert both[0]["tdc"] == pytest.approx(counts[0] * table("timely")("tdc", "energy_fJ") / 1000)
         assert both[0]["input_reads"] == pytest.approx(12 * 256 * 12.736)
 
     def test_timely_prices_zeros_by_their_rule_and_inputs_of_one_step(self):

@@ -336,6 +336,19 @@ def test_at_low_precision_gradients_are_those_of_the_rounded_operands(name):
     assert layer.weight.grad.unique().numel() > 3  # no signs
 
 
+def test_low_precision_reaches_into_torchs_fused_layers():
+    torch.manual_seed(0)
+    net, x = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True), torch.randn(3, 5, 8)
+    found = {}
+    for training in (True, False):
+        net.train(training)
+        with low_precision(net), torch.no_grad():
+            found[training] = net(x)
+    with torch.no_grad():
+        assert not torch.allclose(found[False], net(x), atol=1e-5)  # fused again
+    assert torch.allclose(found[True], found[False], atol=1e-6)
+
+
 def test_layers_that_are_shared_add_their_gradients_at_low_precision():
     torch.manual_seed(0)
     first, second = nn.Linear(4, 4), nn.Linear(4, 4)

@@ -266,6 +266,15 @@ def test_read_noise_is_new_for_every_chip_and_the_same_for_the_same(trained, ima
     assert found[2] != found[3]
 
 
+def test_read_noise_of_halves_is_that_of_the_wide_network():
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(50, 10)), 600 * torch.rand(200, 50)
+    for dtype in (torch.float32, torch.float16):  # squares of inputs are beyond what halves hold
+        narrow, seen = deepcopy(net).to(dtype), x.to(dtype)
+        own = data.Split(seen, narrow(seen).argmax(1))
+        assert trials_module._Bench(narrow, "two_column", own, 100).trial(ReadNoise(0.0), 0) == 1.0
+
+
 # --- several devices --------------------------------------------------------------------------------------------------
 
 

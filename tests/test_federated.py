@@ -31,6 +31,15 @@ class Adds:
             p.data += self.number
 
 
+def test_who_leaves_has_nothing_to_do_with_who_is_asked():
+    """NumPy seeds [seed, round, 0] like [seed, round], with which the server draws."""
+    leaves = recipes.dropouts(0.4, seed=3)
+    for client in range(3):
+        asked = [np.random.default_rng([3, r]).random() < 0.4 for r in range(1000)]
+        gone = [leaves(r, client) != "" for r in range(1000)]
+        assert abs(np.corrcoef(asked, gone)[0, 1]) < 0.15
+
+
 def fails(model, round):
     raise RuntimeError("out of memory")
 

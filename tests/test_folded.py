@@ -16,7 +16,8 @@ def drawn(seed):
     """A layer in an array of random layout, and inputs; None for what cannot be built."""
     rnd, g = random.Random(seed), torch.Generator().manual_seed(seed)
     scheme, fragment = rnd.choice(["offset", "two_column", "differential", "polarized"]), rnd.choice([4, 8])
-    cells = {"weight_bits": rnd.choice([4, 8]), "cell_bits": rnd.choice([1, 2, 4]), "on_off": rnd.choice([10.0, 1e9])}
+    cells = {"weight_bits": rnd.choice([4, 8]), "cell_bits": rnd.choice([1, 2, 4])}
+    cells["on_off"] = rnd.choice([2.0, 4.0, 10.0, 1e9])
     cells["copies"] = rnd.choice([1, 1, 1, 3])
     if rnd.random() < 0.7:
         del cells["on_off"]
@@ -45,10 +46,15 @@ def drawn(seed):
         cells = torch.where(draw < 0.05, 1.0, cells)
         return torch.where(draw > 0.95, array.mapping.g_min, cells)
 
+    def beyond(cells):  # more than a good cell conducts, and less
+        draw = torch.rand(cells.shape, generator=torch.Generator().manual_seed(seed))
+        cells = torch.where(draw < 0.05, float(rnd.choice([2, 4])), cells)
+        return torch.where(draw > 0.95, 0.0, cells)
+
     def varied(cells):
         return cells * torch.randn(cells.shape, generator=torch.Generator().manual_seed(seed)).mul(0.1).exp()
 
-    layer = Programmed(weight, array, groups, rnd.choice([None, None, stuck, stuck, varied]))
+    layer = Programmed(weight, array, groups, rnd.choice([None, None, stuck, stuck, beyond, varied]))
     low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1)) if signed else (0, 2**bits)
     x = torch.randint(low, high, (groups * rows, rnd.randint(1, 9)), generator=g).float()
     x = torch.where(torch.rand(x.shape, generator=g) < rnd.choice([0.1, 0.5, 1.0]), x, 0.0)

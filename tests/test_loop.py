@@ -120,12 +120,17 @@ def test_a_single_example_left_over_joins_the_batch_before(examples, batch_size,
     assert steps_per_epoch(Data("zeros", split, split, split, examples), batch_size) == len(sizes)
 
 
-def test_batch_norm_on_one_position_trains_with_an_odd_number_of_images():
+def test_batch_norm_on_one_position_trains_with_an_odd_number_of_images_and_is_found_anew_the_same():
     net = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(4), nn.Linear(4, 2))
     odd = Split(torch.randn(9, 1, 2, 2), torch.arange(9) % 2)
     data = Data("odd", odd, odd, odd, 2)
     assert fit(net, data, epochs=1, lr=0.1, batch_size=4)["images"].tolist() == [9]
     recalibrate(net, data, batch_size=4)
+    dropped = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.BatchNorm1d(4))
+    before = torch.random.get_rng_state()
+    found = [recalibrate(deepcopy(dropped), data, batch_size=4)[2].running_mean for _ in range(2)]
+    assert torch.equal(*found)
+    assert torch.equal(torch.random.get_rng_state(), before)
     with pytest.raises(TrainingError, match="batch norm meets one position of one example: batch_size = 1"):
         fit(net, data, epochs=1, lr=0.1, batch_size=1)
 

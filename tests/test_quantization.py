@@ -1,14 +1,16 @@
 """Levels against brute force, joint sets against every support, and recipes that train toward them."""
 
+from copy import deepcopy
 from itertools import combinations
 
 import pytest
 import torch
+from torch import nn
 
 from lib.constraint import ConstraintError, Storage
 from lib.constraint.formats import escaped_runs
 from lib.pruning import NATURAL, Block, Column, Filter, Patterns, Unstructured
-from lib.quantization import Levels, Quantized, binary, ternary
+from lib.quantization import Levels, Quantized, binary, quantize_activations, ternary
 from lib.quantization.levels import STEP_BITS, best_step
 
 LEVELS = [
@@ -169,6 +171,13 @@ class TestStorage:
         assert Quantized(Unstructured(0.9), Levels(2, step=1.0)).storage_bits(z, 32) == escaped_runs(
             z != 0, 2
         )._replace(table=STEP_BITS)
+
+
+def test_ranges_of_halves_are_those_of_the_wide_network():
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(256, 4)), torch.randn(4000, 256).relu() * 30  # squares end above 65,504
+    found = [quantize_activations(deepcopy(net).to(t), 4, x.to(t))[0].quantize_input for t in (torch.half, torch.float)]
+    assert float(found[0].scale) == pytest.approx(float(found[1].scale), rel=0.05)
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
-from lib.constraint import attach_masks, fitted, harden, masks, weights
+from lib.constraint import ConstraintError, attach_masks, fitted, harden, masks, weights
 from lib.data import Split
 from lib.models import build
 from lib.pruning import Unstructured, uniform_plan
@@ -64,6 +65,20 @@ class TestStraightThrough:
         with pytest.raises(TrainingError, match="epochs"):
             straight_through(trained, uniform_plan(trained, binary()), images, epochs=-1, lr=0.1)
         assert set(trained.state_dict()) == set(build("lenet300", images.shape, 10).state_dict())
+
+    def test_a_decoder_tied_to_an_embedding_is_refused(self, images):
+        """The embedding would go on with the weights that the decoder has projected."""
+        net = nn.Sequential(nn.Embedding(4, 4), nn.Linear(4, 4))
+        net[1].weight = net[0].weight
+        for recipe, options in ((straight_through, {}), (admm, {"rho": 0.01})):
+            with pytest.raises(ConstraintError, match=r"its tensor is also in 0 \(Embedding\)"):
+                recipe(net, {"1": binary()}, images, epochs=1, lr=0.01, **options)
+
+    def test_a_copy_of_a_network_with_another_mask_leaves_its_original_alone(self, trained, images):
+        net = attach_masks(deepcopy(trained), {"fc3.bias": torch.arange(10) > 2})
+        copy, before = deepcopy(net), net(images.test.x[:5])
+        straight_through(copy, {"fc3": binary()}, images, epochs=1, lr=0.01)
+        assert torch.equal(net(images.test.x[:5]), before)
 
     def test_coupled_layers_are_refused(self, trained, images):
         with pytest.raises(TrainingError, match="couples"):

@@ -114,6 +114,7 @@ def test_channels_that_are_gone_are_told_as_channels():
         (pruning.BlockColumns(0.75, 4, 4), 2 * 9 * 4, min(72, 18 * 2), 0),
         (pruning.Patterns(library=pruning.PUBLISHED["T"]), 32 * 4, 32 * 2, 4 * 9),
         (pruning.PatternKernels(library=pruning.PUBLISHED["T"], sparsity=0.75), 8 * 4, 8 * 2 + 32, 4 * 9),
+        (pruning.BlockStructured(0.5, 0.5, 4, 4), 4 * 18, 2 * 36 + 8, 0),
         (pruning.PCNN(3), 32 * 3, 32 * 9, 0),
         (pruning.PCNN(3, patterns=4), 32 * 3, 32 * 2, 4 * 9),
         (pruning.Filter(0.5), 4 * 36, min(8, 4 * 3), 0),
@@ -127,6 +128,32 @@ def test_what_each_set_stores(constraint, data, index, table):
     fitted_set = constraint.fit({"w": weight})["w"]
     assert fitted_set.storage_bits(fitted_set.project(weight), 1) == (data, index, table)
     assert fitted_set.storage_bits(fitted_set.select(weight), 1) == (data, index, table)  # a mask says the same
+
+
+@pytest.mark.parametrize(
+    "constraint",
+    [
+        pruning.Block(0.5, 2, 9),
+        pruning.Kernel(0.5),
+        pruning.NM(n=4, m=8),
+        pruning.BlockColumns(0.5, 16, 9),
+        pruning.BlockRows(0.5, 4, 18),
+        pruning.Filter(0.5),
+        pruning.Column(0.5),
+        pruning.FilterColumn(0.5, 0.25),
+        pruning.BlockStructured(0.5, 0.5, 16, 18),
+        pruning.PCNN(4, patterns=8),
+    ],
+    ids=str,
+)
+def test_a_structure_stores_kept_weights_that_are_zero(constraint):
+    """Else nothing says which they are: what levels round to zero, say."""
+    weight = torch.randn(32, 8, 3, 3, generator=torch.Generator().manual_seed(0))
+    fitted_set = constraint.fit({"w": weight})["w"]
+    z = fitted_set.project(weight)
+    some = z != 0
+    some &= torch.rand(z.shape, generator=torch.Generator().manual_seed(1)) < 0.1
+    assert fitted_set.storage_bits(torch.where(some, 0.0, z), 8) == fitted_set.storage_bits(z, 8)
 
 
 def test_network_storage_adds_up(images):

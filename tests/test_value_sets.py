@@ -178,6 +178,8 @@ class TestTernary:
         for layer in prunable(parts.conv2).values():
             assert len(layer.weight.abs().unique()) == 2
         assert isinstance(parts.fc1, nn.Linear)
+        assert all(p.requires_grad for p in parts.parameters())
+        assert not any(p.requires_grad for p in branched(net.requires_grad_(False), plan).parameters())
         assert is_parametrized(net.conv2)  # the original stays as it is
 
     def test_modules_that_share_a_weight_share_its_branches(self):
@@ -335,7 +337,7 @@ class TestUnified:
     def test_bill(self):
         weight = random(8, 16)
         z = Unified(0.5, width=4).project(weight)
-        assert Unified(0.5, width=4).storage_bits(z, 8) == Storage(16 * (8 + 4) + 16 * 32, 32)
+        assert Unified(0.5, width=4).storage_bits(z, 8) == Storage(16 * (7 + 4) + 16 * 32, 32)
 
     def test_refusals(self):
         for share, pruned in ((1.2, 0), (-0.1, 0), (0.6, 0.6), (float("nan"), 0)):

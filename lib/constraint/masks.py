@@ -87,7 +87,15 @@ def attach(modules: list[nn.Module], parametrization: Parametrization, parameter
     """
     for module in modules:
         leaf(module, parameter)
+        if parametrize.is_parametrized(module) and not parametrize.is_parametrized(module, parameter):
+            _own_class(module)
         parametrize.register_parametrization(module, parameter, parametrization)
+
+
+def _own_class(module: nn.Module) -> None:
+    """A deep copy shares the class that torch made for parametrizing with its original: what one gets, both would."""
+    own = type(module)
+    module.__class__ = type(own.__name__, own.__bases__, dict(vars(own)))
 
 
 def detach(modules: list[nn.Module], kind: type[nn.Module], parameter: str = "weight", bake: bool = False) -> None:
@@ -109,8 +117,7 @@ def detach(modules: list[nn.Module], kind: type[nn.Module], parameter: str = "we
             del chain[places[-1]]
             continue
         trained = any(p.requires_grad for p in chain.parameters(recurse=False))
-        own = type(module)  # a deep copy shares this class with its original, and removal would strip it from both
-        module.__class__ = type(own.__name__, own.__bases__, dict(vars(own)))
+        _own_class(module)
         parametrize.remove_parametrizations(module, parameter, leave_parametrized=bake and i == 0)  # one tensor
         if parameter not in module._parameters:  # made of several, which had no gradient
             tensor = getattr(module, parameter).detach()
@@ -138,13 +145,22 @@ def _place(model: nn.Module, name: str) -> tuple[list[nn.Module], str]:
         modules = [every[owner]]
     else:
         raise ConstraintError(f"mask for layer {name!r}; the model has {', '.join(layers)}")
+    refuse_others(model, name, modules, parameter)
+    return modules, parameter
+
+
+def refuse_others(model: nn.Module, name: str, modules: list[nn.Module], parameter: str = "weight") -> None:
+    """What is attached to a tensor in some modules holds it in these alone.
+
+    Raises:
+        ConstraintError: other modules have that tensor too, such as an embedding that a decoder is tied to.
+    """
     tensor = leaf(modules[0], parameter)
-    for other, module in every.items():
+    for other, module in model.named_modules():
         own = module in modules or isinstance(module, parametrize.ParametrizationList)
         if not own and any(p is tensor for p in module._parameters.values()):
             kind = type(module).__name__
-            raise ConstraintError(f"mask of {name!r}: its tensor is also in {other} ({kind}), which it would not hold")
-    return modules, parameter
+            raise ConstraintError(f"{name!r}: its tensor is also in {other} ({kind}), which nothing here would hold")
 
 
 def _masked(model: nn.Module) -> Iterator[tuple[str, list[nn.Module], str]]:

@@ -103,8 +103,9 @@ def training_bill(spent: pd.DataFrame, layers: list[Loops], batch: int = 1) -> p
     Every product takes both operands from DRAM once and writes its result once, weights and their gradients once a
     batch: less no chip can move whose buffer holds no whole layer. Where signs of gradients are predicted from leading
     bits, the rest of the bits follows for the share that is not, and a result is written once. A byte costs what the
-    DNN-Chip Predictor's configuration of Eyeriss says; results are as wide as the wider operand. Time and area are
-    left out.
+    DNN-Chip Predictor's configuration of Eyeriss says; results are as wide as the wider operand. How often a layer ran
+    is told from its arithmetic, so that under masks, which leave arithmetic out, activations would move less as well:
+    this is for dense networks. Time and area are left out.
 
     Args:
         spent: as `lib.training.metered` returns it, all uses of a layer together. layers: of one input, a row a use.

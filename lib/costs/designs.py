@@ -105,13 +105,17 @@ class Design:
             if (other := tiles.attrs.get("layout", {}).get(name, value)) != value:
                 raise CostError(f"{self.name} has an array of {name} = {value}; the rows were counted for {other}")
 
+    def conversions(self, tiles: pd.DataFrame) -> pd.Series:
+        """Of every layer's columns into numbers, where no step is skipped."""
+        return tiles["adc_used"]
+
     def summary(self, tiles: pd.DataFrame, cycles: Dict[str, float] | None = None) -> pd.Series:
         """Arrays, conversions, energy (nJ), area (mm2) and time (us) of one network."""
         share, arrays = self.share(tiles, cycles), int(tiles["arrays"].sum())
         return pd.Series(
             {
                 "arrays": arrays,
-                "conversions": float((tiles["adc_used"] * share).sum()),
+                "conversions": float((self.conversions(tiles) * share).sum()),
                 "energy_nJ": self.energy(tiles, cycles=cycles)["total"].sum() / 1000,
                 "area_mm2": self.area(arrays).sum(),
                 "latency_us": self.latency(tiles, cycles=cycles) / 1000,
@@ -299,8 +303,10 @@ class Prime(Design):
 class Timely(Design):
     """TIMELY (ISCA 2020), 65 nm: inputs cross ``across`` arrays before they are converted anew, sums ``down`` arrays.
 
-    A time stands for a whole 8-bit number, so that there are no steps; each input is read from its buffer once. The
-    crossbar's own energy is not verified and left out, so is the area of anything but converters and buffers.
+    A time stands for a whole 8-bit number, so that there are no steps; each input is read from its buffer once. Up to
+    twelve arrays across are published; as many down are a choice of ours. The crossbar's own energy is not verified and
+    left out, so is the area of anything but converters and buffers. In the area the arrays of all layers share
+    converters, twelve each, while the energy counts each layer's own.
     """
 
     array: Array = field(default_factory=lambda: Array(256, 256, Mapping("offset", 8, 4), input_bits=8, dac_bits=8))
@@ -315,13 +321,25 @@ class Timely(Design):
         """Unit latency of the Accelergy library."""
         return table("timely")("unit_latency", "time_ns")
 
+    def conversions(self, tiles: pd.DataFrame) -> pd.Series:
+        """Of times into numbers: one for ``down`` arrays, whose sums were added before."""
+        left, filters = self._left(tiles)
+        tall = (left / self.array.rows).map(ceil)
+        columns = filters * self.array.mapping.slices * self.array.mapping.columns
+        return tiles["vectors"] * tiles["groups"] * columns * (tall / self.down).map(ceil)
+
+    @staticmethod
+    def _left(tiles: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
+        """Rows and filters of every layer that lie in arrays."""
+        return tuple(tiles.get(f"{what}_left", tiles[what]) for what in ("rows", "filters"))
+
     def energy(self, tiles: pd.DataFrame, cycles: Dict[str, float] | None = None) -> pd.DataFrame:
         """As `Design.energy`; ``cycles`` do not apply, as numbers go in whole."""
         self.check(tiles)
         timely = table("timely")
         pj = {part: timely(part, "energy_fJ") / 1000 for part in timely.frame.index if part not in UNPRICED}
         mapping, vectors = self.array.mapping, tiles["vectors"]
-        left, filters = (tiles.get(f"{what}_left", tiles[what]) for what in ("rows", "filters"))
+        left, filters = self._left(tiles)
         cells = filters * mapping.slices * mapping.columns
         rows, columns = tiles["groups"] * left, tiles["groups"] * cells
         wide, tall = (cells / self.array.columns).map(ceil), (left / self.array.rows).map(ceil)
@@ -331,7 +349,7 @@ class Timely(Design):
             {
                 "layer": tiles["layer"],
                 "dtc": vectors * rows * to_time * pj["dtc"],
-                "tdc": vectors * columns * to_number * pj["tdc"],
+                "tdc": self.conversions(tiles) * pj["tdc"],
                 "buffers": vectors * (rows * (wide - to_time) * pj["x_subbuf"] + columns * tall * pj["p_subbuf"]),
                 "adders": vectors * columns * to_number * (pj["i_adder"] + pj["charging_comparator"]),
                 "input_reads": tiles["inputs"] * pj["input_read"],

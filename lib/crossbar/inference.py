@@ -15,7 +15,7 @@ from lib.crossbar.mapping import CrossbarError
 from lib.crossbar.product import CHUNK, Programmed
 from lib.crossbar.tiling import Array
 from lib.crossbar.wires import Wires
-from lib.shapes import all_layers, uses
+from lib.shapes import all_layers, own_forward, uses
 
 
 class ArrayLayer:
@@ -63,7 +63,8 @@ class ArrayLayer:
         else:
             parts = whole.split(few)
             y = torch.cat([self._shaped(programmed(self.vectors(part), signed), part) for part in parts])
-        y, scale = _exact(y.to(x.dtype)) if y.dtype != torch.float32 else y, self.inputs.step * programmed.scale
+        wide = torch.promote_types(x.dtype, torch.float32)  # sums of whole numbers are beyond what halves hold
+        y, scale = _exact(y.to(wide)) if y.dtype != torch.float32 else y, self.inputs.step * programmed.scale
         if self.layer.bias is None:
             y = y * scale
         else:
@@ -183,7 +184,7 @@ def on_arrays(
         cells = _programmed(layers[name][0], a, drawn, chip, name, wires)
         placed[name] = [ArrayLayer(module, cells) for module in layers[name]]
         for module in layers[name]:
-            module.register_forward_pre_hook(_own_forward)
+            module.register_forward_pre_hook(own_forward)
     with torch.no_grad():
         _choose_ranges(copy, placed, images)
     for user in (u for users in placed.values() for u in users):
@@ -229,10 +230,6 @@ def _choose_ranges(copy: nn.Module, placed: dict[str, list[ArrayLayer]], images:
         elif never := [name for name in unknown if not placed[name][0].inputs]:
             raise CrossbarError(f"the images never meet {', '.join(never)}: name the layers that lie in arrays")
         waiting, seen = None, []
-
-
-def _own_forward(*_) -> None:
-    """A hook that does nothing: where there is one, torch's fused transformer layer lets its layers run themselves."""
 
 
 def in_arrays(model: nn.Module) -> dict[str, list[ArrayLayer]]:

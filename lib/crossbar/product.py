@@ -95,7 +95,8 @@ class Programmed:
         self.whole = bool(((whole - self.cells).abs() <= 1e-6 * max(1, self.array.cell_top)).all())
         if self.whole:
             self.cells = whole
-        full = self.cells.shape[2] * array.cell_top  # a column, under inputs of one
+        highest = max(array.cell_top, float(self.cells[:, :-1].abs().max()))  # what is stuck may conduct more
+        full = self.cells.shape[2] * highest  # a column, under inputs of one
         if full * array.input_top >= 2**24:  # float32 holds no larger sums exactly
             self.cells = self.cells.double()
         if (most := self.tiles * full * int(self.gains.sum()) * 2**array.input_bits) >= 2**53:
@@ -342,8 +343,14 @@ class Programmed:
     @property
     def counts(self) -> bool:
         """Whether the sums of columns are soonest found by counting bits that meet."""
-        array = self.array
-        return self.whole and array.dac_bits * (array.cell_bits + self.signed_sums) <= 4 and array.input_bits <= 24
+        return self.whole and self.array.dac_bits * self._digits[0] <= 4 and self.array.input_bits <= 24
+
+    @cached_property
+    def _digits(self) -> tuple[int, bool]:
+        """Bits of a column's levels, which may exceed a cell's; and whether two signs meet in one column."""
+        cells = self.cells[:, :-1]
+        both = self.signed_sums or bool(((cells < 0).any(2) & (cells > 0).any(2)).any())
+        return max(1, int(cells.abs().max()).bit_length()) + both, both
 
     @cached_property
     def _bits(self) -> tuple[np.ndarray, ...]:
@@ -351,10 +358,10 @@ class Programmed:
 
         A column whose levels are negative counts down; where both signs meet, they are in two's complement.
         """
-        digit, bits, cells = self.array.dac_bits, self.array.cell_bits + self.signed_sums, self.cells[:, :-1].long()
+        digit, cells, (bits, both) = self.array.dac_bits, self.cells[:, :-1].long(), self._digits
         gains = self.gains.repeat_interleave(self.shape[0] // self.groups).repeat(len(cells), 1)
         units = 2 ** torch.arange(bits)
-        if self.signed_sums:
+        if both:
             units[-1] *= -1
         else:
             gains[(cells < 0).any(2)] *= -1

@@ -83,6 +83,8 @@ class Array:
             raise CrossbarError(f"mapping {self.mapping.scheme!r} has one cell a weight: there is no pair to place")
         if not 1 <= self.height <= self.rows or self.rows % self.height:
             raise CrossbarError(f"active_rows = {self.active_rows}: allowed are divisors of rows = {self.rows}")
+        if self.tiling == "channel_aligned" and self.height != self.rows:
+            raise CrossbarError(f"active_rows = {self.active_rows}: channel_aligned reads all {self.rows} rows at once")
         if self.adc_bits is not None and not 1 <= self.adc_bits <= 24:
             raise CrossbarError(f"adc_bits = {self.adc_bits}: allowed are 1 to 24, or None for as many as it takes")
         if isinstance(self.mapping, Polarized) and self.height != self.mapping.fragment:

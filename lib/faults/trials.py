@@ -108,15 +108,19 @@ def _add_noise(layer: nn.Module, sigma: float, random: torch.Generator):
     energy._forward_hooks.clear()
     energy._forward_pre_hooks.clear()  # what they do to inputs is done
     energy.bias = None
-    energy.weight = nn.Parameter(torch.ones_like(layer.weight), requires_grad=False)
+    wide = torch.promote_types(layer.weight.dtype, torch.float32)
+    energy.weight = nn.Parameter(torch.ones_like(layer.weight, dtype=wide), requires_grad=False)
 
     def add(_, inputs, output):
         axis = 1 - layer.weight.ndim  # of the channels; a block that chooses lets some of them rest
         size = output.shape[axis], inputs[0].shape[axis] // getattr(layer, "groups", 1)
         if size != energy.weight.shape[:2]:
-            energy.weight = nn.Parameter(output.new_ones(*size, *layer.weight.shape[2:]), requires_grad=False)
-        spread = energy(inputs[0].square()).sqrt_()  # the same for all outputs of a group, so a plain convolution
-        return output + sigma * spread * torch.randn(output.shape, generator=random, device=output.device).to(output)
+            ones = torch.ones(*size, *layer.weight.shape[2:], dtype=wide, device=output.device)
+            energy.weight = nn.Parameter(ones, requires_grad=False)
+        x = inputs[0].to(energy.weight.dtype)  # wide: squares are beyond what halves hold
+        spread = energy(x.square()).sqrt_()  # the same for all outputs of a group, so a plain convolution
+        noise = torch.randn(output.shape, generator=random, device=output.device).to(spread)
+        return output + (sigma * spread * noise).to(output)
 
     return layer.register_forward_hook(add)
 

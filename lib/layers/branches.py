@@ -55,10 +55,8 @@ def branched(model: nn.Module, plan: Plan) -> nn.Module:
         if not plan[name].member(weight, 1e-6 * float(weight.abs().max())):  # means are rounded
             raise LayerError(f"{name}: its weights are no sum of ternary branches; harden the network first")
         magnitudes = [0.0, *weight[weight != 0].abs().unique()]
-        parts = [
-            nn.Parameter(torch.where(weight.abs() >= b, (b - a) * weight.sign(), 0.0), weight.requires_grad)
-            for a, b in pairwise(magnitudes)
-        ]
+        of_branch = (torch.where(weight.abs() >= b, (b - a) * weight.sign(), 0.0) for a, b in pairwise(magnitudes))
+        parts = [nn.Parameter(part, layers[name][0].weight.requires_grad) for part in of_branch]
         for layer in layers[name]:
             branches = [deepcopy(layer) for _ in parts]
             for branch, part in zip(branches, parts, strict=True):

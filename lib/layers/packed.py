@@ -6,7 +6,8 @@ from torch.nn.functional import unfold
 
 from lib.constraint import plain
 from lib.layers.gates import LayerError
-from lib.shapes import uses
+from lib.models import replaced
+from lib.shapes import KINDS, uses
 
 
 class Packed(nn.Module):
@@ -39,6 +40,7 @@ class Packed(nn.Module):
             self.windows = tuple(getattr(layer, name) for name in names)
         self.lines = nn.Linear(len(self.rows), len(self.filters), bias=False, device=matrix.device, dtype=matrix.dtype)
         self.lines.weight.data.copy_(matrix[self.filters][:, self.rows])
+        self.lines.weight.requires_grad_(layer.weight.requires_grad)
 
     def forward(self, x: Tensor) -> Tensor:
         """What the layer computes."""
@@ -64,8 +66,8 @@ def packed(model: nn.Module) -> nn.Module:
     the copy a layer is called ``<name>.lines``; it computes what the network does, up to rounding.
 
     Raises:
-        LayerError: a layer that cannot be packed: with groups, along one dimension, padded by a word, or whose weights
-            others share.
+        LayerError: a layer that cannot be packed: with groups, along one dimension, padded by a word, whose weights
+            others share, or that does more than its class, by a hook, say.
 
     >>> from lib import models
     >>> from lib.layers import packed
@@ -76,10 +78,5 @@ def packed(model: nn.Module) -> nn.Module:
     ['conv2.lines', 125, 50, 64]
     """
     result = plain(model)
-    for name, layers in uses(result).items():
-        if len(layers) > 1:
-            raise LayerError(f"{name} cannot be packed: {len(layers)} modules share its weights")
-        if layers[0] is result:
-            return Packed(result)
-        result.set_submodule(name, Packed(layers[0]))
-    return result
+    layers = {name: modules[0] for name, modules in uses(result).items()}
+    return replaced(result, layers, lambda _, layer: Packed(layer), *KINDS, error=LayerError)

@@ -210,6 +210,11 @@ def sandwich(widths: int) -> Objective:
     return objective
 
 
+def _part(parameter: nn.Parameter, place: slice | tuple[slice, ...]) -> nn.Parameter:
+    """A part of a parameter as one of its own, trained if the whole is."""
+    return nn.Parameter(parameter[place].clone(), parameter.requires_grad)
+
+
 @torch.no_grad()
 def cut_to(model: nn.Module, index: int, shape: tuple[int, ...]) -> nn.Module:
     """The network of one width on its own, with ordinary layers: what arrays hold, and what a clock measures.
@@ -241,15 +246,15 @@ def cut_to(model: nn.Module, index: int, shape: tuple[int, ...]) -> nn.Module:
         if isinstance(layer, SlimNorm):
             norm, c = layer.norms[index], met[layer]
             for part in ("weight", "bias"):
-                setattr(norm, part, nn.Parameter(getattr(norm, part)[:c].clone()))
+                setattr(norm, part, _part(getattr(norm, part), slice(c)))
             norm.running_mean, norm.running_var = norm.running_mean[:c].clone(), norm.running_var[:c].clone()
             norm.num_features = c
             small.set_submodule(name, norm)
         elif isinstance(layer, SlimConv2d | SlimLinear):
             count, c = layer.counts[index], met[layer]
-            layer.weight = nn.Parameter(layer.weight[:count, :c].clone())
+            layer.weight = _part(layer.weight, (slice(count), slice(c)))
             if layer.bias is not None:
-                layer.bias = nn.Parameter(layer.bias[:count].clone())
+                layer.bias = _part(layer.bias, slice(count))
             if isinstance(layer, SlimConv2d):
                 layer.__class__, layer.out_channels, layer.in_channels = nn.Conv2d, count, c
             else:

@@ -146,7 +146,8 @@ class SpikingNetwork(nn.Module):
         over_time: how the steps are gone through, ``(network, images, seed) -> features``. `stored` keeps all of them
             for the gradient; `lib.layers` has others, with the same result.
 
-    Evaluation draws the same pixels every time; training draws others in each pass, from torch's generator.
+    Evaluation draws the same pixels for every batch of a size, other ones at each place in it: scores depend on how
+    images are batched. Training draws others in each pass, from torch's generator.
 
     >>> from lib.models import SpikingNetwork
     >>> network = SpikingNetwork((1, 28, 28), 10, width=8, depth=1, steps=4, coding="rate").eval()

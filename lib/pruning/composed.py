@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lib.constraint import ConstraintError, Storage, SupportConstraint, check_sparsity, formats
 from lib.constraint.selection import keep_largest, keep_largest_in_rows, kept
-from lib.constraint.views import gemm, wide
+from lib.constraint.views import blocks, gemm, wide
 from lib.pruning.groups import NM, BlockColumns, Column, Filter, Unstructured
 
 ADDITIONS = 250_000  # up to which all choices of rows, or all of columns, are tried
@@ -125,10 +125,13 @@ class BlockStructured(SupportConstraint):
         return first & rows.select(torch.where(first, weight, 0.0))
 
     def storage_bits(self, z: Tensor, bits: int) -> Storage:
-        """Kept rows of kept segments; the segments of each block once, and which rows."""
+        """Kept rows of kept segments, zeros in them too; the segments of each block once, and which rows."""
         segments, _ = self.parts
-        bill = segments.storage_bits(z, bits)
-        return Storage(int(z.count_nonzero()) * bits, bill.index + formats.which(gemm(z).any(1)))
+        bill, matrix = segments.storage_bits(z, bits), gemm(z) != 0
+        rows, (height, _) = matrix.any(1), segments.region(z)
+        of_block = blocks(matrix, (height, self.width)).any(2).sum(2)  # segments, (R, S)
+        stored = of_block.sum(1) * blocks(rows[:, None], (height, 1)).sum((1, 2, 3))
+        return Storage(int(stored.sum()) * bits, bill.index + formats.which(rows))
 
 
 MENU = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -140,8 +143,9 @@ class DARB(SupportConstraint):
 
     `fit` prunes the layer irregularly at ``sparsity`` and gives a row of density ``d`` a block size near ``1/d`` out of
     ``menu``, so that the layer stays within its budget: every row starts at the largest block, and the step to the next
-    smaller block is taken in the order of how far ``d`` lies above the geometric mean of the two. Projection: the
-    largest magnitude of each block, exact.
+    smaller block is taken in the order of how far ``d`` lies above the geometric mean of the two. A layer whose largest
+    blocks keep more than that (none is longer than a row) stays at these. Projection: the largest magnitude of each
+    block, exact.
 
     >>> from lib.pruning import DARB
     >>> weight = torch.tensor([[9.0, 8.0, 7.0, 1.0], [6.0, 0.1, 0.2, 0.3]])  # of the largest half, rows have 3 and 1

@@ -23,7 +23,8 @@ from lib.pruning.patterns import code, table
 def tiny_adc(n: int, rows: int = 128) -> NM:
     """At most ``n`` weights in each column of an array of ``rows``, at free places (TinyADC, DATE 2021).
 
-    A column's sum is then as small as if the array had ``n`` rows, which each halving saves a converter bit by.
+    A column's sum is then as small as if the array had ``n`` rows, which each halving saves a converter bit by. What is
+    left of a filter behind its last whole array keeps the same share (`NM`), where ``n`` weights would be allowed too.
 
     >>> from lib.crossbar import exact_bits
     >>> from lib.pruning import tiny_adc

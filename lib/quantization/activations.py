@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from lib.constraint import check_count
+from lib.constraint.views import wide
 from lib.shapes import all_layers, in_mode, uses
 
 
@@ -100,4 +101,4 @@ def _calibrated(bits: int, x: Tensor) -> InputQuantizer:
     tried = [
         InputQuantizer(bits, share * low, share * high).to(x.device) for share in torch.linspace(0.1, 1, 46).tolist()
     ]
-    return min(tried, key=lambda q: float((q(x) - x).square().sum()))
+    return min(tried, key=lambda q: float((wide(q(x)) - wide(x)).square().sum()))  # halves end at 65,504

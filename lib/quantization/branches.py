@@ -38,7 +38,8 @@ class TernaryRule(Constraint):
     """``{-a, 0, +a}`` by statistics of the weights: zero below ``beta`` of the largest, ``a`` the mean of the others.
 
     He, Gong and Fan, WACV 2019. Members are those of `ternary`, but the rule does not take the nearest one: it keeps
-    nearly all weights, where the projection sets about half of a bell-shaped layer to zero.
+    nearly all weights, where the projection sets about half of a bell-shaped layer to zero. `straight_through` lets
+    every gradient pass; the released code stops those of latent weights beyond -1 and 1.
 
     >>> from lib.quantization import TernaryRule, ternary
     >>> weight = torch.tensor([0.5, 4.0])

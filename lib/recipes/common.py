@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from lib.constraint import Masks, Plan, attach_masks, leaf, masks, weights
-from lib.shapes import prunable
+from lib.constraint.masks import refuse_others
+from lib.shapes import uses
 from lib.training import Hook, Progress, TrainingError
 
 
@@ -15,10 +16,14 @@ def movable(model: nn.Module, plan: Plan) -> dict[str, nn.Parameter]:
     """The parameters behind the planned layers: what is wrong with a plan is said before anything is trained.
 
     Raises:
-        ConstraintError: as `weights`. ShapeError: something else makes a weight. TrainingError: a layer is frozen.
+        ConstraintError: as `weights`, or a tensor that is also in what is no layer. ShapeError: something else makes a
+            weight. TrainingError: a layer is frozen.
     """
     weights(model, plan)
-    found = {name: leaf(layer) for name, layer in prunable(model).items() if name in plan}
+    layers = {name: modules for name, modules in uses(model).items() if name in plan}
+    for name, modules in layers.items():
+        refuse_others(model, name, modules)
+    found = {name: leaf(modules[0]) for name, modules in layers.items()}
     if frozen := [name for name, parameter in found.items() if not parameter.requires_grad]:
         raise TrainingError(f"no training moves {', '.join(frozen)}: requires_grad is False; leave it out of the plan")
     return found

@@ -148,7 +148,7 @@ def dropouts(rate: float, seed: int = 0) -> Callable[[int, int], str]:
         raise TrainingError(f"dropouts: {rate=}: allowed are numbers in [0, 1]")
 
     def leaves(round: int, client: int) -> str:
-        random = np.random.default_rng([seed, round, client])
+        random = np.random.default_rng([seed, round, client, 1])  # NumPy takes [seed, round, 0] for [seed, round]
         return str(random.choice(STAGES[1:])) if random.random() < rate else ""
 
     return leaves
@@ -265,7 +265,7 @@ def fed_avg(
 def _places(model: nn.Module) -> dict[str, Tensor]:
     """Of every tensor of numbers in the state, once under its first name: which of them are kept, and travel."""
     layers, held, bare = prunable(model), masks(model), plain(model)
-    held = {f"{name}.weight" if name in layers else name: mask for name, mask in held.items()}
+    held = {f"{name}.weight".lstrip(".") if name in layers else name: mask for name, mask in held.items()}
     first = {name for name, _ in (*bare.named_parameters(), *bare.named_buffers())}
     floating = {key: v for key, v in bare.state_dict().items() if key in first and v.is_floating_point()}
     return {key: held.get(key, torch.ones_like(value, dtype=torch.bool)) for key, value in floating.items()}

@@ -95,11 +95,11 @@ class Unified(Constraint):
         return self._joined(torch.where(zero[:, None], 0.0, moved), z)
 
     def storage_bits(self, z: Tensor, bits: int) -> Storage:
-        """A magnitude and signs for a unified block, all weights of the others, and which block is what."""
+        """A magnitude, of one bit less, and signs for a unified block, all weights of the others, and which is what."""
         one, zero = self.states(z)
         sizes = self._blocks(torch.ones_like(z)).sum(1)
         rest = ~(one | zero)
-        data = float(sizes[one].sum() + bits * one.sum() + bits * sizes[rest].sum())
+        data = float(sizes[one].sum() + (bits - 1) * one.sum() + bits * sizes[rest].sum())
         return Storage(data, which(~zero) + which(one[~zero]))
 
     def multiplications(self, z: Tensor) -> int:

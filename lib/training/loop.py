@@ -362,7 +362,8 @@ def recalibrate(model: nn.Module, data: Data, batch_size: int = 200, batches: in
         for norm in norms:
             norm.reset_running_stats()
             norm.momentum = None  # the plain average
-        with in_mode(model, training=True):
+        with in_mode(model, training=True), torch.random.fork_rng():
+            torch.manual_seed(0)  # of what draws in training mode, such as dropout
             order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0)).to(data.train.x.device)
             for index in order.split(_sizes(len(data.train), batch_size))[: batches if norms else 0]:
                 model(data.train.x[index])

@@ -14,7 +14,7 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 
 from lib.constraint import mask_of
 from lib.layers.gates import RecurrentGate
-from lib.shapes import dense_macs, uses
+from lib.shapes import dense_macs, own_forward, uses
 from lib.training import TrainingError, charge
 from lib.training.strides import narrow, read
 
@@ -244,13 +244,15 @@ def low_precision(model: nn.Module, rule: SignPrediction | None = None) -> Itera
     layers = [layer for same in named.values() for layer in same]
     if any("forward" in vars(layer) for layer in layers):
         raise TrainingError("low_precision: the network's layers are swapped already; leave the other block first")
+    hooks = [layer.register_forward_pre_hook(own_forward) for layer in layers]
     for layer in layers:
         layer.forward, layer.charges_itself = partial(_forward, layer, rule), True
     try:
         yield
     finally:
-        for layer in layers:
+        for layer, hook in zip(layers, hooks, strict=True):
             del layer.forward, layer.charges_itself
+            hook.remove()
 
 
 @contextmanager
