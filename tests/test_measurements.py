@@ -186,7 +186,7 @@ def test_rows_of_earlier_code_count_where_they_may(tmp_path, cell, monkeypatch):
     later.measure(changed.kept, POINTS[:3])
     assert not changed.calls
     spare = "the table holds 1 more that this study does not ask for"
-    assert later.evidence() == f"3 measurements; all by earlier code (); {spare}."
+    assert later.evidence() == f"3 measurements; all by earlier code, of 1 commit; {spare}."
     later.publish(path)
     assert len(read_table(path)) == 4  # nobody asked for the fourth
     assert len(measured_by(changed, table=path)) == 4  # nor may they count where that is not said

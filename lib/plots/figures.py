@@ -31,7 +31,7 @@ def show(figure: Figure, caption: str, *, alt: str, finding: str = "", kind: Lit
         caption: below the figure: what is drawn, over how many runs, what the bands are.
         alt: what the figure shows, in a sentence.
         finding: what a reader should take from it, in one or two sentences that the numbers fill.
-        kind: ``svg`` for curves, ``png`` for clouds of points, which has no drawing for phones.
+        kind: ``svg`` for curves, ``png`` for clouds of points and pictures of many cells.
 
     >>> import matplotlib.pyplot as plt
     >>> from lib.plots import show
@@ -40,8 +40,9 @@ def show(figure: Figure, caption: str, *, alt: str, finding: str = "", kind: Lit
     (True, True, False)
     """
     legend(figure)
+    tilt(figure)
     drawn, narrow = _saved(figure, kind), ""
-    if kind == "svg" and os.environ.get("WORKBOOK_STUDY") and stack(figure):  # which the batch sets: twice the time
+    if os.environ.get("WORKBOOK_STUDY") and stack(figure):  # which the batch sets: twice the time
         narrow = f'<source media="(max-width: 40em)" srcset="{_url(_saved(figure, kind), kind)}">'
     plt.close(figure)
     image = f'<img src="{_url(drawn, kind)}" alt="{html.escape(alt)}" style="max-width:100%">'
@@ -129,11 +130,28 @@ def stack(figure: Figure) -> bool:
     for old in [*figure.legends]:
         old.remove()
     legend(figure, letters=52)
+    tilt(figure, 60)
+    return True
+
+
+def tilt(figure: Figure, degrees: float = 25) -> None:
+    """Turn the labels below those panels of a drawn figure in which they would run into each other.
+
+    >>> from lib.plots import panels
+    >>> from lib.plots.figures import tilt
+    >>> figure, axes = panels(["a", "b", "c"])
+    >>> for ax, name in zip(axes, ("x", "mobilenet_v2", "1"), strict=True):
+    ...     ticks = ax.set_xticks(range(5), [name] * 5)
+    >>> tilt(figure)
+    >>> [ax.get_xticklabels()[0].get_rotation() for ax in axes]
+    [0.0, 25.0, 0.0]
+    """
     for ax in figure.axes:
         labels = [tick.get_text() for tick in ax.get_xticklabels()]
-        if sum(map(len, labels)) + len(labels) > 44:
-            ax.tick_params(axis="x", labelrotation=60)
-    return True
+        place = ax.get_subplotspec()
+        width = figure.get_figwidth() / (place.get_gridspec().ncols if place else 1)
+        if sum(map(len, labels)) + len(labels) > 10 * width:  # letters in an inch
+            ax.tick_params(axis="x", labelrotation=degrees)
 
 
 def legend(figure: Figure, letters: int = 110) -> None:

@@ -15,9 +15,8 @@ from pandas.io.formats.style import Styler
 from lib.study import NETWORKS, measured, too_few
 
 # Told apart with every kind of colour vision (Wong, Nature Methods 2011, as seaborn has it); then darker, for the many.
-_SAFE = [
-    colour for i, colour in enumerate(sns.color_palette("colorblind", 10)) if i != 7
-]  # grey is the dense network's
+_ALL = sns.color_palette("colorblind", 10)  # grey is the dense network's; yellow and pink are pale: darker, and last
+_SAFE = [*_ALL[:6], _ALL[9], tuple(0.7 * c for c in _ALL[8]), _ALL[6]]
 PALETTE = [*_SAFE, *(tuple(0.55 * c for c in colour) for colour in _SAFE)]
 BLUE, ORANGE, GREEN, RED, PURPLE, BROWN = _SAFE[:6]
 GREY = "0.45"

@@ -43,7 +43,7 @@ def write_index(reports: Path, states: dict[str, str]) -> None:
     write_whole(reports / "claims.csv", ledger[[*CLAIM_COLUMNS]].to_csv(index=False))
     ledger["few"] = too_few(ledger)
     by_paper = _papers(ledger)
-    decided, wrong = chance_of_error(ledger)
+    tested, decided, wrong = chance_of_error(ledger)
     page = template("index.html.j2").render(
         preset=reports.name,
         studies=[_study(study, state, reports, ledger) for study, state in states.items()],
@@ -53,6 +53,7 @@ def write_index(reports: Path, states: dict[str, str]) -> None:
         total=len(ledger),
         statements=statements(ledger),
         controls=int((ledger["kind"] == "ours").sum()),
+        tested=tested,
         decided=decided,
         wrong=wrong,
         few=int(ledger["few"].sum()),
@@ -121,19 +122,24 @@ def _papers(ledger: pd.DataFrame) -> list[dict[str, Any]]:
             row["lane"] = free[0] if free else len(lanes)
             lanes[row["lane"] : row["lane"] + 1] = [row["at"]]
         counts = _counts(pd.DataFrame(own, columns=["verdict"]))
-        found.append(nothing | told.get(key, {}) | {"paper": key, "claims": own, "lanes": len(lanes), "counts": counts})
+        paper = nothing | told.get(key, {}) | {"paper": key, "claims": own, "lanes": len(lanes), "counts": counts}
+        year = " ".join(str(paper[part]) for part in ("venue", "year") if paper[part] not in ("", "?"))
+        paper["where"] = ", ".join(part for part in (paper["authors"], year) if part not in ("", "?"))
+        found.append(paper)
     return found
 
 
 def _place(row: dict[str, Any]) -> dict[str, Any]:
     """Where a claim lies in the plot: how many half-widths of its interval on the good side of its criterion.
 
-    Its place and that of a published number are shares of the plot's width; beyond its ends they lie at the ends.
+    The half is that toward the criterion, as intervals of ratios have two. Its place and that of a published number are
+    shares of the plot's width; beyond its ends they lie at the ends.
     """
     nothing, sign = {"at": 0.5, "number": None}, 1 if row["sign"] == ">=" else -1
     if not math.isfinite(row["measured"]):
         return nothing
-    half = (row["high"] - row["low"]) / 2 if math.isfinite(row["low"]) else math.nan
+    near = row["low"] if row["measured"] >= row["bound"] else row["high"]
+    half = abs(row["measured"] - near) if math.isfinite(near) else math.nan
     if not half > 0:  # no chance is in it, and all that can be told is the side; or nobody knows
         side = 0.98 if sign * (row["measured"] - row["bound"]) >= -1e-9 else 0.02
         return nothing | ({"at": side} if row["kind"] == "arithmetic" or half == 0 else {})

@@ -269,15 +269,16 @@ def networks(n: int) -> str:
     return f"{n} network{'s' * (n != 1)}"
 
 
-def chance_of_error(ledger: pd.DataFrame) -> tuple[int, float]:
-    """How many verdicts of a ledger were decided with chance in them, and how many of these may be wrong by chance.
+def chance_of_error(ledger: pd.DataFrame) -> tuple[int, int, float]:
+    """Of a ledger's claims with chance in them: how many were tested and decided, and how many decided wrongly at most.
 
-    A 95 % interval lies on the wrong side of a bound as a whole in at most 2.5 % of cases.
+    A 95 % interval lies on the wrong side of a bound as a whole in at most 2.5 % of tests, decided or not.
 
     >>> import pandas as pd
     >>> from lib.study.claims import chance_of_error
-    >>> chance_of_error(pd.DataFrame({"kind": ["number", "arithmetic"], "verdict": ["reproduced"] * 2, "n": [5, 1]}))
-    (1, 0.025)
+    >>> verdicts = ["reproduced", "inconclusive", "reproduced"]
+    >>> chance_of_error(pd.DataFrame({"kind": ["number", "ours", "arithmetic"], "verdict": verdicts, "n": [5, 6, 1]}))
+    (2, 1, 0.05)
     """
-    decided = ledger[(ledger["n"].astype(int) > 1) & (ledger["verdict"] != "inconclusive")]
-    return len(decided), 0.025 * len(decided)
+    tested = ledger[(ledger["n"].astype(int) >= NETWORKS) & (ledger["kind"] != "arithmetic")]
+    return len(tested), int((tested["verdict"] != "inconclusive").sum()), 0.025 * len(tested)

@@ -190,7 +190,7 @@ class Store:
         commits = dict.fromkeys(m.commit for m, current in self.used.values() if not current)
         said = f"{len(self.used)} measurements" + (f", {audited} of them of audited experiments" if audited else "")
         if old := len(self.used) - today:
-            said += f"; {old if today else 'all'} by earlier code ({', '.join(commits)})"
+            said += f"; {old if today else 'all'} by earlier code, of {len(commits)} commit{'s' * (len(commits) > 1)}"
         if more := len(self.published.keys() - self.used) * self.earlier:
             said += f"; the table holds {more} more that this study does not ask for"
         return f"{said}."
