@@ -113,8 +113,9 @@ def test_published_points_are_drawn_in_their_own_panel_alone():
     [
         ([0.5, 40.0], {"lost": 5.0}, (5.0, -0.2)),
         ([0.5, 2.0], {"lost": 5.0}, (2.2, -0.2)),
-        ([-1.0, 40.0], {"lost": 5.0}, (5.0, -1.2)),
-        ([7.0, 40.0], {"lost": 5.0}, (14.0, -0.2)),  # even the best lost more: the axis reaches it
+        ([-1.0, 40.0], {"lost": 5.0}, (5.0, -1.24)),
+        ([-2.0, 60.0], {"lost": float("inf")}, (62.48, -4.48)),
+        ([7.0, 40.0], {"lost": 5.0}, (14.0, -0.56)),  # even the best lost more: the axis reaches it
         ([30.0, 89.0], {"below": 10.0, "levels": {"dense": 90.0}}, 80.0),
         ([30.0, 75.0], {"below": 10.0, "levels": {"dense": 90.0}}, 60.0),
     ],
@@ -139,7 +140,7 @@ def test_axes_of_one_quantity_are_shared_and_show_the_best_arm_of_all():
     shared = plots.curves(two, "rate", "drop", panel="data", lost=2.0).axes
     assert {ax.get_ylim() for ax in shared} == {(2.0, -0.2)}
     own = plots.curves(two, "rate", "drop", panel="data", lost=2.0, sharey=False).axes
-    assert own[0].get_ylim()[0] == pytest.approx(30.2)
+    assert own[0].get_ylim()[0] == pytest.approx(31.2)
 
 
 def test_rows_that_would_vanish_are_refused_and_no_rows_are_an_empty_panel():

@@ -111,7 +111,7 @@ def dress(
     ...     dress(ax := plt.figure().add_subplot(), pd.DataFrame({"x": [2, 4], "y": [best, 40.0]}), lost=5.0)
     ...     print([float(end) for end in ax.get_ylim()])
     [5.0, -0.2]
-    [14.0, -0.2]
+    [14.0, -0.56]
     """
     ax.set(xlabel=xlabel, ylabel=ylabel)
     levels = ({} if lost is None else {"": 0.0}) | dict(levels or {})
@@ -122,7 +122,9 @@ def dress(
     least, most, places = drawn["y"].min(), drawn["y"].max(), sorted(set(drawn["x"]))
     if lost is not None:
         lowest = max(most, *(other.dataLim.y1 for other in ax.get_shared_y_axes().get_siblings(ax)))  # published too
-        ax.set_ylim(min(max(lost, 2 * least), lowest + 0.2), min(-0.2, least - 0.2))
+        end = min(max(lost, 2 * least), lowest)
+        beside = 0.04 * max(5.0, end - min(0.0, least))  # room for the markers
+        ax.set_ylim(end + beside * (end == lowest), min(0.0, least) - beside)
     if below is not None:
         top = max([most, *levels.values()])
         ax.set_ylim(bottom=max(ax.get_ylim()[0], top - max(below, 2 * (top - most))))

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable
 from inspect import signature
+from itertools import pairwise
 from textwrap import fill
 from typing import Any, Literal
 
@@ -146,12 +147,13 @@ def tilt(figure: Figure, degrees: float = 25) -> None:
     >>> [ax.get_xticklabels()[0].get_rotation() for ax in axes]
     [0.0, 25.0, 0.0]
     """
-    for ax in figure.axes:
-        labels = [tick.get_text() for tick in ax.get_xticklabels()]
-        place = ax.get_subplotspec()
-        width = figure.get_figwidth() / (place.get_gridspec().ncols if place else 1)
-        if sum(map(len, labels)) + len(labels) > 10 * width:  # letters in an inch
-            ax.tick_params(axis="x", labelrotation=degrees)
+    words = {ax: [tick for tick in ax.get_xticklabels() if tick.get_text()] for ax in figure.axes}
+    if any(sum(len(tick.get_text()) for tick in ticks) > 20 for ticks in words.values()):  # drawing takes a while
+        figure.canvas.draw()
+        for ax, ticks in words.items():
+            places = [tick.get_window_extent() for tick in ticks]
+            if any(right.x0 < left.x1 + 4 for left, right in pairwise(places)):
+                ax.tick_params(axis="x", labelrotation=degrees)
 
 
 def legend(figure: Figure, letters: int = 110) -> None:
