@@ -124,6 +124,7 @@ class Journal:
             write_whole(kept := path.with_name(f"{uuid.uuid4().hex}.csv"), b"".join(line + b"\n" for line in good))
             path.rename(path.with_suffix(".damaged"))
             self.seen[kept] = kept.stat().st_size
+            self.seen.pop(path, None)  # whoever wrote it begins anew
 
     def write(self, line: str) -> None:
         """Add a line.

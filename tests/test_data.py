@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from lib import data
+from lib.data import named
 from lib.data.folders import read_folder
 from lib.data.loading import _mean_and_std
 from lib.keys import content
@@ -113,6 +114,19 @@ def test_missing_mnist_says_where_it_looked(tmp_path, monkeypatch):
     with pytest.raises(data.DataError, match=f"mnist could not be read under {tmp_path}") as error:
         data.load("mnist", tmp_path)
     assert "\n" not in str(error.value)
+
+
+@pytest.fixture(autouse=True)
+def small_mnist(monkeypatch, request):
+    if "another" not in request.node.name:
+        monkeypatch.setattr(named, "MNIST_MD5", {})
+
+
+def test_another_mnist_is_refused(tmp_path):
+    """What was measured on the one would else be read for the other."""
+    _write_mnist(tmp_path)
+    with pytest.raises(data.DataError, match=r"train-images-idx3-ubyte is not MNIST's\); put the files there"):
+        data.load("mnist", tmp_path)
 
 
 def _write_mnist(root, n_train=100, n_test=20):

@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 
+from lib import files
 from lib.faults.journal import Journal
 
 DAMAGE = {
@@ -52,6 +53,20 @@ def test_a_damaged_file_is_set_aside_and_its_good_lines_stay(journal, damage):
         assert Journal("net").read() == left
     journal.write("devices", 5, 5 / 3000)  # whoever had the file goes on
     assert Journal("net").read() == left | {("devices", 5): 5 / 3000}
+
+
+def test_who_reads_on_misses_no_line_of_a_file_that_was_set_aside():
+    writer, reader = files.Journal("of"), files.Journal("of")
+    for i in range(3):
+        writer.write(f"line {i}")
+    assert reader.news() == ["line 0", "line 1", "line 2"]
+    with writer.path.open("ab") as file:
+        file.write(b"no line of a journal\n")
+    with pytest.warns(UserWarning, match="is damaged"):
+        assert reader.news() == []
+    writer.write("line 3")  # into a new file under the old name
+    assert reader.news() == ["line 3"]
+    assert sorted(files.Journal("of").read()) == [f"line {i}" for i in range(4)]
 
 
 @pytest.mark.parametrize("cut", [1, 10, 20])

@@ -738,3 +738,15 @@ def test_every_python_says_the_same():
             found[python] = ran.stdout.split()
     assert {digests[0] for digests in found.values()} == {"e4d27997c23a445f"}
     assert len({tuple(digests) for digests in found.values()}) == 1
+
+
+@dataclass(frozen=True)
+class Weighted(data.Split):
+    weight: float = 1.0
+
+
+def test_what_a_data_set_holds_beside_counts():
+    x, y = torch.zeros(2, 1), torch.zeros(2, dtype=torch.long)
+    assert content(Weighted(x, y, weight=1.0)) != content(Weighted(x, y, weight=2.0))
+    assert content(Weighted(x, y)) == content(Weighted(x.clone(), y.clone()))
+    assert content(data.Split(x, y)) == content(data.Split(x.clone(), y.clone()))

@@ -318,7 +318,7 @@ def test_an_audit_that_agrees_stamps_its_rows(tmp_path, cell):
     assert len(changed.calls) == 2  # 0.3 of four, rounded up
     assert [(a["points"], a["again"], a["differ"]) for a in audit.audits] == [(4, 2, 0)]
     audit.publish(path)
-    assert {m.audited for m in read_table(path)} == {"2 of 4 at new"}
+    assert {m.audited for m in read_table(path)} == {"2 of 4 at new on "}
     assert {m.commit for m in read_table(path)} == {"old"}
     assert not measured_by(cell(("2 * x", "x + x")), table=path)  # they are of today's code from now on
 
@@ -413,8 +413,64 @@ def test_the_spread_of_networks_is_that_between_seeds_alone():
     rows = [
         Measurement("e", ({"seed": s, "rate": r, "acc": 100 * r + s},), f"{s}{r}", "") for s in (0, 1) for r in (1, 2)
     ]
-    assert spread_of_networks(rows, ["seed", "rate"], times=1.0) == pytest.approx({"acc": 0.5**0.5})
-    assert spread_of_networks(rows, ["rate"]) == {}
+    assert spread_of_networks(rows, {"seed": 0, "rate": 2}, times=1.0) == pytest.approx({"acc": 0.5**0.5})
+    assert spread_of_networks(rows, {"rate": 2}) == {}
+
+
+def test_an_arm_that_differs_little_between_seeds_has_a_narrow_spread():
+    """One spread for all arms would let an easy one change by as much as a hard one varies."""
+    found = {"easy": (90.0, 90.1, 89.9), "hard": (40.0, 60.0, 50.0), "once": (70.0,)}
+    rows = [
+        Measurement("e", ({"seed": s, "arm": arm, "acc": a},), f"{s}{arm}", "")
+        for arm, accuracies in found.items()
+        for s, a in enumerate(accuracies)
+    ]
+    spread = {arm: spread_of_networks(rows, {"seed": 0, "arm": arm}, times=1.0)["acc"] for arm in found}
+    assert spread == pytest.approx({"easy": 0.1, "hard": 10.0, "once": (50.005) ** 0.5})
+
+
+MEMO = """
+from functools import cache
+@cache
+def images():
+    return list(range(train_size))
+def strength(x):
+    return 1 * x
+@cache
+def trained(seed):
+    return strength(len(images())) + seed
+def tested(seed):
+    return {"n": len(images()), "score": trained(seed)}
+"""
+
+
+def test_memories_of_a_notebook_are_emptied_when_what_filled_them_has_changed():
+    """A cell's `functools.cache` outlives the parameter or the helper that it was filled with."""
+    import linecache
+
+    space = {"__name__": "__main__", "train_size": 100}
+
+    def run(source):
+        name = f"<cell {abs(hash(source))}>"
+        linecache.cache[name] = len(source), None, source.splitlines(keepends=True), name
+        exec(compile(source, name, "exec"), space)
+
+    def found(store):
+        return store.measure(space["tested"], [{"seed": 0}])[["n", "score"]].values.tolist()[0]
+
+    run(MEMO)
+    space["trained"](0)  # looked at before anything is measured
+    run("train_size = 200")
+    store = Store("s")
+    assert found(store) == [200, 200]
+    run("train_size = 300")
+    assert found(store) == [300, 300]
+    images = space["images"].cache_info().misses
+    run("def strength(x):\n    return 7 * x")
+    assert found(store) == [300, 2100]
+    assert space["images"].cache_info().misses == images  # which nothing changed
+    run("train_size = 100")
+    assert found(Store("s")) == [100, 700]
 
 
 def test_the_journal_is_text_that_anything_reads(tmp_path, cell):

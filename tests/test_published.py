@@ -1,6 +1,7 @@
 """Networks that others published. What needs their files is looked for in DATA_ROOT, and skipped without them."""
 
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -234,6 +235,11 @@ def test_a_crop_is_the_middle(tmp_path):
     Image.fromarray(image).save(tmp_path / "a_0.png")
     x = data.pixels(str(tmp_path), classes=1, crop=3).x[0]
     assert np.array_equal(x.permute(1, 2, 0).numpy(), image[1:4, 2:5])
+    (tmp_path / "both" / "train").mkdir(parents=True)
+    (tmp_path / "both" / "test").mkdir()
+    with pytest.raises(data.DataError, match=r"holds train/ and test/: say which of them, as in .*both/test"):
+        data.pixels(str(tmp_path / "both"), classes=1)
+    shutil.rmtree(tmp_path / "both")
     assert data.pixels(str(tmp_path), classes=1, resize=10).x.shape == (1, 3, 10, 14)
     assert data.pixels(str(tmp_path), classes=1, resize=(4, 6)).x.shape == (1, 3, 4, 6)
 

@@ -328,6 +328,14 @@ class TestSequences:
         assert (peak[found.test.y == 0] > peak[found.test.y == 1].max()).all()  # classes by name: high, low
         with pytest.raises(DataError, match=r"longest = 5: .* 11 frames"):
             data.sequences(str(tmp_path), longest=5)
+        for file in (tmp_path / "test").glob("*/*.wav"):
+            with wave.open(str(file), "rb") as sound:
+                frames = sound.readframes(sound.getnframes())
+            with wave.open(str(file), "wb") as sound:
+                sound.setparams((1, 2, 16000, 0, "NONE", ""))
+                sound.writeframes(frames)
+        with pytest.raises(DataError, match=r"has 16000 samples a second, .* has 8000: one rate is allowed"):
+            data.sequences(str(tmp_path))
         (tmp_path / "train" / "low" / "0.wav").write_bytes(b"RIFF")
         with pytest.raises(DataError, match=r"0.wav cannot be read"):
             data.sequences(str(tmp_path))

@@ -364,6 +364,7 @@ def test_provenance_names_processor_and_instructions(monkeypatch, limits, said):
 def test_gain_is_read_at_the_first_crossing():
     assert gain_at([1, 4, 16], [90.0, 89.0, 87.0], 88.0) == pytest.approx(8)
     assert gain_at([16, 1, 4], [87.0, 90.0, 89.0], 88.0) == pytest.approx(8)  # order is of no account
+    assert gain_at([1, 4, 4], [90, 89.5, 70], 89) == 4  # of two runs at one gain the better one
     assert gain_at([1, 2, 4, 8], [90, 88, 91, 80], 89) == pytest.approx(2**0.5)  # a recovery does not count
     assert gain_at([1, 4], [90, 89], 88) == 4
     assert math.isnan(gain_at([1, 4], [87, 89], 88))

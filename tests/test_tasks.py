@@ -209,6 +209,10 @@ class TestIllness:
         two = Split(images.test.x, images.test.y % 2, data.illness)
         net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 2))
         assert training.evaluate(net, two, batch_size=7) == training.evaluate(net, two)
+        plain = Split(two.x, two.y)
+        for score in (data.auc, data.balanced_accuracy):
+            found = [training.evaluate(net, plain, batch_size=n, score=score) for n in (7, len(plain))]
+            assert found[0] == found[1]
 
     def test_a_set_is_read_in_its_own_split(self, tmp_path):
         (tmp_path / "medical").mkdir()

@@ -61,6 +61,8 @@ def pixels(
     else:
         folder = Path(name).expanduser()
         folder = folder if folder.is_absolute() else data_root(root) / folder
+        if (folder / "train").is_dir() and (folder / "test").is_dir():
+            raise DataError(f"{folder} holds train/ and test/: say which of them, as in {name}/test")
         paths = images(folder) if folder.is_dir() else []
         if not paths:
             raise DataError(

@@ -161,15 +161,13 @@ def _read(name: str, root: str | Path | None, hop: int) -> tuple[list, list, int
         if odd := [p.name for p, _, index in files if not index.isdecimal()]:
             raise DataError(f"spoken_digits: {folder / odd[0]} is no <digit>_<speaker>_<index>.wav")
         test = [(p, int(digit)) for p, digit, index in files if int(index) < 5]
-        return _sounds([(p, int(d)) for p, d, i in files if int(i) >= 5], hop), _sounds(test, hop), 10, True
+        return *_sounds([(p, int(d)) for p, d, i in files if int(i) >= 5], test, hop), 10, True
     if name == "shakespeare" or path.suffix == ".txt":
         return _lines(data_root(root) / "text" / "tinyshakespeare.txt" if name == "shakespeare" else path)
     if (path / "train").is_dir() and (path / "test").is_dir():
         classes, files = by_class(path, (".wav",), "sounds")
-        found = (
-            _sounds([(p, k) for k, c in enumerate(classes) for p in files[part, c]], hop) for part in ("train", "test")
-        )
-        return *found, len(classes), True
+        found = ([(p, k) for k, c in enumerate(classes) for p in files[part, c]] for part in ("train", "test"))
+        return *_sounds(*found, hop), len(classes), True
     raise DataError(
         f"sequences {name!r} are unknown: allowed are {', '.join(SEQUENCES)}, the path of a .txt file, "
         "or of a folder with train/<class>/*.wav and test/<class>/*.wav"
@@ -188,14 +186,18 @@ def _rows(images: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
     ]
 
 
-def _sounds(files: list[tuple[Path, int]], hop: int) -> list[tuple[Tensor, Tensor]]:
-    sounds = [(path, *read_sound(path), label) for path, label in files]
+def _sounds(
+    train: list[tuple[Path, int]], test: list[tuple[Path, int]], hop: int
+) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]]:
+    """Frames and labels of both parts, whose sounds have one rate."""
+    sounds = [(path, *read_sound(path), label) for path, label in (*train, *test)]
     for path, _, rate, _ in sounds:
         if rate != sounds[0][2]:
             raise DataError(
                 f"{path} has {rate} samples a second, {sounds[0][0]} has {sounds[0][2]}: one rate is allowed"
             )
-    return [(log_mel(sound, rate, hop=hop), torch.tensor(label)) for _, sound, rate, label in sounds]
+    frames = [(log_mel(sound, rate, hop=hop), torch.tensor(label)) for _, sound, rate, label in sounds]
+    return frames[: len(train)], frames[len(train) :]
 
 
 def _lines(path: Path) -> tuple[list, list, int, bool]:

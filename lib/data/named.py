@@ -27,6 +27,14 @@ FASHION_MNIST_SHA256 = {
     "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
 }
 
+# MD5 of those of MNIST, whose archives torchvision checks when it downloads them, but not what lies there.
+MNIST_MD5 = {
+    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+    "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+}
+
 Arrays = tuple[Tensor, Tensor, Tensor, Tensor]
 """Training images and labels, test images and labels."""
 
@@ -97,6 +105,7 @@ def _idx(raw: bytes) -> Tensor:
 def _torchvision(name: str, root: Path) -> Arrays:
     """MNIST and CIFAR through torchvision: read from ``root``, downloaded there when missing."""
     from torchvision import datasets
+    from torchvision.datasets.utils import check_integrity
 
     kind = {"mnist": datasets.MNIST, "cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
     how = f"put the files there in torchvision's layout, or allow {name} to be downloaded"
@@ -105,6 +114,9 @@ def _torchvision(name: str, root: Path) -> Arrays:
             train, test = (kind(root, train=part) for part in (True, False))
         except RuntimeError:  # torchvision's "not found"; ask for it only now, so that a read-only root works
             train, test = (kind(root, train=part, download=True) for part in (True, False))
+        for file, md5 in MNIST_MD5.items() if name == "mnist" else ():
+            if not check_integrity(root / "MNIST" / "raw" / file, md5):
+                raise RuntimeError(f"{file} is not MNIST's")
     except (OSError, RuntimeError, ValueError, EOFError, AssertionError) as error:
         reason = (str(error).splitlines() or [""])[0]
         raise DataError(f"{name} could not be read under {root} ({reason}); {how}") from None

@@ -24,6 +24,7 @@ from lib.faults.variation import ReadNoise
 from lib.keys import content
 from lib.shapes import uses
 from lib.training import Progress, evaluate
+from lib.training.cache import instructions
 
 
 class _Bench:
@@ -130,7 +131,8 @@ def _add_noise(layer: nn.Module, sigma: float, random: torch.Generator):
 
 def journal_of(bench: _Bench) -> Journal:
     """Where the finished trials of a network under a mapping on a split lie."""
-    versions = torch.__version__.split("+")[0], bench.split.y.device.type
+    place = bench.split.y.device.type
+    versions = torch.__version__.split("+")[0], place, instructions(place)
     return Journal(content(_Bench, bench.model, bench.mapping, bench.split, bench.batch_size, versions))
 
 

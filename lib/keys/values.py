@@ -73,14 +73,16 @@ class Values(Walk):
             return [kind.__name__, repr(value) if kind is complex else digest(value)]
         if place := self.place(value):
             return self.refer("", *place)
+        if kind is Data:  # what derives from it may hold more
+            return ["data", value.checksum, value.classes, self.value(value.task, ".task")]
+        if kind is Split:
+            return ["split", value.checksum, self.value(value.task, ".task")]
         for kinds, say in (
             (type, self._class),
             (types.FunctionType, self._function),
             (types.ModuleType, lambda m: self.refer("", m.__name__, [])),
             (Tensor, self._tensor),
             (nn.Module, self._network),
-            (Data, lambda d: ["data", d.checksum, d.classes, self.value(d.task, ".task")]),
-            (Split, lambda s: ["split", s.checksum, self.value(s.task, ".task")]),
             (Enum, lambda e: ["enum", self.value(kind), e.name, self.value(e.value, ".value")]),
             (np.generic, self._number),
             (pd.DataFrame, lambda f: ["frame", self.value(f.to_dict("split"))]),

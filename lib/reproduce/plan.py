@@ -140,7 +140,7 @@ def up_to_date_key(study: str, values: dict[str, Any]) -> str:
     >>> [up_to_date_key(study, given) == up_to_date_key(study, {}) for given in ({"report_dir": "x"}, {"seeds": 99})]
     [True, False]
     """
-    python = f"{parameters.python_of(study)}\nfrom lib.study import interval\ninterval"  # what an open study judges by
+    python = f"{parameters.python_of(study)}\nfrom lib.study.claims import settled\nsettled"  # what a study judges by
     full = check_parameters(study, values)
     hidden = ("data_root", "report_dir")  # where files lie changes no result
     counted = {k: full[k] for k in sorted(full) if k not in hidden}

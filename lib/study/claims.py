@@ -144,7 +144,8 @@ def common_error(statistic: Callable[..., float], *trials: np.ndarray, times: in
 
     Args:
         statistic: a number, of as many arrays of means as there are ``trials``.
-        trials: arrays, say ``(networks, chips)``, whose last axis is the same trials in all of them.
+        trials: arrays, say ``(networks, chips)``, whose last axis is the same trials in all of them; of one trial the
+            error is NaN.
 
     >>> import numpy as np
     >>> from lib.study import common_error
@@ -156,6 +157,8 @@ def common_error(statistic: Callable[..., float], *trials: np.ndarray, times: in
     0.0
     """
     count, random = trials[0].shape[-1], np.random.default_rng(0)
+    if count < 2:
+        return float("nan")
     drawn = random.integers(0, count, (times, count))
     found = [statistic(*(own[..., index].mean(-1) for own in trials)) for index in drawn]
     return float(np.std(found, ddof=1)) * (count / max(1, count - 1)) ** 0.5  # a bootstrap of few is too narrow
@@ -221,6 +224,27 @@ def judged(claim: Claim, bounds: tuple[float, float], n: int, condition: tuple[f
     low, high, beside = condition or (np.nan, np.nan, 0)
     holds = claim.holding.holds(low, high) if beside >= claim.holding.n else None
     return verdict if holds else "inconclusive" if holds is None else "not reproduced"
+
+
+def settled(
+    claim: Claim, values: Sequence[float], geometric: bool, also: float, condition: Sequence[float] | None
+) -> dict[str, Any]:
+    """What measurements make of a claim: their mean and interval, what they ask of its condition, and the verdict."""
+    mean, low, high = np.exp(interval(np.log(values), also=also)) if geometric else interval(values, also=also)
+    if claim.criterion.n == len(values) == 1:
+        low = high = mean
+    beside, joint = None, claim.joint
+    if condition is not None:
+        there, lowest, highest = interval(condition)
+        if claim.holding.n == len(condition) == 1:
+            lowest = highest = there
+        beside = lowest, highest, len(condition)
+        told = dict(zip(("low", "high", "n"), beside, strict=True))
+        told |= {"measured": there, "bound": claim.holding.bound}
+        joint += f": {measured(told)}" + f" (n = {len(condition)})" * (len(condition) != len(values))
+    verdict = judged(claim, (low, high), len(values), beside)
+    found = {"measured": mean, "low": low, "high": high, "n": len(values), "bound": claim.criterion.bound}
+    return found | {"condition": joint, "verdict": verdict}
 
 
 def measured(row: dict[str, Any]) -> str:

@@ -8,11 +8,12 @@ from dataclasses import asdict, dataclass, field, replace
 from math import isclose
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from filelock import FileLock, Timeout
 
 from lib.files import Journal, cache_folder
-from lib.keys import apart, content
+from lib.keys import KeysError, apart, content
 from lib.study.progress import Progress
 from lib.study.ranges import ParameterError
 from lib.study.tables import Measurement, MeasurementError, Row, plain, read_table, rows_of, write_table
@@ -109,6 +110,7 @@ class Store:
         self.used: dict[Key, tuple[Measurement, bool]] = {}  # and whether today's code made it
         self.audits: list[Row] = []
         self.seen: dict[str, str] = {}  # what was outside when keys were last made
+        self.memories: dict[Callable, str | None] = {}  # of the notebook, and what they were filled with
 
     def measure(self, experiment: Callable, points: Iterable[Row], timed: Sequence[str] = ()) -> pd.DataFrame:
         """What an experiment returns at each point, arguments first; a call that was made before is read.
@@ -133,6 +135,7 @@ class Store:
             raise MeasurementError(f"an argument of {name}, {min(lost[0])} = '': a table cannot tell it from none")
         code, variables = (found := apart(experiment))[0][:12], found[1]
         self.seen = self.outside()
+        self._forget(experiment)
         keys = [(name, self._point(name, point, variables)) for point in points]
         for i, key in enumerate(keys):
             if key in keys[:i]:
@@ -166,6 +169,25 @@ class Store:
             progress.done()
         self.used |= {key: (m, m.code == code) for key, m in found.items()}
         return pd.DataFrame([row for key in keys for row in found[key].rows])
+
+    def _forget(self, experiment: Callable) -> None:
+        """Empty the memories (`functools.cache`) of a notebook whose code or variables changed since they were filled.
+
+        A memory that is met for the first time may hold what an earlier run of a cell gave, and is emptied too.
+        """
+        for kept in [
+            v for v in experiment.__globals__.values() if hasattr(v, "cache_clear") and hasattr(v, "cache_info")
+        ]:
+            inner = getattr(kept, "__wrapped__", None)
+            if getattr(inner, "__globals__", None) is not experiment.__globals__:
+                continue  # of a module, whose constants no parameter changes
+            try:
+                now = content(apart(inner), self.seen)
+            except KeysError:
+                now = None
+            if now is None or self.memories.get(kept) != now:
+                kept.cache_clear()
+                self.memories[kept] = now
 
     def find(self, key: Key, code: str) -> Measurement | None:
         """What this code measured at a point; else, where earlier code counts, what the table has of it."""
@@ -227,7 +249,6 @@ class Store:
             return
         chosen, differ = self.audit.chosen(old), []
         known = [m for m in self.published.values() if m.experiment == experiment.__name__]  # of networks not asked too
-        spread = spread_of_networks(known, [*next(iter(points.values()))])
         for key in chosen:
             new, was = self._call(experiment, key, points[key], code), old[key]
             if self.audit.again:
@@ -235,9 +256,10 @@ class Store:
             else:
                 was = self._here(key, was.code) or was
             same = new.device == was.device and new.torch == was.torch
-            if said := difference(was, new, {} if same else spread, timed):
+            spread = {} if same else spread_of_networks(known, points[key])
+            if said := difference(was, new, spread, timed):
                 differ.append(f"{points[key]}: {said}")
-        said = f"{len(chosen)} of {len(old)} at {self.stamps.get('commit', '')}"
+        said = f"{len(chosen)} of {len(old)} at {self.stamps.get('commit', '')} on {self.stamps.get('device', '')}"
         row = {"experiment": key[0], "points": len(old), "again": len(chosen), "differ": len(differ)}
         self.audits.append(row | {"first": differ[0] if differ else "", "device": self.stamps.get("device", "")})
         if not differ and not self.audit.again:
@@ -265,12 +287,19 @@ def difference(old: Measurement, new: Measurement, spread: dict[str, float], tim
     return ""
 
 
-def spread_of_networks(measurements: Sequence[Measurement], arguments: Sequence[str], times: float = 2.0) -> dict:
-    """For each numeric column ``times`` the standard deviation between rows that differ in their ``seed`` alone."""
+def spread_of_networks(measurements: Sequence[Measurement], point: Row, times: float = 2.0) -> dict[str, float]:
+    """For each numeric column ``times`` the standard deviation between networks at a point, which differ in ``seed``.
+
+    Of several rows it is the mean; where the point has one network alone, that of the other points.
+    """
     frame = pd.DataFrame([row | {"": i} for m in measurements for i, row in enumerate(m.rows)])
-    by = ["", *(name for name in arguments if name != "seed")]
-    numbers = frame.select_dtypes("number").columns.difference([*by, "seed"])
-    if "seed" not in arguments or numbers.empty:
+    others = {name: value for name, value in point.items() if name != "seed"}
+    by = ["", *others]
+    numbers = list(frame.select_dtypes("number").columns.difference([*by, "seed"]))
+    if "seed" not in point or not numbers:
         return {}
-    deviation = times * frame.groupby(by, dropna=False)[list(numbers)].var().mean() ** 0.5
+    variance = frame.groupby(by, dropna=False)[numbers].var()
+    there = variance.index.to_frame()
+    here = variance[np.logical_and.reduce([there[name] == value for name, value in others.items()] or [there[""] >= 0])]
+    deviation = times * here.mean().fillna(variance.mean()) ** 0.5
     return {name: float(value) for name, value in deviation.items() if value > 0}

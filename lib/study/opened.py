@@ -18,12 +18,13 @@ import torch
 from IPython import get_ipython
 
 from lib.files import write_whole
-from lib.study.claims import CLAIM_COLUMNS, JUDGED, Claim, Criterion, interval, judged, measured
+from lib.study.claims import CLAIM_COLUMNS, JUDGED, Claim, Criterion, measured, settled
 from lib.study.measurements import Audit, Store
 from lib.study.papers import OURS, check_paper
 from lib.study.parameters import PROJECT, check_parameters, declared, injected, outside, require
 from lib.study.ranges import ParameterError
 from lib.study.shown import Shown
+from lib.training.cache import instructions
 
 DETAILS = [f.name for f in fields(Claim) if f.default is not MISSING]
 
@@ -139,27 +140,9 @@ class Study:
             raise ParameterError(f"{said}: say what its interval is over, as in over='chips'")
         if (claim.holding is None) != (condition is None):
             raise ParameterError(f"claim {id!r} has {'a' if claim.holding else 'no'} condition")
-        mean, low, high = np.exp(interval(np.log(values), also=also)) if geometric else interval(values, also=also)
-        if claim.criterion.n == len(values) == 1:
-            low = high = mean
-        beside, joint = None, claim.joint
-        if condition is not None:
-            there, lowest, highest = interval(condition)
-            if claim.holding.n == len(condition) == 1:
-                lowest = highest = there
-            beside = lowest, highest, len(condition)
-            told = dict(zip(("low", "high", "n"), beside, strict=True))
-            told |= {"measured": there, "bound": claim.holding.bound}
-            joint += f": {measured(told)}" + f" (n = {len(condition)})" * (len(condition) != len(values))
         self.verdicts[id] = {
             "claim": f"{id} {claim.statement}{words}",
-            "measured": mean,
-            "low": low,
-            "high": high,
-            "n": len(values),
-            "bound": claim.criterion.bound,
-            "condition": joint,
-            "verdict": judged(claim, (low, high), len(values), beside),
+            **settled(claim, values, geometric, also, condition),
             "cell": shell.execution_count if (shell := get_ipython()) else None,
         }
 
@@ -358,7 +341,7 @@ def provenance() -> dict[str, Any]:
         **{name: importlib.metadata.version(name) for name in versions},
         "device": place,
         "cpu": _processor(),
-        "instructions": _instructions(),
+        "instructions": instructions(),
         "threads": torch.get_num_threads(),
     }
 
@@ -370,12 +353,6 @@ def _processor() -> str:
     except OSError:
         found = None
     return found[1] if found else platform.processor() or platform.machine()
-
-
-def _instructions() -> str:
-    """The instruction set that PyTorch's kernels use, and the limit on oneDNN's, which chooses by itself."""
-    limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA")
-    return torch.backends.cpu.get_cpu_capability() + (f" (oneDNN: at most {limit})" if limit else "")
 
 
 def commit() -> str:

@@ -130,7 +130,8 @@ def read_table(path: Path) -> list[Measurement]:
     for stamps, rows in parts.items():
         whole = {f"{i + 1}/{len(rows)}" for i in range(len(rows))} == {*rows}
         values = [
-            {k: _value(v) for k, v in zip(head[own], line[own], strict=True) if v != ""} for line in rows.values()
+            {k: _value(v) for k, v in zip(head[own], line[own], strict=True) if v != ""}
+            for _, line in sorted(rows.items(), key=lambda row: int(row[0].partition("/")[0]) if whole else 0)
         ]
         told = dict(zip(STAMPS, stamps[1:], strict=True))
         m = Measurement(stamps[0], (*values,), **told | {"seconds": float(told["seconds"] or nan)})

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 import pickle
 import warnings
 from collections.abc import Callable, Iterator
@@ -148,7 +149,25 @@ def _from_plain(stored: dict[str, Any]) -> Any:
 def _key(function: Callable, model: nn.Module, args: tuple, kwargs: dict) -> str:
     place = next(model.parameters(), torch.empty(0)).device.type
     versions = torch.__version__.split("+")[0], place, torch.get_num_threads() if place == "cpu" else 0
-    return content(function, model, args, dict(sorted(kwargs.items())), (*versions, *_told(place)), without=COUNTED)
+    return content(
+        function,
+        model,
+        args,
+        dict(sorted(kwargs.items())),
+        (*versions, *_told(place)),
+        instructions(place),
+        without=COUNTED,
+    )
+
+
+def instructions(place: str = "cpu") -> str:
+    """The instruction set that PyTorch's kernels use on a CPU, and the limit on oneDNN's, which chooses by itself.
+
+    Others round in another order, and train other networks.
+    """
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA")
+    told = torch.backends.cpu.get_cpu_capability() + (f" (oneDNN: at most {limit})" if limit else "")
+    return told if place == "cpu" else ""
 
 
 def _told(place: str) -> tuple[str, ...]:

@@ -316,7 +316,8 @@ def evaluate(model: nn.Module, split: Split, batch_size: int = 200, score: Score
     """The task's score on a split (accuracy in [0, 1] of classes), in evaluation mode; each module's mode is restored.
 
     Args:
-        score: another one, of the same form: a sum over a batch and the number of its terms.
+        score: another one, of the same form: a sum over a batch and the number of its terms; over the whole split where
+            it has an attribute ``whole`` that is true.
 
     Raises:
         TrainingError: an empty split, or one that does not fit the model.
@@ -331,7 +332,7 @@ def evaluate(model: nn.Module, split: Split, batch_size: int = 200, score: Score
     with in_mode(model, training=False):
         outputs = (model(x) for x in split.x.split(batch_size))
         pairs = zip(outputs, split.y.split(batch_size), strict=True)
-        if score is None and split.task.whole:
+        if split.task.whole if score is None else getattr(score, "whole", False):
             pairs = [(torch.cat([output for output, _ in pairs]), split.y)]
         sums, numbers = zip(*((score or split.task.score)(output, y) for output, y in pairs), strict=True)
     return float(sum(sums)) / float(sum(numbers))
