@@ -23,7 +23,14 @@ RECOMPUTING = (BasePruningMethod, SpectralNorm, WeightNorm)
 
 
 def own_forward(*_) -> None:
-    """A hook that does nothing: where there is one, torch's fused transformer layer lets its layers run themselves."""
+    """A hook that does nothing: where there is one, torch's fused transformer layer lets its layers run themselves.
+
+    >>> from lib.shapes import own_forward
+    >>> layer = torch.nn.Linear(2, 1)
+    >>> hook = layer.register_forward_pre_hook(own_forward)
+    >>> tuple(layer(torch.ones(3, 2)).shape)
+    (3, 1)
+    """
 
 
 WRAPPERS = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}
