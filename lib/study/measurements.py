@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, field, replace
 from math import isclose
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 from filelock import FileLock, Timeout
 
@@ -175,9 +174,7 @@ class Store:
 
         A memory that is met for the first time may hold what an earlier run of a cell gave, and is emptied too.
         """
-        for kept in [
-            v for v in experiment.__globals__.values() if hasattr(v, "cache_clear") and hasattr(v, "cache_info")
-        ]:
+        for kept in [value for value in experiment.__globals__.values() if hasattr(value, "cache_clear")]:
             inner = getattr(kept, "__wrapped__", None)
             if getattr(inner, "__globals__", None) is not experiment.__globals__:
                 continue  # of a module, whose constants no parameter changes
@@ -298,8 +295,7 @@ def spread_of_networks(measurements: Sequence[Measurement], point: Row, times: f
     numbers = list(frame.select_dtypes("number").columns.difference([*by, "seed"]))
     if "seed" not in point or not numbers:
         return {}
-    variance = frame.groupby(by, dropna=False)[numbers].var()
-    there = variance.index.to_frame()
-    here = variance[np.logical_and.reduce([there[name] == value for name, value in others.items()] or [there[""] >= 0])]
-    deviation = times * here.mean().fillna(variance.mean()) ** 0.5
+    here = frame[(frame[[*others]] == pd.Series(others, dtype=object)).all(axis=1)]
+    of_point, of_all = (rows.groupby(by, dropna=False)[numbers].var().mean() for rows in (here, frame))
+    deviation = times * of_point.fillna(of_all) ** 0.5
     return {name: float(value) for name, value in deviation.items() if value > 0}
