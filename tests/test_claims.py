@@ -63,9 +63,9 @@ def lambda_of_rows(seed):
 def test_the_answer_takes_its_numbers_from_the_claims(study):
     study.expect("2 of a", "a > b", at_least(0), kind="ours")
     study.settle("2 of a", FIVE)
-    page = study.answer("a < b by {2 of a} points, c by {7}").data
-    numbers = "<strong>2.00 [1.12, 2.88]</strong> points, c by <strong>not measured</strong>"
-    assert page == f'<p class="answer">a &lt; b by {numbers}</p>'
+    page = study.answer("a < b", "by {2 of a} points", "c by {7}", caveat="so far").data
+    numbers = "<li>by <strong>2.00 [1.12, 2.88]</strong> points</li><li>c by <strong>not measured</strong></li>"
+    assert page == f'<div class="answer">a &lt; b<ul>{numbers}</ul> <span class="soft">so far</span></div>'
 
 
 def test_ratios_are_averaged_as_logarithms(study):

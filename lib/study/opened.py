@@ -40,7 +40,7 @@ class Study:
     >>> study.ledger()[["claim", "n", "verdict"]].values.tolist(), study.met("C1")
     ([['C1 costs little', 5, 'reproduced']], True)
     >>> study.answer("It costs {C1} points.").data
-    '<p class="answer">It costs <strong>0.22 [0.12, 0.32]</strong> points.</p>'
+    '<div class="answer">It costs <strong>0.22 [0.12, 0.32]</strong> points.</div>'
     """
 
     name: str
@@ -224,12 +224,16 @@ class Study:
         ]
         return pd.DataFrame(rows, columns=[*CLAIM_COLUMNS, *JUDGED])
 
-    def answer(self, sentence: str) -> Shown:
-        """The study's answer in a sentence or two, to be a cell's last value; a report shows it on top.
+    def answer(self, sentence: str, *facts: str, caveat: str = "") -> Shown:
+        """The study's answer, to be a cell's last value; a report shows it on top, for a reader of 30 seconds.
 
         Args:
-            sentence: words that hold whatever was measured, with ``{claim id}`` where a claim's value and its interval
-                go. Claims that the parameters leave out are "not measured".
+            sentence: answers the question in plain words.
+            facts: the few numbers that it rests on, a line each.
+            caveat: what a reader must know before believing it.
+
+        All hold whatever was measured, with ``{claim id}`` where a claim's value and its interval go. Claims that the
+        parameters leave out are "not measured".
         """
         rows = dict(zip(self.claims, self.ledger().to_dict("records"), strict=True))
 
@@ -237,9 +241,12 @@ class Study:
             row = rows.get(match[1])
             return f"<strong>{measured(row) if row else 'not measured'}</strong>"
 
-        answer = re.sub(r"{([^}]+)}", value, html.escape(sentence, quote=False))
+        told = (re.sub(r"{([^}]+)}", value, html.escape(text, quote=False)) for text in (sentence, *facts, caveat))
+        answer, *lines, beware = told
+        answer += f"<ul>{''.join(f'<li>{line}</li>' for line in lines)}</ul>" * bool(lines)
+        answer += f' <span class="soft">{beware}</span>' * bool(beware)
         evidence = self.store.evidence() if self.store else ""
-        return Shown(f'<p class="answer">{answer}</p>', answer=answer, evidence=evidence)
+        return Shown(f'<div class="answer">{answer}</div>', answer=answer, evidence=evidence)
 
     def save(self) -> None:
         """Write the measurements and this study's claims, when the study was given a ``report_dir``.
