@@ -149,12 +149,14 @@ class Study:
     def met(self, id: str) -> bool | None:
         """Whether a claim's whole interval meets its bound, or none of it; None where neither, or nothing is measured.
 
-        For sentences; a verdict asks for more.
+        For sentences; a verdict asks for more. A claim with a condition is met as its verdict is.
 
         Raises:
             ParameterError: the claim was never stated.
         """
         claim, row = self._stated(id), self.verdicts.get(id)
+        if row and claim.holding:
+            return {"inconclusive": None, "not reproduced": False}.get(row["verdict"], True)
         return claim.criterion.holds(row["low"], row["high"]) if row else None
 
     def says(self, id: str, yes: str, no: str, open: str) -> str:
