@@ -264,6 +264,16 @@ def test_a_condition_is_told_with_what_was_measured_of_it(study):
     assert (row["verdict"], row["condition"]) == ("reproduced", "points lost <= 1: 0.20 [0.11, 0.29]")
 
 
+def test_a_claim_with_a_condition_is_met_as_its_verdict_is(study):
+    """Faster, but perhaps not as accurate: no sentence may call that a win."""
+    joint = {"condition": "points lost", "holding": at_most(1.0)}
+    for id, lost, met in (("1", [0.1, 0.2, 0.1], True), ("2", [0.5, 1.5, 1.0], None), ("3", [2.0, 2.1, 2.2], False)):
+        study.expect(id, "faster", at_least(1.0), kind="ours", **joint)
+        study.settle(id, [v + 1 for v in FIVE], condition=[*lost, lost[0], lost[-1]])
+        assert study.met(id) is met
+        assert study.says(id, yes="wins", no="loses", open="open") == {True: "wins", None: "open", False: "loses"}[met]
+
+
 def test_rounding_decides_no_verdict():
     assert 0.2 * 3 / 3 > 0.2
     assert at_most(0.2).verdict(0.1, 0.2 * 3 / 3, 5) == "reproduced"

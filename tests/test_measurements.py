@@ -177,6 +177,16 @@ def test_a_table_alone_is_enough_on_another_machine(tmp_path, cell, monkeypatch)
     assert not measured_by(cell(), table=path)
 
 
+def test_the_evidence_says_on_which_devices_rows_were_measured(tmp_path, cell):
+    first = Store("s", stamps={"device": "CPU"})
+    first.measure(cell().kept, POINTS[:3])
+    assert first.evidence() == "3 measurements; on CPU."
+    first.publish(path := tmp_path / "s.csv")
+    later = Store("s", path, stamps={"device": "a GPU"})
+    later.measure(cell().kept, POINTS)
+    assert later.evidence() == f"{len(POINTS)} measurements; on CPU (3), a GPU (1)."
+
+
 def test_rows_of_earlier_code_count_where_they_may(tmp_path, cell, monkeypatch):
     store = Store("s")
     store.measure(cell().kept, POINTS)

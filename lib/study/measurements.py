@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from math import isclose
@@ -203,11 +204,13 @@ class Store:
         write_table(path, [*(m for m, _ in self.used.values()), *rest.values()])
 
     def evidence(self) -> str:
-        """How many measurements the study rests on, and where they are from, in one sentence."""
+        """How many measurements the study rests on, where and by what code they were made, in one sentence."""
         today = sum(current for _, current in self.used.values())
         audited = sum(bool(m.audited) for m, _ in self.used.values())
         commits = dict.fromkeys(m.commit for m, current in self.used.values() if not current)
         said = f"{len(self.used)} measurements" + (f", {audited} of them of audited experiments" if audited else "")
+        where = Counter(m.device for m, _ in self.used.values() if m.device)
+        said += "; on " * bool(where) + ", ".join(d + f" ({n:,})" * (len(where) > 1) for d, n in where.items())
         if old := len(self.used) - today:
             said += f"; {old if today else 'all'} by earlier code, of {len(commits)} commit{'s' * (len(commits) > 1)}"
         if more := len(self.published.keys() - self.used) * self.earlier:
