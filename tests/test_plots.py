@@ -220,7 +220,14 @@ def test_a_phone_sees_the_panels_one_under_another_each_with_its_numbers_and_lab
     assert [ax.get_ylabel() for ax in figure.axes] == ["times", "points"]
     for ax in figure.axes:
         assert any(tick.label1.get_visible() for tick in ax.yaxis.get_major_ticks())
-    assert not stack(plots.pictures({"a": torch.eye(3)}, label="weight"))
+    pictures = plots.pictures({"a": torch.eye(3), "b": torch.eye(4)}, label="weight")
+    assert stack(pictures)
+    pictures.draw_without_rendering()
+    a, b, scale = (ax.get_position() for ax in pictures.axes)
+    assert a.y0 > b.y1 > b.y0 > scale.y1  # the scale of colours below both
+    assert pictures.axes[-1].get_xlabel() == "weight"
+    pictures.add_axes((0, 0, 0.1, 0.1))
+    assert not stack(pictures)
 
 
 def test_a_figure_that_is_played_with_is_drawn_again_and_a_report_has_the_first():

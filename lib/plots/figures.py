@@ -109,14 +109,20 @@ def _url(drawn: bytes, kind: str) -> str:
 def stack(figure: Figure) -> bool:
     """Put the panels of a drawn figure one under another, as narrow as a phone; False if it has other axes than panels.
 
+    A scale of colours beside the panels goes below them.
+
     >>> from lib.plots import panels
     >>> from lib.plots.figures import stack
     >>> figure, axes = panels(["a", "b", "c"])
     >>> stack(figure), [ax.get_subplotspec().rowspan.start for ax in axes], float(figure.get_figwidth())
     (True, [0, 1, 2], 4.4)
     """
+    scales = [image.colorbar for ax in figure.axes for image in ax.images if image.colorbar]
+    scales = [(scale, scale.mappable, scale.ax.get_ylabel()) for scale in scales]
+    for scale, *_ in scales:
+        scale.remove()
     places = [ax.get_subplotspec() for ax in figure.axes]
-    if not places or None in places:  # a scale of colours has none
+    if not places or None in places:
         return False
     order = list(dict.fromkeys(place.num1 for place in places))  # two axes of one panel share it
     height = max(2.2, 0.7 * figure.get_figheight() / places[0].get_gridspec().nrows)
@@ -128,6 +134,8 @@ def stack(figure: Figure) -> bool:
         if ax.get_shared_y_axes().joined(ax, first):  # whose label and numbers stood for all in its line
             ax.tick_params(labelleft=True)
             ax.set_ylabel(fill(ax.get_ylabel() or first.get_ylabel(), 28))
+    for _, mappable, label in scales:
+        figure.colorbar(mappable, ax=figure.axes, label=label, location="bottom", aspect=40)
     for old in [*figure.legends]:
         old.remove()
     legend(figure, letters=52)
