@@ -184,7 +184,7 @@ def test_the_evidence_says_on_which_devices_rows_were_measured(tmp_path, cell):
     first.publish(path := tmp_path / "s.csv")
     later = Store("s", path, stamps={"device": "a GPU"})
     later.measure(cell().kept, POINTS)
-    assert later.evidence() == f"{len(POINTS)} measurements; on CPU (3), a GPU (1)."
+    assert later.evidence() == f"{len(POINTS)} measurements; 3 on CPU, 1 on a GPU."
 
 
 def test_rows_of_earlier_code_count_where_they_may(tmp_path, cell, monkeypatch):

@@ -1,6 +1,7 @@
 """The committed reports follow from the committed measurements: on any machine, without data or training."""
 
 import hashlib
+import json
 import re
 
 import pandas as pd
@@ -103,6 +104,16 @@ def test_a_page_says_what_the_committed_one_says(paper, page):
 def test_the_picture_in_the_readme_is_of_this_ledger():
     ledger = hashlib.sha256((PAPER / "claims.csv").read_bytes()).hexdigest()
     assert Image.open(PAPER / "figures" / "index.png").text["claims.csv"] == ledger, "run tests/picture.py again"
+
+
+@pytest.mark.parametrize("study", COMMITTED)
+def test_an_answer_is_read_in_30_seconds(study):
+    """A sentence that answers, three facts that it rests on, and a caveat."""
+    answer = BeautifulSoup(json.loads((PAPER / "runs" / f"{study}.json").read_text())["answer"], "html.parser")
+    facts = [fact.extract().get_text() for fact in answer.select("li")]
+    assert 1 <= len(facts) <= 3
+    assert max(map(len, facts)) <= 330
+    assert len(answer.get_text()) <= 500
 
 
 @pytest.mark.parametrize("study", COMMITTED)

@@ -210,7 +210,7 @@ class Store:
         commits = dict.fromkeys(m.commit for m, current in self.used.values() if not current)
         said = f"{len(self.used)} measurements" + (f", {audited} of them of audited experiments" if audited else "")
         where = Counter(m.device for m, _ in self.used.values() if m.device)
-        said += "; on " * bool(where) + ", ".join(d + f" ({n:,})" * (len(where) > 1) for d, n in where.items())
+        said += "; " * bool(where) + ", ".join(f"{n:,} " * (len(where) > 1) + f"on {d}" for d, n in where.items())
         if old := len(self.used) - today:
             said += f"; {old if today else 'all'} by earlier code, of {len(commits)} commit{'s' * (len(commits) > 1)}"
         if more := len(self.published.keys() - self.used) * self.earlier:
