@@ -5,9 +5,11 @@ that share one tensor. Constraints, faults, arrays and accounts all speak of the
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from functools import partial
+from typing import Any, Self
 
 import pandas as pd
 import torch
@@ -16,6 +18,8 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 KINDS = (nn.Conv1d, nn.Conv2d, nn.Linear)
 RECOMPUTING = (BasePruningMethod, SpectralNorm, WeightNorm)
@@ -31,6 +35,25 @@ def own_forward(*_) -> None:
     >>> tuple(layer(torch.ones(3, 2)).shape)
     (3, 1)
     """
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy, also of a network that keeps what its last pass made: torch copies no tensor with a graph behind it.
+
+    >>> from lib.shapes import copied
+    >>> layer = torch.nn.Linear(2, 1)
+    >>> layer.kept = layer(torch.ones(1, 2))
+    >>> copied(layer).kept.requires_grad, copied(layer).weight.requires_grad
+    (False, True)
+    """
+    kept = tree_leaves([vars(module) for module in model.modules()])
+    return deepcopy(model, {id(v): v.detach() for v in kept if isinstance(v, Tensor) and not v.is_leaf})
+
+
+CONVOLVING = {getattr(nn.functional, f"conv{kind}{n}d") for kind in ("", "_transpose") for n in (1, 2, 3)}
+CONVOLVING.add(nn.functional.linear)
+MULTIPLYING = {torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.mm, Tensor.bmm}
+"""Products of torch; the second tensor of the first kind is a weight."""
 
 
 WRAPPERS = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}
@@ -87,13 +110,62 @@ def uses(model: nn.Module) -> dict[str, list[nn.Module]]:
     """
     if inside := WRAPPERS.get(type(model).__name__):
         raise ShapeError(f"the model is wrapped in {type(model).__name__}; give the network inside it, model.{inside}")
+    for name, module in model.named_modules():
+        if type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None:
+            raise ShapeError(f"{name or 'the model'} is compiled and runs no hooks; give the network before that")
     attention = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention)]
     fused = {id(m) for a in attention for m in a.modules()}  # its output projection's own forward never runs
     found: dict[int, tuple[str, list[nn.Module]]] = {}
     for name, module in model.named_modules():
         if isinstance(module, KINDS) and id(module) not in fused:
+            _refuse_weight(name, module._parameters.get("weight"))
             found.setdefault(id(source(module)), (name, []))[1].append(module)
     return dict(found.values())
+
+
+def _refuse_weight(name: str, weight: Tensor | None) -> None:
+    """Weights of which nothing here can be said."""
+    said = ""
+    if isinstance(weight, nn.parameter.UninitializedTensorMixin):
+        said = "has no shape yet: let the network run once"
+    elif weight is not None and weight.is_complex():
+        said = "has complex weights: real ones are known"
+    elif weight is not None and not weight.numel():
+        said = f"has no weights, {tuple(weight.shape)}"
+    if said:
+        raise ShapeError(f"layer {name or 'the model'} {said}")
+
+
+def overridden(layer: nn.Module) -> bool:
+    """Whether a layer has a forward pass of its own, so that no other product may take its place.
+
+    Weights that it standardizes, scales or masks on the way, inputs that it pads: all of that would be lost.
+
+    >>> from lib.shapes import overridden
+    >>> class Scaled(torch.nn.Linear):
+    ...     def forward(self, x):
+    ...         return torch.nn.functional.linear(x, 0.25 * self.weight, self.bias)
+    >>> overridden(torch.nn.Linear(2, 1)), overridden(Scaled(2, 1))
+    (False, True)
+    """
+    kind = next(kind for kind in KINDS if isinstance(layer, kind))
+    names = ("forward", "_conv_forward")
+    own = any(getattr(type(layer), name, None) is not getattr(kind, name, None) for name in names)
+    return own or bool(vars(layer).keys() & {*names})
+
+
+def refuse_overridden(layers: Iterable[nn.Module], what: str) -> None:
+    """Refuse layers that are `overridden`, for what computes their product in another way.
+
+    Raises:
+        ShapeError: one of them has a forward pass of its own.
+
+    >>> from lib.shapes import refuse_overridden
+    >>> refuse_overridden([torch.nn.Linear(2, 1)], "arrays")
+    """
+    for layer in layers:
+        if overridden(layer):
+            raise ShapeError(f"{what}: {type(layer).__name__} has a forward pass of its own, which would be lost")
 
 
 def source(layer: nn.Module, parameter: str = "weight") -> object:
@@ -237,7 +309,8 @@ def layer_shapes(model: nn.Module, shape: tuple[int, ...], skip: bool = False) -
         A layer that the forward pass never meets has no vectors.
 
     Raises:
-        ShapeError: as `all_layers`, or the network does not take such an input.
+        ShapeError: as `all_layers`, the network does not take such an input, or a weight meets inputs outside of its
+            layer's own call, by a function of torch, so that not all of its vectors would be counted.
 
     >>> from lib import models, shapes
     >>> found = shapes.layer_shapes(models.build("lenet5", (1, 28, 28), 10), (1, 28, 28))
@@ -245,6 +318,11 @@ def layer_shapes(model: nn.Module, shape: tuple[int, ...], skip: bool = False) -
     [['conv1', 25, 20, 576], ['conv2', 500, 50, 64], ['fc1', 800, 500, 1], ['fc2', 500, 10, 1]]
     """
     layers = all_layers(model, "shapes", skip)
+    with in_mode(model, training=False):  # in which spectral norm takes no step when a weight is read
+        return _shapes_of(model, layers, shape)
+
+
+def _shapes_of(model: nn.Module, layers: dict[str, nn.Module], shape: tuple[int, ...]) -> pd.DataFrame:
     vectors, inputs = dict.fromkeys(layers, 0), dict.fromkeys(layers, 0)
     for name, layer, x, y in _met(model, shape):
         vectors[name] += dense_macs(layer, y) // layer.weight.numel()
@@ -327,28 +405,69 @@ def _met(model: nn.Module, shape: tuple[int, ...]) -> Iterator[tuple[str, nn.Mod
     On ``meta`` a copy runs, which may keep what it makes, such as positions.
     """
     seen: list[tuple[str, nn.Module, Tensor, Tensor]] = []
-    handles = [
-        module.register_forward_hook(lambda m, x, y, name=name: seen.append((name, m, x[0], y)))
-        for name, modules in uses(model).items()
-        for module in modules
-    ]
+    layers = uses(model)
+    beside = _Beside()
+
+    def enter(*_) -> None:
+        beside.inside += 1
+
+    def leave(module: nn.Module, given: tuple, named: dict, output: Tensor, name: str) -> None:
+        beside.inside -= 1
+        seen.append((name, module, next(iter((*given, *named.values()))), output))
+
+    handles = []
+    for name, modules in layers.items():
+        for module in modules:
+            handles.append(module.register_forward_pre_hook(enter))
+            handles.append(module.register_forward_hook(partial(leave, name=name), with_kwargs=True))
     weight = next(model.parameters())
     image = torch.zeros(1, *shape, dtype=weight.dtype, device=weight.device)
+    held = {name: t for name, modules in layers.items() for t in [source(modules[0])] if isinstance(t, Tensor)}
+    fixed = {name: t for name, t in model.named_buffers() if t.ndim > 1}
     try:
         with torch.no_grad(), in_mode(model, training=False):
             try:
                 metas = {id(t): torch.empty_like(t, device="meta") for t in (*model.parameters(), *model.buffers())}
-                deepcopy(model, metas)(image.to("meta"))
+                copy = deepcopy(model, metas)
+                with beside.watching(*({name: metas[id(t)] for name, t in own.items()} for own in (held, fixed))):
+                    copy(image.to("meta"))
             except Exception:  # what depends on values has none on meta
                 seen.clear()
-                model(image)
-    except (RuntimeError, IndexError) as error:
+                with beside.watching(held, fixed):
+                    model(image)
+    except (RuntimeError, IndexError, TypeError) as error:
         takes = f"the model does not take an input of zeros {(1, *shape)}, {image.dtype} (tokens are not known here)"
         raise ShapeError(f"{takes}: {str(error).splitlines()[0]}") from error
     finally:
         for handle in handles:
             handle.remove()
+    if beside.found:
+        raise ShapeError(f"{', '.join(sorted(beside.found))}: in a product outside of a layer's own call, not counted")
     return iter(seen)
+
+
+class _Beside(TorchFunctionMode):
+    """Within, notes weights of layers, and fixed weights, that a product takes outside of a layer's own call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside, self.found = 0, set()
+
+    def watching(self, weights: dict[str, Tensor], fixed: dict[str, Tensor]) -> Self:
+        """The mode, for weights of layers, and buffers that may be weights, by name; views count as they do."""
+        self.inside, self.found = 0, set()
+        self.weights, self.fixed = (
+            {t.untyped_storage()._cdata: name for name, t in own.items()} for own in (weights, fixed)
+        )
+        return self
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        """Called by PyTorch in place of ``function``, with the mode itself set aside."""
+        if not self.inside and (function in CONVOLVING or function in MULTIPLYING):
+            given = [t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)][:2]
+            self.found |= {self.weights[t] for t in given if t in self.weights}
+            self.found |= {self.fixed[t] for t in given[1:] if t in self.fixed and function in CONVOLVING}
+        return function(*args, **kwargs or {})
 
 
 def macs(model: nn.Module, shape: tuple[int, ...], skip: bool = False) -> pd.DataFrame:
@@ -369,6 +488,7 @@ def macs(model: nn.Module, shape: tuple[int, ...], skip: bool = False) -> pd.Dat
     """
     found = layer_shapes(model, shape, skip).rename(columns={"macs": "dense_macs"})
     layers = prunable(model)
-    found["kept"] = [int(layers[name].weight.count_nonzero()) for name in found["layer"]]
+    with in_mode(model, training=False):
+        found["kept"] = [int(layers[name].weight.count_nonzero()) for name in found["layer"]]
     found["macs"] = found["dense_macs"] * found["kept"] / found["weights"]
     return found[["layer", "weights", "kept", "dense_macs", "macs"]]

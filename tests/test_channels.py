@@ -502,3 +502,57 @@ def test_coupled_filters_of_a_residual_network_can_be_cut():
     assert together["conv1"] == together["block1_1.conv2"] != together["block1_1.conv1"] == apart["block1_1.conv1"]
     part = {"conv1": Filter(0.5), "block1_1.conv1": Filter(0.5)}  # the sum's other layer is dense: nothing to couple
     assert coupled(net, part, example) == part
+
+
+def test_a_constant_that_a_norm_makes_is_seen_through_a_relu():
+    """Without gamma a norm turns a removed filter into a constant, which a ReLU passes if its mean was negative."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8, affine=False), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten()
+    )
+    net.append(nn.Linear(4 * 4 * 4, 3))
+    net[1].running_mean.fill_(-0.5)
+    image, mask = torch.rand(2, 1, 8, 8), torch.ones_like(net[0].weight, dtype=torch.bool)
+    mask[:4] = False
+    found = follow(net.eval(), {"0": mask}, image)
+    assert "3" not in found or found["3"].all()  # a constant still arrives there
+
+
+class Regrouped(nn.Module):
+    def __init__(self, between, channels):
+        super().__init__()
+        self.first, self.between, self.last = nn.Conv2d(1, 8, 3, padding=1), between, nn.Conv2d(channels, 3, 1)
+
+    def forward(self, x):
+        return self.last(self.between(self.first(x)))
+
+
+@pytest.mark.parametrize(("between", "channels"), [(nn.PixelShuffle(2), 2), (nn.GLU(1), 4)], ids=["shuffle", "glu"])
+def test_channels_that_are_regrouped_are_refused_by_name(between, channels):
+    net, image = Regrouped(between, channels), torch.rand(2, 1, 8, 8)
+    mask = torch.ones_like(net.first.weight, dtype=torch.bool)
+    mask[:4] = False
+    with pytest.raises(ConstraintError, match=r"regrouped|unseen|run any more"):
+        follow(net, {"first": mask}, image)
+
+
+def test_norms_over_neighbours_are_no_function_of_single_channels():
+    net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.LocalResponseNorm(3), nn.Conv2d(8, 6, 3), nn.Flatten())
+    net.append(nn.Linear(6 * 4 * 4, 3))
+    image, mask = torch.rand(2, 1, 8, 8), torch.ones_like(net[0].weight, dtype=torch.bool)
+    mask[::2] = False
+    with pytest.raises(ConstraintError, match="mixes its channels unseen"):
+        compact(attach_masks(net.eval(), follow(net, {"0": mask}, image)), image)
+
+
+def test_channels_that_are_returned_as_well_are_not_cut():
+    class Features(Regrouped):
+        def forward(self, x):
+            h = self.first(x)
+            return self.last(h), h
+
+    net, image = Features(nn.Identity(), 8), torch.rand(2, 1, 8, 8)
+    mask = torch.ones_like(net.first.weight, dtype=torch.bool)
+    mask[:4] = False
+    with pytest.raises(ConstraintError, match="returns channels that would go"):
+        compact(attach_masks(net, follow(net, {"first": mask}, image)), image)

@@ -420,3 +420,17 @@ class TestWhatStandsInANetwork:
         fast = kernels.compile(net, x, gain=0)
         assert fast.choices["kernel"].tolist() == ["dense"]
         assert torch.equal(fast(x), net(x))
+
+
+def test_a_network_that_uses_a_layer_twice_is_compiled():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.again, self.last = nn.Linear(64, 16), nn.Linear(16, 16), nn.Linear(16, 3)
+
+        def forward(self, x):
+            return self.last(self.again(self.again(self.first(x)).relu()).relu())
+
+    net, x = Twice().eval(), torch.rand(4, 64)
+    harden(net, pruning.uniform_plan(net, pruning.NM(4, 16), keep_dense=("last",)))
+    assert torch.allclose(kernels.compile(net, x, repeats=1, gain=0.0)(x), net(x), atol=1e-6)

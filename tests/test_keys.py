@@ -217,6 +217,24 @@ def test_what_is_put_in_the_place_of_a_function_or_a_value_counts(write, monkeyp
     assert code(one.top) == before
 
 
+def test_a_method_that_is_put_into_a_class_counts(write, monkeypatch):
+    """What a network computes is its class's forward pass, whoever put it there."""
+    net = "from torch import nn\nclass Net(nn.Module):\n    def forward(self, x): return x\n"
+    one = write(one=net + "def other(self, x): return -x\ndef top(): return Net()")
+    for kind, key in ((one.Net, lambda: code(one.top)), (nn.ReLU, lambda: content(nn.ReLU()))):
+        before = key()
+        with monkeypatch.context() as patch:
+            patch.setattr(kind, "forward", one.other)
+            assert key() != before
+        assert key() == before
+
+
+def test_a_class_that_no_module_holds_is_not_one_of_python_s():
+    exec("class A:\n    def f(self): return 1\n", space := {})
+    with pytest.raises(KeysError, match="source"):
+        content(space["A"])
+
+
 def test_a_file_that_is_edited_while_a_process_runs_is_that_of_its_import(write, tmp_path):
     """The process runs the old code: its results must not lie under the new code's key, nor be lost."""
     one = write(one="def top(): return 1\n")

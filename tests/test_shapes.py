@@ -8,11 +8,25 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
-from lib import constraint, costs, crossbar, data, faults, models, pruning, quantization, shapes, training
+from lib import (
+    constraint,
+    costs,
+    crossbar,
+    data,
+    faults,
+    layers,
+    models,
+    pruning,
+    quantization,
+    recipes,
+    shapes,
+    training,
+)
 from lib.constraint import attach_masks, detach_masks, harden, masks, plain
 from lib.shapes import ShapeError, prunable
 
 CORNERS = data.Split(torch.eye(4).reshape(4, 1, 2, 2), torch.arange(4))
+GIVEN = data.Data("corners", CORNERS, CORNERS, CORNERS, 4)
 HALF = torch.tensor([[True, False, False, True]] * 4)
 
 
@@ -242,6 +256,155 @@ class TestWhatIsNotKnown:
         for wrapped, inside in ((torch.compile(identity()), "_orig_mod"), (nn.DataParallel(identity()), "module")):
             with pytest.raises(ShapeError, match=rf"model\.{inside}"):
                 faults.sweep(wrapped, "offset", [0.1], 2, CORNERS)
+
+
+class Standardized(nn.Conv2d):
+    """Weight standardization, as in BiT and timm's StdConv2d."""
+
+    def forward(self, x):
+        weight = (self.weight - self.weight.mean((1, 2, 3), keepdim=True)) / self.weight.std((1, 2, 3), keepdim=True)
+        return nn.functional.conv2d(x, weight, self.bias)
+
+
+class Scaled(nn.Linear):
+    """StyleGAN's equalized learning rate."""
+
+    def forward(self, x):
+        return nn.functional.linear(x, 0.25 * self.weight, self.bias)
+
+
+def low(net, x):
+    with recipes.low_precision(net):
+        return net(x)
+
+
+def in_cells(net, x):
+    return crossbar.on_arrays(net, crossbar.Array(), x)(x)
+
+
+def as_branches(net, x):
+    plan = pruning.uniform_plan(net, quantization.Expansion((0.2, 0.5)))
+    return layers.branched(harden(net, plan), plan)(x)
+
+
+class TestWhatComputesALayersProductInAnotherWay:
+    """Arrays, few bits and branches take a layer's weight and inputs: more than their product is refused, not lost."""
+
+    @pytest.mark.parametrize("layer", [Standardized(1, 4, 3), Scaled(8, 4)], ids=["standardized", "scaled"])
+    @pytest.mark.parametrize(
+        ("what", "way"), {"arrays": in_cells, "low_precision": low, "branches": as_branches}.items()
+    )
+    def test_a_forward_pass_of_its_own_is_refused(self, what, way, layer):
+        net, x = nn.Sequential(deepcopy(layer), nn.ReLU()), torch.rand(2, 1, 8, 8)
+        with pytest.raises(ShapeError, match=f"{what}.*{type(layer).__name__} has a forward pass of its own"):
+            way(net, x)
+
+    def test_a_hook_on_outputs_sees_no_branches(self):
+        net = nn.Sequential(nn.Linear(4, 2))
+        net[0].register_forward_hook(lambda layer, x, y: y.clamp(0, 1))
+        with pytest.raises(layers.LayerError, match="0 has a hook on its outputs"):
+            as_branches(net, torch.rand(3, 4))
+
+    def test_other_names_of_a_class_and_attached_masks_are_no_forward_pass(self):
+        class Named(nn.Linear):
+            """A linear layer of another name."""
+
+        net = attach_masks(nn.Sequential(Named(4, 4)), {"0": HALF})
+        assert not shapes.overridden(net[0])
+
+    def test_a_network_compiled_in_place_or_in_part_is_refused(self):
+        whole = nn.Sequential(nn.Linear(4, 2))
+        whole.compile(backend="eager")
+        part = nn.Sequential(torch.compile(nn.Sequential(nn.Linear(4, 4)), backend="eager"), nn.Linear(4, 2))
+        for net in (whole, part):
+            with pytest.raises(ShapeError, match="is compiled and runs no hooks"):
+                quantization.quantize_activations(net, 2, torch.rand(3, 4))
+
+
+class Functional(nn.Module):
+    """Takes its layer's weight, a transpose of it, or a fixed kernel, by a function of torch."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way, self.first, self.last = way, nn.Linear(16, 16), nn.Linear(16, 3)
+        self.register_buffer("blur", torch.ones(1, 1, 3, 3) / 9)
+
+    def forward(self, x):
+        if self.way == "blur":
+            x = nn.functional.conv2d(x, self.blur, padding=1)
+        x = x.flatten(1)
+        if self.way == "functional":
+            return self.last(nn.functional.linear(x, self.first.weight))
+        x = self.first(x)
+        return self.last(x @ self.first.weight if self.way == "transposed" else x)
+
+
+class TestWeightsBesideLayers:
+    @pytest.mark.parametrize(
+        ("way", "name"), [("functional", "first"), ("transposed", "first"), ("blur", "blur"), ("", "")]
+    )
+    def test_products_that_no_layer_makes_are_no_silent_gap_in_the_count(self, way, name):
+        if name:
+            with pytest.raises(ShapeError, match=f"^{name}: in a product outside of a layer's own call"):
+                shapes.macs(Functional(way), (1, 4, 4))
+        else:
+            assert shapes.macs(Functional(way), (1, 4, 4))["macs"].tolist() == [256, 48]
+
+    def test_an_input_by_its_name_is_an_input(self):
+        class Named(nn.Sequential):
+            def forward(self, x):
+                return self[0](input=x.flatten(1))
+
+        assert shapes.macs(Named(nn.Linear(4, 2)), (1, 2, 2))["macs"].tolist() == [8]
+
+    def test_two_inputs_are_said_to_be_one_too_many(self):
+        class Two(nn.Linear):
+            def forward(self, x, y):
+                return super().forward(x + y)
+
+        with pytest.raises(ShapeError, match="does not take an input of zeros"):
+            shapes.macs(nn.Sequential(Two(4, 2)), (4,))
+
+    @pytest.mark.parametrize(
+        ("layer", "said"),
+        [
+            (nn.Linear(4, 2, dtype=torch.complex64), "complex"),
+            (nn.LazyLinear(2), "no shape"),
+            (nn.Linear(4, 0), "no w"),
+        ],
+        ids=["complex", "lazy", "empty"],
+    )
+    def test_weights_of_which_nothing_can_be_said_are_refused(self, layer, said):
+        with pytest.raises(ShapeError, match=f"layer 0 has {said}"):
+            prunable(nn.Sequential(layer))
+        if layer.weight.is_complex():
+            with pytest.raises(ShapeError, match="complex"):
+                pruning.Unstructured(0.5).project(layer.weight)
+
+    @pytest.mark.parametrize("norm", [spectral_norm, parametrizations.spectral_norm])
+    def test_reading_a_weight_takes_no_step_of_a_spectral_norm(self, norm):
+        net = nn.Sequential(norm(nn.Linear(8, 8)))  # in training mode
+        before, copy = {k: v.clone() for k, v in net.state_dict().items()}, plain(net)
+        shapes.macs(net, (8,))
+        assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+        x = torch.rand(3, 8)
+        assert torch.allclose(copy(x), net.eval()(x), atol=1e-6)
+
+    def test_a_network_that_keeps_what_it_made_is_copied(self):
+        class Keeps(nn.Sequential):
+            def forward(self, x):
+                self.kept = [super().forward(x)]
+                return self.kept[0]
+
+        net = Keeps(nn.Linear(4, 2))
+        net(torch.rand(1, 4))
+        with pytest.raises(RuntimeError):
+            deepcopy(net)
+        assert torch.equal(shapes.copied(net)[0].weight, net[0].weight)
+        log = recipes.partial_hardening(
+            Keeps(nn.Flatten(), nn.Linear(4, 4)), {"1": quantization.Levels(2)}, GIVEN, epochs=1, lr=0.05
+        )
+        assert len(log)
 
 
 class TestCounts:

@@ -1,7 +1,6 @@
 """A physically smaller network that computes the same."""
 
 from collections.abc import Iterator, Mapping
-from copy import deepcopy
 
 import torch
 import torch_pruning as tp
@@ -11,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lib.channels.paths import arriving, check_same, settle
 from lib.channels.spaces import End, Space, groups_of, is_depthwise, spaces_of, trace
 from lib.constraint import plain
-from lib.shapes import prunable
+from lib.shapes import copied, prunable
 
 
 def _cuttable(spaces: list[Space], layers: Mapping[str, nn.Module], alive: list[Tensor]) -> list[Tensor]:
@@ -78,7 +77,7 @@ def compact(model: nn.Module, example: Tensor) -> nn.Module:
     nonzero = {name: layer.weight.detach() != 0 for name, layer in layers.items()}
     groups = {name: groups_of(layer) for name, layer in layers.items()}
     _, alive = settle(spaces, nonzero, groups, arriving(bare, spaces, example))
-    small = deepcopy(bare)
+    small = copied(bare)
     _cut(small, spaces, _cuttable(spaces, layers, alive))
     trained = {name: parameter.requires_grad for name, parameter in bare.named_parameters()}
     for name, parameter in small.named_parameters():

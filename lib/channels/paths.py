@@ -1,7 +1,6 @@
 """Masks with all that a removed filter or channel takes along, and filters that can only go together."""
 
 from collections.abc import Mapping
-from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 
@@ -14,7 +13,7 @@ from lib.channels.spaces import Space, first_line, groups_of, is_depthwise, own_
 from lib.constraint import ConstraintError, Masks, Plan, plain
 from lib.constraint.masks import places
 from lib.pruning.groups import Filter
-from lib.shapes import KINDS, prunable
+from lib.shapes import KINDS, copied, prunable
 
 
 @torch.no_grad()
@@ -25,7 +24,7 @@ def arriving(model: nn.Module, spaces: list[Space], example: Tensor) -> list[Ten
         ConstraintError: a layer is used twice, so that its filters belong to several spaces at once.
     """
     seen: set[str] = set()
-    model = deepcopy(model).eval()
+    model = copied(model).eval()
     nonzero = {  # what is not met counts as read
         name: torch.ones(layer.weight.shape[1] * groups_of(layer), dtype=torch.bool, device=example.device)
         for name, layer in prunable(model).items()
@@ -45,15 +44,18 @@ def arriving(model: nn.Module, spaces: list[Space], example: Tensor) -> list[Ten
 
 
 @torch.no_grad()
-def _silent(model: nn.Module) -> nn.Module:
-    """A copy in which every layer and batch norm is removed: what still arrives anywhere is made on the way."""
+def _silent(model: nn.Module, mean: float) -> nn.Module:
+    """A copy in which every layer and batch norm is removed: what still arrives anywhere is made on the way.
+
+    Without a gamma to remove, a norm makes a constant of a zero, ``-mean`` in shares of its deviation.
+    """
     copy = plain(model)
     for module in copy.modules():
         if isinstance(module, (*KINDS, _BatchNorm)):
             for parameter in module.parameters(recurse=False):
                 parameter.zero_()
         if isinstance(module, _BatchNorm) and module.running_mean is not None:
-            module.running_mean.fill_(1)  # without a gamma to remove, a norm makes a constant of a zero
+            module.running_mean.fill_(mean)
     return copy
 
 
@@ -214,7 +216,8 @@ def follow(model: nn.Module, masks: Masks, example: Tensor) -> Masks:
     dense = {name: torch.ones(layer.weight.shape, dtype=torch.bool) for name, layer in layers.items()}
     given = {name: masks.get(name, mask).to(example.device) for name, mask in dense.items()}
     groups = {name: groups_of(layer) for name, layer in layers.items()}
-    keep, alive = settle(spaces, given, groups, arriving(_silent(model), spaces, example))
+    constant = [arriving(_silent(model, mean), spaces, example) for mean in (-1.0, 1.0)]  # one passes a ReLU
+    keep, alive = settle(spaces, given, groups, [above | below for above, below in zip(*constant, strict=True)])
     extra = _constants(plain(model), spaces, own_norms(graph), keep, alive)
     check_same(zeroed(model, given | extra), zeroed(model, keep | extra), example, "unused-path removal")
     found = {n: m for n, m in (keep | extra).items() if n in masks or not m.all()}
@@ -240,17 +243,20 @@ def check_same(model: nn.Module, other: nn.Module, example: Tensor, what: str) -
     """
     images, draws = [example], torch.Generator().manual_seed(0)
     if example.is_floating_point():
-        images.append(torch.randn(example.shape, generator=draws).to(example))
+        noise = torch.randn(example.shape, generator=draws)
+        images += [noise.to(example), (255 * noise).to(example)]  # what looks at sizes, as a local norm, may be small
     elif example.dtype == torch.uint8:
         images.append(torch.randint(256, example.shape, generator=draws).to(example))
     try:
-        before, after = ([deepcopy(net).eval()(x) for x in images] for net in (model, other))
+        before, after = ([copied(net).eval()(x) for x in images] for net in (model, other))
     except (RuntimeError, IndexError) as error:
         raise ConstraintError(f"{what}: the model does not run any more ({first_line(error)})") from error
     pairs = zip(tree_leaves(before), tree_leaves(after), strict=True)
     if not (tensors := [pair for pair in pairs if isinstance(pair[0], Tensor)]):
         raise ConstraintError(f"{what}: the model returns no tensors that could be compared")
     for old, new in tensors:
+        if old.shape != new.shape:
+            raise ConstraintError(f"{what}: the model returns channels that would go, {tuple(old.shape)}")
         if not torch.allclose(old, new, rtol=1e-4, atol=1e-5 * max(1.0, float(old.abs().max()))):
             worst = float((old - new).abs().max())
             raise ConstraintError(f"{what} changes outputs by up to {worst:.2g}: the model mixes its channels unseen")

@@ -45,8 +45,13 @@ class Space(NamedTuple):
     def gather(self, ends: list[End], flags: Mapping[str, Tensor]) -> Tensor:
         """The channels (size,) that any of the ends' flags set."""
         found = torch.zeros(self.size, dtype=torch.bool, device=self.writers[0].index.device)
-        for end in ends:
-            found[end.channel[flags[end.name][end.index]]] = True
+        try:
+            for end in ends:
+                found[end.channel[flags[end.name][end.index]]] = True
+        except IndexError:
+            raise ConstraintError(
+                f"{end.name}: its channels are regrouped on the way, which cannot be followed"
+            ) from None
         return found
 
 

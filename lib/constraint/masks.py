@@ -1,14 +1,13 @@
 """Masks that hold a network inside a support, and its state without them."""
 
 from collections.abc import Iterator, Mapping
-from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lib.constraint.sets import ConstraintError
-from lib.shapes import RECOMPUTING, Parametrization, all_layers, leaf, prunable, uses
+from lib.shapes import RECOMPUTING, Parametrization, all_layers, copied, in_mode, leaf, prunable, uses
 
 Masks = dict[str, Tensor]
 State = dict[str, Tensor]
@@ -213,18 +212,18 @@ def plain(model: nn.Module) -> nn.Module:
     >>> plain(model)[0]._parameters["weight"].tolist()
     [[3.0, 0.0]]
     """
-    made = [v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor) and not v.is_leaf]
-    copy = deepcopy(model, {id(v): v.detach() for v in made})  # torch copies no tensor with a graph behind it
-    for layers in uses(copy).values():
-        detach(layers, nn.Module, bake=True)
-    for module in copy.modules():
-        for key, hook in [*module._forward_pre_hooks.items()]:
-            if isinstance(hook, RECOMPUTING):
-                del module._forward_pre_hooks[key]
-                hook(module, ())  # a copy that has never run has the weight of its original's last pass
-                hook.remove(module)
-        for parameter in [*module.parametrizations] if parametrize.is_parametrized(module) else ():
-            detach([module], nn.Module, parameter, bake=True)
+    copy = copied(model)
+    with in_mode(copy, training=False):  # in training spectral norm takes a step whenever a weight is made
+        for layers in uses(copy).values():
+            detach(layers, nn.Module, bake=True)
+        for module in copy.modules():
+            for key, hook in [*module._forward_pre_hooks.items()]:
+                if isinstance(hook, RECOMPUTING):
+                    del module._forward_pre_hooks[key]
+                    hook(module, ())  # a copy that has never run has the weight of its original's last pass
+                    hook.remove(module)
+            for parameter in [*module.parametrizations] if parametrize.is_parametrized(module) else ():
+                detach([module], nn.Module, parameter, bake=True)
     for layer in prunable(copy).values():
         leaf(layer)
     return copy

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lib.shapes import ShapeError
+
 Size = tuple[int, int]
 
 
@@ -28,6 +30,8 @@ def kernel_area(weight: Tensor) -> int:
 
 def wide(tensor: Tensor) -> Tensor:
     """The same numbers in single precision at least: squares and sums of half precision meet where weights differ."""
+    if tensor.is_complex():
+        raise ShapeError("complex weights: real ones are known")
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 

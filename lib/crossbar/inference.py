@@ -15,7 +15,7 @@ from lib.crossbar.mapping import CrossbarError
 from lib.crossbar.product import CHUNK, Programmed
 from lib.crossbar.tiling import Array
 from lib.crossbar.wires import Wires
-from lib.shapes import all_layers, own_forward, uses
+from lib.shapes import all_layers, own_forward, refuse_overridden, uses
 
 
 class ArrayLayer:
@@ -163,6 +163,7 @@ def on_arrays(
         CrossbarError: no images, or one without a batch; a layer that the model lacks or ``images`` never meet, none at
             all, layers that lie in arrays already, a device that is new at every read, or what `Array` and `Wires`
             refuse.
+        ShapeError: a layer with a forward pass of its own.
 
     >>> from lib.crossbar import Array, on_arrays
     >>> model, x = torch.nn.Sequential(torch.nn.Linear(2, 1, bias=False)), torch.tensor([[255.0, 100.0]])
@@ -179,6 +180,7 @@ def on_arrays(
     if not plan or (unknown := set(plan) - set(layers)):
         named = f"layer {min(unknown)!r}" if plan else "no layer"
         raise CrossbarError(f"the plan of arrays names {named}; the model has {', '.join(layers) or 'none'}")
+    refuse_overridden([module for name in plan for module in layers[name]], "arrays")
     placed, drawn = {}, each(devices, lasting=True)
     for name, a in plan.items():
         cells = _programmed(layers[name][0], a, drawn, chip, name, wires)

@@ -1,9 +1,11 @@
 """A network with kernels where they are faster: measured on its own inputs, layer by layer."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from random import Random
 from statistics import median
 from time import perf_counter, thread_time
+from typing import Any
 
 import pandas as pd
 import torch
@@ -76,9 +78,12 @@ def compile(model: nn.Module, example: Tensor, repeats: int = 7, gain: float = 1
     layers = {name: m for name, m in fast.named_modules() if isinstance(m, Direction)}
     gates = {id(gate) for direction in layers.values() for gate in direction.modules()}
     layers |= {name: layer for name, layer in prunable(fast).items() if id(layer) not in gates}
+
+    def met(_: nn.Module, *given: Any, name: str) -> None:
+        seen.setdefault(name, given)
+
     hooks = [
-        layer.register_forward_pre_hook(lambda _, *given, name=name: seen.setdefault(name, given), with_kwargs=True)
-        for name, layer in layers.items()
+        layer.register_forward_pre_hook(partial(met, name=name), with_kwargs=True) for name, layer in layers.items()
     ]
     found_threads = torch.get_num_threads()
     torch.set_num_threads(threads)

@@ -18,6 +18,8 @@ from lib.keys.source import FUNCTION, File, aside, binds, installed, read
 from lib.keys.values import KeysError, Values, name_of
 
 BORN = time.time_ns()
+HEAP = 1 << 9
+"""Of a class that Python code made: Py_TPFLAGS_HEAPTYPE."""
 
 
 def content(*values: Any, without: Sequence[str] = (), beside: Sequence[Tensor] = ()) -> str:
@@ -158,7 +160,9 @@ class _Live(Values):
 
     def _class(self, kind: type) -> Any:
         if _theirs(kind):
-            return [name_of(kind), *(self.value(base) for base in kind.__mro__[1:] if not _theirs(base))]
+            put = [(k, v) for base in kind.__mro__ if _theirs(base) for k, v in vars(base).items() if _somebodys(v)]
+            bases = [self.value(base) for base in kind.__mro__[1:] if not _theirs(base)]
+            return [name_of(kind), *bases, *([k, self.value(v, k)] for k, v in sorted(put))]
         self.alive.append(kind)
         return [self.number(("class", id(kind)), partial(self._members, kind))]
 
@@ -178,11 +182,18 @@ class _Live(Values):
         return [*map(self.value, (kind.__bases__, [*inspect.get_annotations(kind)], values))]
 
     def _put(self, kind: type, node: ast.ClassDef) -> list:
-        """The attributes of a class that have other values than its text gives them."""
+        """The attributes of a class that have other values, or methods, than its text gives them."""
         says = {name: statement for statement in node.body for name in binds(statement)}
         held = {} if isinstance(kind, EnumMeta) else dict(sorted(vars(kind).items()))
         values = {k: v for k, v in held.items() if not callable(v) and not hasattr(type(v), "__get__")}
         put = [k for k, v in values.items() if (not _explains(says[k], v, {}) if k in says else k[0] != "_")]
+        for name, method in held.items():
+            plain = isinstance(says.get(name), FUNCTION) and not says[name].decorator_list
+            counts = isinstance(method, types.FunctionType) and (plain or (name not in says and name[0] != "_"))
+            own = kind.__module__, f"{kind.__qualname__}.{name}"
+            if counts and (method.__module__, method.__qualname__) != own:
+                values[name] = method
+                put.append(name)
         return [[k, self.value(values[k], k)] for k in put]  # hidden ones that it does not say are Python's own
 
     def _text(self, node: ast.AST, functions: list[types.FunctionType]) -> Any:
@@ -245,10 +256,18 @@ def _theirs(value: types.FunctionType | type) -> bool:
     file = value.__code__.co_filename if isinstance(value, types.FunctionType) else ""
     if Path(file).is_absolute():
         return installed(file)
+    if value.__module__ == "builtins" and getattr(value, "__flags__", HEAP) & HEAP:
+        return False  # made where nothing says in which module
     module = sys.modules.get(value.__module__)
     if module is None or value.__module__ == "__main__":
         return False
     return getattr(module, "__file__", None) is None or installed(module.__file__)
+
+
+def _somebodys(value: Any) -> bool:
+    """Whether it is a function of a file or cell of ours, such as one that was put into a class of a package."""
+    file = value.__code__.co_filename if isinstance(value, types.FunctionType) else ""
+    return Path(file).is_absolute() and not installed(file)
 
 
 class _Apart(_Live):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lib.constraint import Plan, plain, weights
 from lib.layers.gates import LayerError
-from lib.shapes import uses
+from lib.shapes import refuse_overridden, uses
 
 
 class Branches(nn.Module):
@@ -40,7 +40,8 @@ def branched(model: nn.Module, plan: Plan) -> nn.Module:
         plan: sets that the weights are in, `Expansion` or `TernaryRule`.
 
     Raises:
-        LayerError: weights that are not in their set (harden first).
+        LayerError: weights that are not in their set (harden first); a layer with a hook on its outputs.
+        ShapeError: a layer with a forward pass of its own.
 
     >>> from lib.quantization import Expansion
     >>> from lib.layers import branched
@@ -57,7 +58,10 @@ def branched(model: nn.Module, plan: Plan) -> nn.Module:
         magnitudes = [0.0, *weight[weight != 0].abs().unique()]
         of_branch = (torch.where(weight.abs() >= b, (b - a) * weight.sign(), 0.0) for a, b in pairwise(magnitudes))
         parts = [nn.Parameter(part, layers[name][0].weight.requires_grad) for part in of_branch]
+        refuse_overridden(layers[name], "branches")
         for layer in layers[name]:
+            if layer._forward_hooks:
+                raise LayerError(f"{name} has a hook on its outputs, which would see each branch apart")
             branches = [deepcopy(layer) for _ in parts]
             for branch, part in zip(branches, parts, strict=True):
                 branch.weight = part

@@ -9,7 +9,6 @@ algorithms are this project's own form of what it says.
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from copy import deepcopy
 from math import isqrt
 
 import torch
@@ -23,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from lib.layers.gates import LayerError
 from lib.models import SpikingLayer, SpikingNetwork, unrolled
 from lib.models.spiking import Halves, State, slope
+from lib.shapes import copied
 
 SPIKES = 53
 """Bits of a reset in float64, one for each step that a neuron can go back."""
@@ -273,7 +273,7 @@ def saved_bytes(network: nn.Module, images: Tensor) -> dict[str, int]:
     >>> found["saved"] == 4 * 8 * 50, found["peak"] >= 4 * 100 * 50 + 4 * 8 * 50
     (True, True)
     """
-    network = deepcopy(network).train()
+    network = copied(network).train()
     own = {t.untyped_storage().data_ptr() for t in (*network.parameters(), *network.buffers(), images)}
     held: dict[int, int] = {}
 

@@ -19,7 +19,7 @@ from lib.constraint import masks
 from lib.data import Split
 from lib.layers.gates import LayerError
 from lib.models import BasicBlock, PaddedShortcut
-from lib.shapes import in_mode, macs
+from lib.shapes import copied, in_mode, macs
 from lib.training import Objective
 
 Width = float | Mapping[str, int]
@@ -231,7 +231,7 @@ def cut_to(model: nn.Module, index: int, shape: tuple[int, ...]) -> nn.Module:
     >>> cut_to(net, 0, (1, 8, 8)).block3_1.conv2
     Conv2d(8, 8, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), bias=False)
     """
-    small, met = deepcopy(model), {}
+    small, met = copied(model), {}
     handles = [
         m.register_forward_pre_hook(
             lambda _, x, m=m: met.update({m: x[0].shape[-1 if isinstance(m, SlimLinear) else 1]})
@@ -328,7 +328,7 @@ def uneven(
     >>> list(narrow), all(narrow[layer] <= wide[layer] for layer in wide)
     (['block1_1.conv1', 'block2_1.conv1', 'block3_1.conv1'], True)
     """
-    net, table = deepcopy(model), macs(model, shape).set_index("layer")["macs"]
+    net, table = copied(model), macs(model, shape).set_index("layer")["macs"]
     blocks = _blocks(net)
     kept = {name: block.conv1.out_channels for name, block in blocks.items()}
     part = {name: max(1, count // steps) for name, count in kept.items()}

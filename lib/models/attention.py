@@ -5,8 +5,6 @@ that no constraint and no hook reaches them. `by_projection` converts a network 
 it back.
 """
 
-from copy import deepcopy
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, scaled_dot_product_attention
@@ -14,6 +12,7 @@ from torch.nn.utils import parametrize
 
 from lib.models.errors import ModelError
 from lib.models.replacing import replaced
+from lib.shapes import copied
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 """In the order of torch's packed tensors; the fourth is ``out_proj``."""
@@ -157,7 +156,7 @@ def by_projection(model: nn.Module) -> nn.Module:
             own.requires_grad = theirs.requires_grad
         return new
 
-    copy = deepcopy(model)
+    copy = copied(model)
     found = {name: module for name, module in copy.named_modules() if isinstance(module, nn.MultiheadAttention)}
     for module in copy.modules():
         if isinstance(module, nn.TransformerEncoder):

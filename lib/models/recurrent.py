@@ -6,7 +6,6 @@ of layers speaks of these. `by_gate` converts a network of torch's, `fused` conv
 """
 
 from collections.abc import Callable, Sequence
-from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from lib.models.attention import Attention, packed
 from lib.models.errors import ModelError
 from lib.models.replacing import more_than, replaced
+from lib.shapes import copied
 
 GATES = {"GRU": ("reset", "update", "new"), "LSTM": ("input", "forget", "cell", "output")}
 """In the order of torch's tensors."""
@@ -258,7 +258,7 @@ def by_gate(model: nn.Module) -> nn.Module:
                 one.hr.weight = nn.Parameter(whole.clone(), whole.requires_grad)
         return new
 
-    copy = deepcopy(model)
+    copy = copied(model)
     found = {name: module for name, module in copy.named_modules() if isinstance(module, nn.GRU | nn.LSTM)}
     return replaced(copy, found, convert, nn.GRU, nn.LSTM)
 
@@ -309,7 +309,7 @@ def fused(model: nn.Module) -> nn.Module:
                 fill(f"weight_hr_{end}", "weight", [one.hr])
         return new
 
-    copy = deepcopy(model)
+    copy = copied(model)
     found = {name: module for name, module in copy.named_modules() if isinstance(module, Recurrent | Attention)}
     return replaced(copy, found, convert, Recurrent, Direction, Attention, nn.Linear)
 

@@ -1,7 +1,6 @@
 """ADMM toward a plan, with one auxiliary pair a layer or several, and in steps of tightening budgets."""
 
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from functools import partial
 from typing import Any, Literal
 
@@ -14,7 +13,7 @@ from lib.data import Data
 from lib.recipes.common import Pulling, movable, own_masks, part
 from lib.recipes.quantizing import straight_through
 from lib.recipes.rewinding import one_shot
-from lib.shapes import prunable
+from lib.shapes import copied, prunable
 from lib.training import Hook, Progress, TrainingError, evaluate, fit
 
 
@@ -110,7 +109,7 @@ class _Pull(Pulling):
             "distance": float((sum(apart.values()) / sum(size.values()).clamp(min=1e-30)).sqrt()),
             "dual_residual": self.rho * float(moved.sqrt()),
             "accuracy": evaluate(model, self.data.validation),
-            "hardened_accuracy": evaluate(harden(deepcopy(model), self.plan), self.data.validation),
+            "hardened_accuracy": evaluate(harden(copied(model), self.plan), self.data.validation),
             **{f"distance/{n}": float((apart[n] / size[n].clamp(min=1e-30)).sqrt()) for n in w},
         }
 

@@ -1,7 +1,6 @@
 """How much to keep, in each layer and in all: searched on validation images, as papers don't tell at extreme rates."""
 
 from collections.abc import Mapping
-from copy import deepcopy
 from itertools import product
 from typing import Any
 
@@ -13,7 +12,7 @@ from lib.pruning.adaptive import LayerAdaptive
 from lib.pruning.groups import Unstructured
 from lib.recipes.common import movable, part
 from lib.recipes.rewinding import one_shot
-from lib.shapes import prunable
+from lib.shapes import copied, prunable
 from lib.training import Progress, TrainingError, evaluate, fit
 
 Kept = dict[str, float]
@@ -141,7 +140,7 @@ class _Trials:
         """Mean validation loss and accuracy."""
         key = tuple(round(k) for k in kept.values())
         if key not in self.done:
-            net = deepcopy(self.model)
+            net = copied(self.model)
             attach_masks(net, one_shot(net, {n: Unstructured(s) for n, s in self.sparsities(kept).items()}))
             what = f"trial {len(self.done) + 1} of at most {self.most}"
             fit(net, self.data, progress=part(self.progress, len(self.done), 1, self.most, what), **self.train)

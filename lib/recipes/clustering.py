@@ -1,6 +1,5 @@
 """Training weights toward few clusters."""
 
-from copy import deepcopy
 from typing import Any
 
 import pandas as pd
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from lib.constraint import Plan, harden, weights
 from lib.data import Data
 from lib.recipes.common import Pulling
+from lib.shapes import copied
 from lib.sharing import Codebook
 from lib.training import Hook, TrainingError, evaluate, fit
 
@@ -51,7 +51,7 @@ class _Spectral(Pulling):
         if (epoch + 1) % self.interval == 0:
             self.refresh()
         row |= {f"fresh/{n}": self._term(n) for n in self.plan}
-        hardened = harden(deepcopy(model), self.plan)
+        hardened = harden(copied(model), self.plan)
         row["hardened_accuracy"] = evaluate(hardened, self.data.validation)
         for name, z in weights(hardened, self.plan).items():
             w = self.parameters[name]

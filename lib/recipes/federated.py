@@ -19,7 +19,7 @@ from lib.data import Data, Split
 from lib.recipes.common import stage_seed
 from lib.recipes.rewinding import one_shot, rewind
 from lib.recipes.shares import FixedPoint, Server, in_shares
-from lib.shapes import prunable
+from lib.shapes import copied, prunable
 from lib.training import Progress, TrainingError, charge_all, evaluate, fit
 from lib.training.spent import Meter, is_counting
 
@@ -371,7 +371,7 @@ def _alone(job: tuple) -> tuple[State | str, pd.DataFrame | None]:
 
 def _counted(counts: bool, model: nn.Module, *job: Any) -> tuple[State | str, pd.DataFrame | None]:
     """What a client makes of a network of its own, and what that computed, where no meter of this process sees it."""
-    own = deepcopy(model)
+    own = copied(model)
     if not counts or is_counting():
         return _trained(own, *job), None
     with Meter(own) as meter:

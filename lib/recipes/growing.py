@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterable, Sequence
-from copy import deepcopy
 from itertools import chain
 from numbers import Integral
 from typing import Any, Literal
@@ -16,7 +15,7 @@ from lib.constraint import Masks, Plan, State, attach_masks, detach_masks, fitte
 from lib.data import Data
 from lib.recipes.common import movable, own_masks, part, stage_seed
 from lib.recipes.rewinding import one_shot, rewind
-from lib.shapes import uses
+from lib.shapes import copied, uses
 from lib.training import Progress, TrainingError, charge_all, evaluate, fit, metered, recalibrate, uncounted
 
 Parts = Sequence[Sequence[str]]
@@ -164,7 +163,7 @@ def grow_and_prune(
             found = _pruned(model, plan)
             row = {"round": step // len(turns[0]) + 1, "part": step % len(turns[0]) + 1, "epochs": spent}
             row |= {"exchanged": _exchanged(masks, found, growing), "accuracy": evaluate(model, data.validation)}
-            pruned = attach_masks(deepcopy(model), others | found)
+            pruned = attach_masks(copied(model), others | found)
             with uncounted():
                 recalibrate(pruned, data)
             rows.append(row | {"pruned_accuracy": evaluate(pruned, data.validation)})
@@ -278,7 +277,7 @@ def parallel_grow_and_prune(
 
 def _grown(model: nn.Module, state: State, held: Masks, data: Data, options: dict) -> tuple[State, pd.DataFrame]:
     """A replica from ``state``, trained inside the masks that are held, and what it computed."""
-    replica = deepcopy(model)  # joblib hands on the very object when it stays in this process
+    replica = copied(model)  # joblib hands on the very object when it stays in this process
     replica.load_state_dict(state)
     _, spent = metered(attach_masks(replica, held), fit, data, **options)
     return state_of(replica), spent

@@ -1,7 +1,6 @@
 """Training onto value sets: straight through the projection, and by freezing a growing share of weights at levels."""
 
 from collections.abc import Sequence
-from copy import deepcopy
 from typing import Any
 
 import pandas as pd
@@ -13,7 +12,7 @@ from lib.constraint.selection import keep_largest
 from lib.data import Data
 from lib.quantization import Quantized
 from lib.recipes.common import movable, part
-from lib.shapes import Parametrization, uses
+from lib.shapes import Parametrization, copied, uses
 from lib.training import Hook, Progress, TrainingError, evaluate, fit
 
 
@@ -146,7 +145,7 @@ def partial_hardening(
                 attach(layers[name], _Frozen(free[name].clone(), level))
             fit(model, data, progress=part(progress, i, 1, len(shares), f"round {i + 1}"), **fit_options)
             frozen = 1 - sum(int(f.sum()) for f in free.values()) / max(1, total)
-            hardened = evaluate(harden(deepcopy(model), plan), data.validation)
+            hardened = evaluate(harden(copied(model), plan), data.validation)
             rows.append((i + 1, frozen, evaluate(model, data.validation), hardened))
         harden(model, plan)
     finally:

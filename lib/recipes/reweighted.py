@@ -1,7 +1,6 @@
 """Group lasso, reweighted or with strong groups left alone: shrink groups until enough of them vanish."""
 
 from collections.abc import Mapping
-from copy import deepcopy
 from typing import Any
 
 import pandas as pd
@@ -14,6 +13,7 @@ from lib.quantization import TernaryRule, branch
 from lib.recipes.admm import split
 from lib.recipes.common import movable, part
 from lib.recipes.quantizing import straight_through
+from lib.shapes import copied
 from lib.training import Hook, Progress, TrainingError, evaluate, fit
 
 
@@ -94,7 +94,7 @@ class _Shrink(Hook):
             for i, norms in enumerate(self.norms()):
                 self.alpha[i] = {n: 1 / (v / self.scale[i][n] + self.eps) for n, v in norms.items()}
         row = {"epoch": epoch + 1, "accuracy": evaluate(model, self.data.validation)}
-        row["hardened_accuracy"] = evaluate(harden(deepcopy(model), self.plan), self.data.validation)
+        row["hardened_accuracy"] = evaluate(harden(copied(model), self.plan), self.data.validation)
         apart = size = 0.0
         for name, z in project(self.plan, self.parameters).items():
             w = self.parameters[name]
@@ -200,7 +200,7 @@ def search_strength(
     strength, low, high = (dict.fromkeys(plan, value) for value in (start, 0.0, float("inf")))
     for trial in range(trials):
         options["progress"] = part(progress, trial, 1, trials, f"trial {trial + 1}")
-        log = reweighted(deepcopy(model), plan, data, strength=strength, **options)
+        log = reweighted(copied(model), plan, data, strength=strength, **options)
         for n, value in strength.items():
             too_dense = log[f"density/{n}"].iloc[-1] > target[n]
             low[n], high[n] = (value, high[n]) if too_dense else (low[n], value)

@@ -14,7 +14,7 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 
 from lib.constraint import mask_of
 from lib.layers.gates import RecurrentGate
-from lib.shapes import dense_macs, own_forward, uses
+from lib.shapes import dense_macs, own_forward, refuse_overridden, uses
 from lib.training import TrainingError, charge
 from lib.training.strides import narrow, read
 
@@ -228,6 +228,7 @@ def low_precision(model: nn.Module, rule: SignPrediction | None = None) -> Itera
 
     Raises:
         TrainingError: a convolution along one dimension, or layers that another such block has swapped.
+        ShapeError: a layer with a forward pass of its own.
 
     >>> from lib.recipes.e2_train import low_precision
     >>> layer = torch.nn.Linear(2, 1, bias=False)
@@ -244,6 +245,7 @@ def low_precision(model: nn.Module, rule: SignPrediction | None = None) -> Itera
     layers = [layer for same in named.values() for layer in same]
     if any("forward" in vars(layer) for layer in layers):
         raise TrainingError("low_precision: the network's layers are swapped already; leave the other block first")
+    refuse_overridden(layers, "low_precision")
     hooks = [layer.register_forward_pre_hook(own_forward) for layer in layers]
     for layer in layers:
         layer.forward, layer.charges_itself = partial(_forward, layer, rule), True
