@@ -37,19 +37,6 @@ def own_forward(*_) -> None:
     """
 
 
-def copied(model: nn.Module) -> nn.Module:
-    """A deep copy, also of a network that keeps what its last pass made: torch copies no tensor with a graph behind it.
-
-    >>> from lib.shapes import copied
-    >>> layer = torch.nn.Linear(2, 1)
-    >>> layer.kept = layer(torch.ones(1, 2))
-    >>> copied(layer).kept.requires_grad, copied(layer).weight.requires_grad
-    (False, True)
-    """
-    kept = tree_leaves([vars(module) for module in model.modules()])
-    return deepcopy(model, {id(v): v.detach() for v in kept if isinstance(v, Tensor) and not v.is_leaf})
-
-
 CONVOLVING = {getattr(nn.functional, f"conv{kind}{n}d") for kind in ("", "_transpose") for n in (1, 2, 3)}
 CONVOLVING.add(nn.functional.linear)
 MULTIPLYING = {torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.mm, Tensor.bmm}

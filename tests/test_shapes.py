@@ -400,7 +400,7 @@ class TestWeightsBesideLayers:
         net(torch.rand(1, 4))
         with pytest.raises(RuntimeError):
             deepcopy(net)
-        assert torch.equal(shapes.copied(net)[0].weight, net[0].weight)
+        assert torch.equal(models.copied(net)[0].weight, net[0].weight)
         log = recipes.partial_hardening(
             Keeps(nn.Flatten(), nn.Linear(4, 4)), {"1": quantization.Levels(2)}, GIVEN, epochs=1, lr=0.05
         )

@@ -10,7 +10,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lib.channels.paths import arriving, check_same, settle
 from lib.channels.spaces import End, Space, groups_of, is_depthwise, spaces_of, trace
 from lib.constraint import plain
-from lib.shapes import copied, prunable
+from lib.models import copied
+from lib.shapes import prunable
 
 
 def _cuttable(spaces: list[Space], layers: Mapping[str, nn.Module], alive: list[Tensor]) -> list[Tensor]:

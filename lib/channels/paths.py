@@ -12,8 +12,9 @@ from torch.utils._pytree import tree_leaves
 from lib.channels.spaces import Space, first_line, groups_of, is_depthwise, own_norms, spaces_of, trace
 from lib.constraint import ConstraintError, Masks, Plan, plain
 from lib.constraint.masks import places
+from lib.models import copied
 from lib.pruning.groups import Filter
-from lib.shapes import KINDS, copied, prunable
+from lib.shapes import KINDS, prunable
 
 
 @torch.no_grad()

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lib.constraint.sets import ConstraintError
-from lib.shapes import RECOMPUTING, Parametrization, all_layers, copied, in_mode, leaf, prunable, uses
+from lib.models import copied
+from lib.shapes import RECOMPUTING, Parametrization, all_layers, in_mode, leaf, prunable, uses
 
 Masks = dict[str, Tensor]
 State = dict[str, Tensor]

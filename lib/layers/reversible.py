@@ -20,9 +20,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from lib.layers.gates import LayerError
-from lib.models import SpikingLayer, SpikingNetwork, unrolled
+from lib.models import SpikingLayer, SpikingNetwork, copied, unrolled
 from lib.models.spiking import Halves, State, slope
-from lib.shapes import copied
 
 SPIKES = 53
 """Bits of a reset in float64, one for each step that a neuron can go back."""

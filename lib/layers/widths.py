@@ -18,8 +18,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lib.constraint import masks
 from lib.data import Split
 from lib.layers.gates import LayerError
-from lib.models import BasicBlock, PaddedShortcut
-from lib.shapes import copied, in_mode, macs
+from lib.models import BasicBlock, PaddedShortcut, copied
+from lib.shapes import in_mode, macs
 from lib.training import Objective
 
 Width = float | Mapping[str, int]

@@ -18,7 +18,7 @@ from lib.models.builders import (
 from lib.models.errors import ModelError
 from lib.models.poses import PoseNet
 from lib.models.recurrent import Direction, Recurrent, SequenceNet, by_gate, fused, gru, lengths_of, lstm
-from lib.models.replacing import more_than, replaced
+from lib.models.replacing import copied, more_than, replaced
 from lib.models.spiking import LeakyNeurons, SpikingLayer, SpikingNetwork, spike, spiking, stored, unrolled
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "builder",
     "by_gate",
     "by_projection",
+    "copied",
     "fused",
     "gru",
     "lenet5",

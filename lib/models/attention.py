@@ -11,8 +11,7 @@ from torch.nn.functional import dropout, scaled_dot_product_attention
 from torch.nn.utils import parametrize
 
 from lib.models.errors import ModelError
-from lib.models.replacing import replaced
-from lib.shapes import copied
+from lib.models.replacing import copied, replaced
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 """In the order of torch's packed tensors; the fourth is ``out_proj``."""

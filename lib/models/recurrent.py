@@ -15,8 +15,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from lib.models.attention import Attention, packed
 from lib.models.errors import ModelError
-from lib.models.replacing import more_than, replaced
-from lib.shapes import copied
+from lib.models.replacing import copied, more_than, replaced
 
 GATES = {"GRU": ("reset", "update", "new"), "LSTM": ("input", "forget", "cell", "output")}
 """In the order of torch's tensors."""

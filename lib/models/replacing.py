@@ -2,10 +2,26 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from lib.models.errors import ModelError
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy, also of a network that keeps what its last pass made: torch copies no tensor with a graph behind it.
+
+    >>> from lib.models import copied
+    >>> layer = torch.nn.Linear(2, 1)
+    >>> layer.kept = layer(torch.ones(1, 2))
+    >>> copied(layer).kept.requires_grad, copied(layer).weight.requires_grad
+    (False, True)
+    """
+    kept = tree_leaves([vars(module) for module in model.modules()])
+    return deepcopy(model, {id(v): v.detach() for v in kept if isinstance(v, Tensor) and not v.is_leaf})
+
 
 FORWARD = ("forward", "_conv_forward")
 """Where a layer says what it computes."""

@@ -10,10 +10,11 @@ from torch import nn
 
 from lib.constraint import Masks, Plan, State, attach_masks, fitted, harden, project, weights
 from lib.data import Data
+from lib.models import copied
 from lib.recipes.common import Pulling, movable, own_masks, part
 from lib.recipes.quantizing import straight_through
 from lib.recipes.rewinding import one_shot
-from lib.shapes import copied, prunable
+from lib.shapes import prunable
 from lib.training import Hook, Progress, TrainingError, evaluate, fit
 
 

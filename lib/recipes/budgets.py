@@ -8,11 +8,12 @@ from torch import Tensor, nn
 
 from lib.constraint import attach_masks, fitted
 from lib.data import Data
+from lib.models import copied
 from lib.pruning.adaptive import LayerAdaptive
 from lib.pruning.groups import Unstructured
 from lib.recipes.common import movable, part
 from lib.recipes.rewinding import one_shot
-from lib.shapes import copied, prunable
+from lib.shapes import prunable
 from lib.training import Progress, TrainingError, evaluate, fit
 
 Kept = dict[str, float]

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from lib.constraint import Plan, harden, weights
 from lib.data import Data
+from lib.models import copied
 from lib.recipes.common import Pulling
-from lib.shapes import copied
 from lib.sharing import Codebook
 from lib.training import Hook, TrainingError, evaluate, fit
 

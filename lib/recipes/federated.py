@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from lib.constraint import Plan, State, fitted, masks, plain, state_of
 from lib.constraint.formats import index_width, which
 from lib.data import Data, Split
+from lib.models import copied
 from lib.recipes.common import stage_seed
 from lib.recipes.rewinding import one_shot, rewind
 from lib.recipes.shares import FixedPoint, Server, in_shares
-from lib.shapes import copied, prunable
+from lib.shapes import prunable
 from lib.training import Progress, TrainingError, charge_all, evaluate, fit
 from lib.training.spent import Meter, is_counting
 

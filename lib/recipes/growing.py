@@ -13,9 +13,10 @@ from torch import nn
 
 from lib.constraint import Masks, Plan, State, attach_masks, detach_masks, fitted, plain, select, state_of, weights
 from lib.data import Data
+from lib.models import copied
 from lib.recipes.common import movable, own_masks, part, stage_seed
 from lib.recipes.rewinding import one_shot, rewind
-from lib.shapes import copied, uses
+from lib.shapes import uses
 from lib.training import Progress, TrainingError, charge_all, evaluate, fit, metered, recalibrate, uncounted
 
 Parts = Sequence[Sequence[str]]

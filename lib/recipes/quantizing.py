@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from lib.constraint import Mask, Plan, attach, attach_masks, detach, fitted, harden, masks, project, weights
 from lib.constraint.selection import keep_largest
 from lib.data import Data
+from lib.models import copied
 from lib.quantization import Quantized
 from lib.recipes.common import movable, part
-from lib.shapes import Parametrization, copied, uses
+from lib.shapes import Parametrization, uses
 from lib.training import Hook, Progress, TrainingError, evaluate, fit
 
 

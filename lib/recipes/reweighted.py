@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from lib.constraint import Constraint, Plan, apply, harden, project, select, weights
 from lib.data import Data
+from lib.models import copied
 from lib.quantization import TernaryRule, branch
 from lib.recipes.admm import split
 from lib.recipes.common import movable, part
 from lib.recipes.quantizing import straight_through
-from lib.shapes import copied
 from lib.training import Hook, Progress, TrainingError, evaluate, fit
 
 
