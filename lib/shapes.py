@@ -117,8 +117,6 @@ def _refuse_weight(name: str, weight: Tensor | None) -> None:
         said = "has no shape yet: let the network run once"
     elif weight is not None and weight.is_complex():
         said = "has complex weights: real ones are known"
-    elif weight is not None and not weight.numel():
-        said = f"has no weights, {tuple(weight.shape)}"
     if said:
         raise ShapeError(f"layer {name or 'the model'} {said}")
 
@@ -310,6 +308,8 @@ def layer_shapes(model: nn.Module, shape: tuple[int, ...], skip: bool = False) -
 
 
 def _shapes_of(model: nn.Module, layers: dict[str, nn.Module], shape: tuple[int, ...]) -> pd.DataFrame:
+    if empty := [name for name, layer in layers.items() if not layer.weight.numel()]:
+        raise ShapeError(f"layer {empty[0]} has no weights, {tuple(layers[empty[0]].weight.shape)}")
     vectors, inputs = dict.fromkeys(layers, 0), dict.fromkeys(layers, 0)
     for name, layer, x, y in _met(model, shape):
         vectors[name] += dense_macs(layer, y) // layer.weight.numel()

@@ -367,12 +367,8 @@ class TestWeightsBesideLayers:
 
     @pytest.mark.parametrize(
         ("layer", "said"),
-        [
-            (nn.Linear(4, 2, dtype=torch.complex64), "complex"),
-            (nn.LazyLinear(2), "no shape"),
-            (nn.Linear(4, 0), "no w"),
-        ],
-        ids=["complex", "lazy", "empty"],
+        [(nn.Linear(4, 2, dtype=torch.complex64), "complex weights"), (nn.LazyLinear(2), "no shape yet")],
+        ids=["complex", "lazy"],
     )
     def test_weights_of_which_nothing_can_be_said_are_refused(self, layer, said):
         with pytest.raises(ShapeError, match=f"layer 0 has {said}"):
@@ -380,6 +376,10 @@ class TestWeightsBesideLayers:
         if layer.weight.is_complex():
             with pytest.raises(ShapeError, match="complex"):
                 pruning.Unstructured(0.5).project(layer.weight)
+
+    def test_a_layer_of_no_units_has_no_shape_to_speak_of(self):
+        with pytest.raises(ShapeError, match="layer 0 has no weights"):
+            shapes.macs(nn.Sequential(nn.Linear(4, 0)), (4,))
 
     @pytest.mark.parametrize("norm", [spectral_norm, parametrizations.spectral_norm])
     def test_reading_a_weight_takes_no_step_of_a_spectral_norm(self, norm):
