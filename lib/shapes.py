@@ -21,6 +21,8 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from lib.models.replacing import overridden
+
 KINDS = (nn.Conv1d, nn.Conv2d, nn.Linear)
 RECOMPUTING = (BasePruningMethod, SpectralNorm, WeightNorm)
 """Forward hooks of torch that make a new ``weight`` before every pass; whatever is written there is lost."""
@@ -121,24 +123,6 @@ def _refuse_weight(name: str, weight: Tensor | None) -> None:
         raise ShapeError(f"layer {name or 'the model'} {said}")
 
 
-def overridden(layer: nn.Module) -> bool:
-    """Whether a layer has a forward pass of its own, so that no other product may take its place.
-
-    Weights that it standardizes, scales or masks on the way, inputs that it pads: all of that would be lost.
-
-    >>> from lib.shapes import overridden
-    >>> class Scaled(torch.nn.Linear):
-    ...     def forward(self, x):
-    ...         return torch.nn.functional.linear(x, 0.25 * self.weight, self.bias)
-    >>> overridden(torch.nn.Linear(2, 1)), overridden(Scaled(2, 1))
-    (False, True)
-    """
-    kind = next(kind for kind in KINDS if isinstance(layer, kind))
-    names = ("forward", "_conv_forward")
-    own = any(getattr(type(layer), name, None) is not getattr(kind, name, None) for name in names)
-    return own or bool(vars(layer).keys() & {*names})
-
-
 def refuse_overridden(layers: Iterable[nn.Module], what: str) -> None:
     """Refuse layers that are `overridden`, for what computes their product in another way.
 
@@ -149,7 +133,7 @@ def refuse_overridden(layers: Iterable[nn.Module], what: str) -> None:
     >>> refuse_overridden([torch.nn.Linear(2, 1)], "arrays")
     """
     for layer in layers:
-        if overridden(layer):
+        if overridden(layer, *KINDS):
             raise ShapeError(f"{what}: {type(layer).__name__} has a forward pass of its own, which would be lost")
 
 
@@ -308,6 +292,7 @@ def layer_shapes(model: nn.Module, shape: tuple[int, ...], skip: bool = False) -
 
 
 def _shapes_of(model: nn.Module, layers: dict[str, nn.Module], shape: tuple[int, ...]) -> pd.DataFrame:
+    """`layer_shapes` of layers in evaluation mode."""
     if empty := [name for name, layer in layers.items() if not layer.weight.numel()]:
         raise ShapeError(f"layer {empty[0]} has no weights, {tuple(layers[empty[0]].weight.shape)}")
     vectors, inputs = dict.fromkeys(layers, 0), dict.fromkeys(layers, 0)
@@ -435,10 +420,6 @@ def _met(model: nn.Module, shape: tuple[int, ...]) -> Iterator[tuple[str, nn.Mod
 
 class _Beside(TorchFunctionMode):
     """Within, notes weights of layers, and fixed weights, that a product takes outside of a layer's own call."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inside, self.found = 0, set()
 
     def watching(self, weights: dict[str, Tensor], fixed: dict[str, Tensor]) -> Self:
         """The mode, for weights of layers, and buffers that may be weights, by name; views count as they do."""

@@ -310,7 +310,7 @@ class TestWhatComputesALayersProductInAnotherWay:
             """A linear layer of another name."""
 
         net = attach_masks(nn.Sequential(Named(4, 4)), {"0": HALF})
-        assert not shapes.overridden(net[0])
+        shapes.refuse_overridden(net, "arrays")
 
     def test_a_network_compiled_in_place_or_in_part_is_refused(self):
         whole = nn.Sequential(nn.Linear(4, 2))

@@ -27,10 +27,25 @@ FORWARD = ("forward", "_conv_forward")
 """Where a layer says what it computes."""
 
 
+def overridden(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Whether a module has a forward pass that is none of ``kinds``: what computes theirs in its place would lose it.
+
+    Weights that it standardizes, scales or masks on the way, inputs that it pads: all of that would be lost.
+
+    >>> from lib.models.replacing import overridden
+    >>> class Scaled(torch.nn.Linear):
+    ...     def forward(self, x):
+    ...         return torch.nn.functional.linear(x, 0.25 * self.weight, self.bias)
+    >>> [overridden(layer(2, 1), torch.nn.Linear) for layer in (torch.nn.Linear, Scaled)]
+    [False, True]
+    """
+    alike = (all(getattr(type(module), f, None) is getattr(kind, f, None) for f in FORWARD) for kind in kinds)
+    return not any(alike) or bool(vars(module).keys() & set(FORWARD))
+
+
 def _lone(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
     watched = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    alike = (all(getattr(type(module), f, None) is getattr(kind, f, None) for f in FORWARD) for kind in kinds)
-    return any(alike) and not any(watched) and not vars(module).keys() & set(FORWARD)
+    return not overridden(module, *kinds) and not any(watched)
 
 
 def more_than(module: nn.Module, *kinds: type[nn.Module]) -> list[str]:
